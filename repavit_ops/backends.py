@@ -1,0 +1,88 @@
+"""Which backends there are, whether each can be used here, and if not, why not.
+
+Nothing is asked of the hardware at import: the C++ library looks at the CPU at its first call, Triton at a GPU when a
+CUDA tensor arrives.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "cpp", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
+
+CPU_ISA = ("scalar", "avx2", "avx512", "avx512_bf16")  # level → name, as csrc/cpu/dispatch.h counts them
+REBUILD = "pip install --no-build-isolation . (after torch, with a C++ compiler)"
+
+_cpp_failure: str | None = "not loaded yet"
+
+
+def load_cpp() -> None:
+    """Load the C++ kernels once; on failure keep the reason for :func:`why_unavailable`."""
+    global _cpp_failure
+    library = Path(__file__).with_name("_C.so")
+    if not library.exists():
+        _cpp_failure = f"the C++ kernels were not built: {REBUILD}"
+        return
+    try:
+        torch.ops.load_library(str(library))
+        _cpp_failure = None
+    except (OSError, RuntimeError) as error:
+        _cpp_failure = f"{library.name} does not load with torch {torch.__version__}: {error}; rebuild: {REBUILD}"
+
+
+def why_unavailable(backend: str) -> str | None:
+    """None if the backend can be used on this machine, else the reason in one line."""
+    if backend in ("auto", "reference"):
+        return None
+    if backend == "cpp":
+        return _cpp_failure
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton (Linux only)"
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
+        return None
+    raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+
+
+def cpu_isa() -> str:
+    """Instruction-set level that the C++ kernels run at on this machine (asks the CPU at the first call)."""
+    if _cpp_failure is not None:
+        raise RuntimeError(f"backend 'cpp' is not available: {_cpp_failure}")
+    return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
+
+
+def select(backend: str, device: torch.device) -> None:
+    """Check that ``backend`` may run on ``device``: "auto" warns once where it falls back, a forced one raises.
+
+    Raises:
+        ValueError: an unknown backend, or one for another kind of device.
+        RuntimeError: the forced backend is not available here; the message says why.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if backend == "auto":
+        kernels = _KERNELS_OF.get(device.type)
+        if kernels is not None and (reason := why_unavailable(kernels)) is not None:
+            _warn_once(kernels, reason)
+        return
+    reason = why_unavailable(backend)
+    if _KERNELS_OF.get(device.type) != backend:
+        wanted = next(kind for kind, name in _KERNELS_OF.items() if name == backend)
+        raise ValueError(f"backend: {backend!r} runs on {wanted} tensors, got x on {device}; use backend='auto'")
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+
+
+@functools.cache
+def _warn_once(backend: str, reason: str) -> None:
+    warnings.warn(f"repavit_ops runs in plain PyTorch: backend {backend!r}: {reason}", RuntimeWarning, stacklevel=5)

@@ -1,0 +1,144 @@
+"""Every operator of the namespace ``repavit_ops``: schema, reference, fake, autograd and autocast, in one place.
+
+Design:
+1. One schema each. Positional arguments are tensors (differentiable, except ``packed``), keyword-only ones are static,
+   so autograd, autocast and the reference are registered by the same few lines for every operator.
+2. The plain-PyTorch reference is CompositeExplicitAutograd: it serves every device that no kernel claims.
+   C++ claims CPU from within its shared library; Triton claims CUDA below, imported at the first call.
+3. Gradients recompute the reference formula. No kernel needs a backward of its own to be trainable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+
+NAMESPACE = "repavit_ops"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: its name, the arguments of its schema, its reference and the shape of its result."""
+
+    name: str
+    arguments: str
+    reference: Callable[..., Tensor]
+    result_shape: Callable[..., list[int]]
+
+    def __call__(self, *args: Any, **static: Any) -> Tensor:
+        return getattr(torch.ops.repavit_ops, self.name)(*args, **static)
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors the reference takes: all that stand before ``packed``."""
+        return self.arguments.split("Tensor? packed")[0].count("Tensor")
+
+
+def _same_shape(x: Tensor, *_: Any) -> list[int]:
+    return list(x.shape)
+
+
+def _projected_shape(x: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, w_proj: Tensor, *_: Any) -> list[int]:
+    return [*x.shape[:-1], w_proj.shape[0]]
+
+
+OPERATORS = (
+    Operator(
+        "partial_gelu_ffn",
+        "Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? w_merged, Tensor? bias, Tensor? packed=None, *, "
+        "float? norm_eps=None, bool residual=False, str approximate='none'",
+        reference.partial_gelu_ffn,
+        _same_shape,
+    ),
+    Operator(
+        "rep_attention",
+        "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor? attn_bias=None, "
+        "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False",
+        reference.rep_attention,
+        _projected_shape,
+    ),
+    Operator(
+        "window_rep_attention",
+        "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor rel_bias, "
+        "Tensor? pad_kv=None, Tensor? packed=None, *, int num_heads, float scale, int[2] window, int[2] shift, "
+        "float? norm_eps=None, bool residual=False, bool roll_first=False",
+        reference.window_rep_attention,
+        _projected_shape,
+    ),
+)
+
+# Not differentiable, CPU only, implemented by the C++ library alone (csrc/bindings.cpp).
+CPU_TOOLS = (
+    "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged) -> Tensor",
+    "partial_gelu_ffn_unpack(Tensor packed) -> Tensor[]",
+    "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk) -> Tensor",
+    "rep_attention_unpack(Tensor packed) -> Tensor[]",
+    "cpu_isa() -> int",
+)
+
+
+def _register(operator: Operator) -> None:
+    _LIBRARY.define(f"{operator.name}({operator.arguments}) -> Tensor")
+    qualified = f"{NAMESPACE}::{operator.name}"
+
+    def composite(*tensors: Tensor | None, **static: Any) -> Tensor:
+        return operator.reference(*tensors[: operator.inputs], **static)
+
+    def fake(*tensors: Tensor | None, **static: Any) -> Tensor:
+        return tensors[0].new_empty(operator.result_shape(*tensors))
+
+    _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, _backward(operator), setup_context=_save_inputs, lib=_LIBRARY)
+    for device_type in ("cpu", "cuda"):
+        _LIBRARY.impl(operator.name, _autocast(operator, device_type), f"Autocast{device_type.upper()}")
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.static = keyword_only_inputs
+
+
+def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
+    n = operator.inputs
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        with torch.enable_grad():
+            # Views, not the tensors themselves: their hooks must not fire twice, yet double backward needs the link.
+            views = [t.view_as(t) if t is not None else None for t in tensors]
+            y = operator.reference(*views[:n], **ctx.static)
+        wanted = [i < n and v is not None and v.requires_grad for i, v in enumerate(views)]
+        leaves = [v for v, want in zip(views, wanted, strict=True) if want]
+        grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=torch.is_grad_enabled()))
+        return tuple(next(grads) if want else None for want in wanted)
+
+    return backward
+
+
+def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
+    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype is not torch.float64
+        return t.to(dtype) if eligible else t
+
+    def run(*tensors: Tensor | None, **static: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            # Packed weights are those of the stored dtype, so they stay behind.
+            return operator(*(cast(t, dtype) for t in tensors[: operator.inputs]), **static)
+
+    return run
+
+
+for _operator in OPERATORS:
+    _register(_operator)
+for _schema in CPU_TOOLS:
+    _LIBRARY.define(_schema)
+backends.load_cpp()

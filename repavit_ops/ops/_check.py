@@ -1,0 +1,52 @@
+"""Argument checks that every functional operator shares: what came, what was wanted, and the fix, in one line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape(name: str, t: Tensor, *wanted: int | str) -> None:
+    """Raise ValueError unless ``t`` has this shape; a str stands for any size and names it in the message."""
+    if t.dim() == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, t.shape, strict=True)):
+        return
+    text = ", ".join(str(w) for w in wanted)
+    raise ValueError(f"{name}: got shape {list(t.shape)}, wanted [{text}]")
+
+
+def same_kind(x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is a float of x's dtype on x's device."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: got {x.dtype}, wanted float32, bfloat16, float16 or float64; cast it with x.to(...)")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name}: on {t.device}, but x is on {x.device}; move one with .to(...)")
+        if t.dtype != x.dtype and not (autocast and t.dtype in FLOATS):
+            raise ValueError(f"{name}: got {t.dtype}, but x is {x.dtype}; cast one with .to(...)")
+
+
+def norm(norm_eps: float | None) -> None:
+    """Raise ValueError unless ``norm_eps`` is None or a variance offset."""
+    if norm_eps is not None and not norm_eps >= 0:
+        raise ValueError(f"norm_eps: got {norm_eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
+
+
+def heads(num_heads: int, d_qk: int, w_qkv: Tensor, w_proj: Tensor) -> int:
+    """Raise ValueError unless qkv and proj widths fit the heads; return d_v."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads: got {num_heads}, wanted at least 1")
+    if w_proj.dim() != 2 or w_proj.shape[1] % num_heads:
+        raise ValueError(f"w_proj: got shape {list(w_proj.shape)}, wanted [C_out, num_heads * d_v], {num_heads=}")
+    d_v = w_proj.shape[1] // num_heads
+    wanted = num_heads * (2 * d_qk + d_v)
+    if d_qk < 1 or w_qkv.dim() != 2 or w_qkv.shape[0] != wanted:
+        raise ValueError(
+            f"w_qkv: got shape {list(w_qkv.shape)}, wanted [num_heads * (2 * d_qk + d_v) = {wanted}, C] "
+            f"for {num_heads=}, {d_qk=}, {d_v=}"
+        )
+    return d_v

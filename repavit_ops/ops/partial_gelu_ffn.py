@@ -1,0 +1,72 @@
+"""Functional form of the deployed channel-idle FFN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..backends import Backend
+from . import _check
+
+
+def partial_gelu_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm_eps: float | None = None,
+    residual: bool = False,
+    approximate: str = "none",
+    packed: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Deployed channel-idle FFN: ``gelu(z W_inᵀ + b_in) W_outᵀ + z W_mergedᵀ + bias`` (RePaViT, eq. 6).
+
+    z is x, or its LayerNorm core (no affine) when ``norm_eps`` is given.
+
+    Shapes:
+        x         [..., C]     fp32 | bf16 | fp16 | fp64; any strides, any batch dimensions
+        w_in      [m, C]       active input projection; b_in [m] or None
+        w_out     [C, m]       active output projection; m = 0 is a tensor of size 0
+        w_merged  [C, C]       idle path (and shortcut, if folded); None adds nothing
+        bias      [C] or None
+        returns   [..., C]     dtype of x, accumulated in fp32 (fp64 for fp64); never an alias of x
+
+    Args:
+        residual: add x itself, in the fp32 epilogue (when the shortcut is not folded into w_merged).
+        approximate: "none" (erf) or "tanh".
+        packed: the weights packed by :meth:`PartialGELUFFN.repack` for the C++ backend; others ignore it.
+        backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
+
+    Raises:
+        ValueError: a shape, dtype, device or option disagrees; names the argument, what came, what was wanted.
+        RuntimeError: a forced backend is not available; says why.
+    """
+    if x.dim() < 1 or w_in.dim() != 2:
+        raise ValueError(f"x, w_in: got shapes {list(x.shape)}, {list(w_in.shape)}, wanted [..., C] and [m, C]")
+    m, c = w_in.shape
+    if x.shape[-1] != c:
+        raise ValueError(f"x: got {x.shape[-1]} channels (shape {list(x.shape)}), wanted {c} as w_in {[m, c]} has")
+    _check.shape("w_out", w_out, c, m)
+    if b_in is not None:
+        _check.shape("b_in", b_in, m)
+    if w_merged is not None:
+        _check.shape("w_merged", w_merged, c, c)
+    if bias is not None:
+        _check.shape("bias", bias, c)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate: got {approximate!r}, wanted 'none' (erf) or 'tanh'")
+    _check.norm(norm_eps)
+    _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
+
+    weights = (w_in, b_in, w_out, w_merged, bias)
+    if backend == "reference":
+        return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, residual=residual, approximate=approximate)
+    backends.select(backend, x.device)
+    return torch.ops.repavit_ops.partial_gelu_ffn(
+        x, *weights, packed, norm_eps=norm_eps, residual=residual, approximate=approximate
+    )

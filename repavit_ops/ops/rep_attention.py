@@ -1,0 +1,88 @@
+"""Functional form of the reparameterized attention block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..backends import Backend
+from . import _check
+
+
+def rep_attention(
+    x: Tensor,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float,
+    d_qk: int,
+    attn_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    residual: bool = False,
+    packed: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
+
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm core (no affine) when ``norm_eps`` is given.
+    Norm affine, scale, K and V bias, LayerScale and 1/λ are folded into the weights beforehand
+    (:mod:`repavit_ops.reparam.attention`).
+
+    Shapes:
+        x          [B, T, C]                     fp32 | bf16 | fp16 | fp64; any strides
+        w_qkv      [h·d_qk + h·d_qk + h·d_v, C]  rows q | k | v, head-major in each; b_qkv of that length or None
+        w_proj     [C_out, h·d_v]                d_v is read from it; b_proj [C_out] or None
+        attn_bias  broadcastable to [B, h, T, T] float, added before softmax; a row wholly -inf gives 0
+        returns    [B, T, C_out]                 dtype of x, accumulated in fp32 (fp64 for fp64)
+
+    Args:
+        num_heads: h.
+        scale: factor of q kᵀ (1/√d of the source model, or 1.0 when folded into W_q).
+        d_qk: width of one query or key head; may differ from d_v.
+        residual: add x (needs C_out = C).
+        packed: the weights packed by :meth:`RepAttention.repack` for the C++ backend; others ignore it.
+        backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
+
+    Raises:
+        ValueError: a shape, dtype, device or option disagrees (a bool mask too); names the argument and the fix.
+        RuntimeError: a forced backend is not available; says why.
+    """
+    d_v = _check.heads(num_heads, d_qk, w_qkv, w_proj)
+    _check.shape("x", x, "B", "T", w_qkv.shape[1])
+    if b_qkv is not None:
+        _check.shape("b_qkv", b_qkv, num_heads * (2 * d_qk + d_v))
+    if b_proj is not None:
+        _check.shape("b_proj", b_proj, w_proj.shape[0])
+    if residual and w_proj.shape[0] != x.shape[2]:
+        raise ValueError(f"residual: x has {x.shape[2]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
+    if attn_bias is not None:
+        _check_bias(attn_bias, (x.shape[0], num_heads, x.shape[1], x.shape[1]))
+    _check.norm(norm_eps)
+    _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
+
+    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias)
+    if backend == "reference":
+        return reference.rep_attention(
+            *tensors, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
+        )
+    backends.select(backend, x.device)
+    return torch.ops.repavit_ops.rep_attention(
+        *tensors, packed, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
+    )
+
+
+def _check_bias(attn_bias: Tensor, wanted: tuple[int, int, int, int]) -> None:
+    if attn_bias.dtype == torch.bool:
+        raise ValueError(
+            "attn_bias: got a bool mask, wanted a float one that is added to the scores; "
+            "convert it with torch.zeros(mask.shape).masked_fill(~mask, float('-inf'))"
+        )
+    sizes = (1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape)
+    if len(sizes) != 4 or any(s not in (1, w) for s, w in zip(sizes, wanted, strict=True)):
+        raise ValueError(
+            f"attn_bias: got shape {list(attn_bias.shape)}, wanted one that broadcasts to [B, h, T, T] = {list(wanted)}"
+        )

@@ -1,0 +1,180 @@
+"""The definition of every operator in plain PyTorch.
+
+One text, three uses: the fallback on any device, the truth of the tests (in float64) and the eager baseline of the
+benchmarks. Nothing here is tuned; every line is the formula.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, instead of -inf
+
+
+def layer_norm_core(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension without affine: ``(x - mean) / sqrt(var + eps)``."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def partial_gelu_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm_eps: float | None = None,
+    residual: bool = False,
+    approximate: str = "none",
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd."""
+    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    y = F.linear(F.gelu(F.linear(z, w_in, b_in), approximate=approximate), w_out, bias)
+    if w_merged is not None:
+        y = y + F.linear(z, w_merged)
+    if residual:
+        y = y + x
+    return y.contiguous()
+
+
+def rep_attention(
+    x: Tensor,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    attn_bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float,
+    d_qk: int,
+    norm_eps: float | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd."""
+    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    o = _attend(F.linear(z, w_qkv, b_qkv), attn_bias, num_heads, d_qk, scale)
+    y = F.linear(o, w_proj, b_proj)
+    if residual:
+        y = y + x
+    return y.contiguous()
+
+
+def window_rep_attention(
+    x: Tensor,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    rel_bias: Tensor,
+    pad_kv: Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float,
+    window: list[int],
+    shift: list[int],
+    norm_eps: float | None = None,
+    residual: bool = False,
+    roll_first: bool = False,
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.window_rep_attention`, differentiable by plain autograd."""
+    batch, height, width, _ = x.shape
+    d_qk = (w_qkv.shape[0] - w_proj.shape[1]) // (2 * num_heads)
+    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    qkv = F.linear(z, w_qkv, b_qkv)
+    shifted = any(shift)
+    # Padding stands after the projection: a padded token is zero after the norm, so its row is a constant.
+    if roll_first and shifted:
+        qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
+    qkv = _pad_tokens(qkv, window, _padding_row(qkv, b_qkv, pad_kv))
+    if shifted and not roll_first:
+        qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
+    padded = (qkv.shape[1], qkv.shape[2])
+
+    bias = rel_bias.unsqueeze(0)
+    if shifted:
+        mask = shift_mask(padded, window, shift, x.dtype, x.device)
+        bias = (bias + mask.unsqueeze(1)).repeat(batch, 1, 1, 1)
+    o = _attend(window_partition(qkv, window), bias, num_heads, d_qk, scale)
+    o = window_reverse(o, window, padded, batch)
+    if shifted and not roll_first:
+        o = torch.roll(o, (shift[0], shift[1]), (1, 2))
+    o = o[:, :height, :width]
+    if roll_first and shifted:
+        o = torch.roll(o, (shift[0], shift[1]), (1, 2))
+
+    y = F.linear(o, w_proj, b_proj)
+    if residual:
+        y = y + x
+    return y.contiguous()
+
+
+def window_partition(x: Tensor, window: list[int]) -> Tensor:
+    """[B, H, W, D] → [B · windows, wh · ww, D], windows and their tokens in row-major order."""
+    b, h, w, d = x.shape
+    wh, ww = window
+    x = x.view(b, h // wh, wh, w // ww, ww, d)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(b * (h // wh) * (w // ww), wh * ww, d)
+
+
+def window_reverse(windows: Tensor, window: list[int], size: tuple[int, int], batch: int) -> Tensor:
+    """Inverse of :func:`window_partition`: [B · windows, wh · ww, D] → [B, H, W, D]."""
+    h, w = size
+    wh, ww = window
+    x = windows.view(batch, h // wh, w // ww, wh, ww, windows.shape[-1])
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, h, w, windows.shape[-1])
+
+
+def shift_mask(
+    size: tuple[int, int], window: list[int], shift: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Mask [windows, N, N] of a shifted map: 0 inside one region, ``SHIFT_MASK`` across (Swin)."""
+    rows, columns = (_regions(extent, w, s, device) for extent, w, s in zip(size, window, shift, strict=True))
+    # any map (row region, column region) → id that keeps pairs apart will do
+    region = (rows.unsqueeze(1) * 3 + columns.unsqueeze(0)).view(1, *size, 1)
+    region = window_partition(region, window).squeeze(-1)
+    differ = region.unsqueeze(1) != region.unsqueeze(2)
+    return differ.to(dtype) * SHIFT_MASK
+
+
+def _regions(extent: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """0 before the last window, 1 within it, 2 where the roll brought the other edge (Swin's slices)."""
+    position = torch.arange(extent, device=device)
+    if shift == 0:
+        return torch.zeros_like(position)
+    return (position >= extent - window).long() + (position >= extent - shift).long()
+
+
+def _padding_row(qkv: Tensor, b_qkv: Tensor | None, pad_kv: Tensor | None) -> Tensor | None:
+    """The qkv row of a padded token; its q is never read (the output there is cut off)."""
+    if pad_kv is None:
+        return b_qkv
+    return F.pad(pad_kv, (qkv.shape[-1] - pad_kv.shape[0], 0))
+
+
+def _pad_tokens(qkv: Tensor, window: list[int], row: Tensor | None) -> Tensor:
+    """Pad [B, H, W, D] at the right and the bottom to whole windows with the given row (None: zeros)."""
+    h, w = qkv.shape[1:3]
+    right, bottom = -w % window[1], -h % window[0]
+    if right == 0 and bottom == 0:
+        return qkv
+    padded = F.pad(qkv, (0, 0, 0, right, 0, bottom))
+    if row is None:
+        return padded
+    outside = F.pad(qkv.new_zeros(h, w, 1), (0, 0, 0, right, 0, bottom), value=1.0)
+    return padded + outside * row
+
+
+def _attend(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, scale: float) -> Tensor:
+    """[B, T, q|k|v] → [B, T, h · d_v]: ``softmax(scale · q kᵀ + bias) v`` per head."""
+    b, t, width = qkv.shape
+    d_v = (width - 2 * num_heads * d_qk) // num_heads if num_heads else 0
+    q, k, v = qkv.split([num_heads * d_qk, num_heads * d_qk, num_heads * d_v], dim=-1)
+    q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return o.transpose(1, 2).reshape(b, t, num_heads * d_v)
