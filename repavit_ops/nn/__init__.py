@@ -1,0 +1,23 @@
+"""Modules: training forms (what is learnt) and deployed forms (what the operators compute)."""
+
+from .attention import Attention, WindowAttention
+from .channel_idle_ffn import ChannelIdleFFN
+from .deployed_shape_ffn import DeployedShapeFFN
+from .ffn import FFN
+from .norm import RepBN, TokenBatchNorm
+from .partial_gelu_ffn import PartialGELUFFN
+from .rep_attention import RepAttention
+from .window_rep_attention import WindowRepAttention
+
+__all__ = [
+    "FFN",
+    "Attention",
+    "ChannelIdleFFN",
+    "DeployedShapeFFN",
+    "PartialGELUFFN",
+    "RepAttention",
+    "RepBN",
+    "TokenBatchNorm",
+    "WindowAttention",
+    "WindowRepAttention",
+]

@@ -1,0 +1,139 @@
+"""Deployed form of the channel-idle FFN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import Backend
+from ..reparam import MergedFFN, cast
+from .init import linear_init_
+from .packed_weights import PackedWeights
+
+
+class PartialGELUFFN(PackedWeights):
+    """Deployed channel-idle FFN: ``gelu(z W_inᵀ + b_in) W_outᵀ + z W_mergedᵀ + bias`` (RePaViT, eq. 6).
+
+    z is x, or its LayerNorm core when ``norm_eps`` is given. Also a vanilla FFN (``merged=False``, ``norm_eps``,
+    ``residual=True``) and, with ``act_channels=0``, the purely linear layer of θ = 1. With ``backend="reference"`` it
+    is plain PyTorch, which is what :func:`repavit_ops.reparameterize` returns; :func:`repavit_ops.fuse` sets kernels.
+
+    Shapes:
+        x         [..., dim]   fp32 | bf16 | fp16 | fp64
+        w_in      [act_channels, dim];  b_in [act_channels] or None
+        w_out     [dim, act_channels]
+        w_merged  [dim, dim] or None;   bias [dim] or None
+        returns   [..., dim]
+
+    Args:
+        dim: C, channels of a token.
+        act_channels: m, hidden channels that pass the activation.
+        bias: whether b_in and bias exist.
+        merged: whether w_merged, the idle path, exists.
+        norm_eps: variance offset of the LayerNorm core in front; None for no norm.
+        residual: add x (when the shortcut is not folded into w_merged).
+        approximate: "none" (erf GELU) or "tanh".
+        backend: "auto", "reference", "cpp" or "triton".
+
+    Raises:
+        ValueError: dim or act_channels is negative, approximate is unknown; at a call, as the operator does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        act_channels: int,
+        bias: bool = True,
+        merged: bool = True,
+        norm_eps: float | None = None,
+        residual: bool = False,
+        approximate: str = "none",
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 0 or act_channels < 0:
+            raise ValueError(f"dim, act_channels: got {dim}, {act_channels}, wanted numbers >= 0")
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate: got {approximate!r}, wanted 'none' (erf) or 'tanh'")
+        self.dim, self.act_channels = dim, act_channels
+        self.norm_eps, self.residual, self.approximate = norm_eps, residual, approximate
+        self.backend = backend
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.w_in = parameter(act_channels, dim)
+        self.b_in = parameter(act_channels) if bias else None
+        self.w_out = parameter(dim, act_channels)
+        self.w_merged = parameter(dim, dim) if merged else None
+        self.bias = parameter(dim) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does."""
+        linear_init_(self.w_in, self.b_in)
+        linear_init_(self.w_out, self.bias)
+        if self.w_merged is not None:
+            linear_init_(self.w_merged, None)
+
+    @classmethod
+    def from_merged(
+        cls,
+        merged: MergedFFN,
+        *,
+        dtype: torch.dtype,
+        norm_eps: float | None = None,
+        approximate: str = "none",
+        backend: Backend = "reference",
+    ) -> PartialGELUFFN:
+        """Module that holds the float64 result of a merge, rounded once to ``dtype`` (see :mod:`repavit_ops.reparam`).
+
+        Raises:
+            ValueError: a value is not finite in ``dtype``; names the parameter and what to check.
+        """
+        module = cls(
+            merged.bias.shape[0],
+            merged.w_in.shape[0],
+            merged=merged.w_merged is not None,
+            norm_eps=norm_eps,
+            residual=merged.residual,
+            approximate=approximate,
+            backend=backend,
+            device="meta",
+        )
+        for name in ("w_in", "b_in", "w_out", "w_merged", "bias"):
+            value = cast(getattr(merged, name), dtype, name)
+            setattr(module, name, None if value is None else nn.Parameter(value))
+        return module
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        return self.w_in, self.w_out, self.w_merged
+
+    def pack(self) -> Tensor:
+        return torch.ops.repavit_ops.partial_gelu_ffn_pack(*self.sources())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.partial_gelu_ffn(
+            x,
+            self.w_in,
+            self.b_in,
+            self.w_out,
+            self.w_merged,
+            self.bias,
+            norm_eps=self.norm_eps,
+            residual=self.residual,
+            approximate=self.approximate,
+            packed=self.packed(),
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, act_channels={self.act_channels}, bias={self.bias is not None}, "
+            f"merged={self.w_merged is not None}, norm_eps={self.norm_eps}, residual={self.residual}, "
+            f"approximate={self.approximate!r}, backend={self.backend!r}"
+        )

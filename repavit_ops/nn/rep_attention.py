@@ -1,0 +1,111 @@
+"""Deployed form of the reparameterized attention block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import Backend
+from .init import linear_init_
+from .packed_weights import PackedWeights
+
+
+class RepAttention(PackedWeights):
+    """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
+
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm core when ``norm_eps`` is given. The folds of
+    :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
+
+    Shapes:
+        x          [B, T, dim]                     fp32 | bf16 | fp16 | fp64
+        w_qkv      [h·d_qk + h·d_qk + h·d_v, dim]  rows q | k | v;  b_qkv of that length or None
+        w_proj     [dim_out, h·d_v];               b_proj [dim_out] or None
+        attn_bias  broadcastable to [B, h, T, T]   float, added before softmax
+        returns    [B, T, dim_out]
+
+    Args:
+        dim: C, channels of a token.
+        num_heads: h.
+        d_qk, d_v: widths of a query/key head and of a value head; default dim / num_heads.
+        dim_out: channels of the result; default dim.
+        bias: whether b_qkv and b_proj exist.
+        scale: factor of q kᵀ; default 1/√d_qk, 1.0 when it is folded into W_q.
+        norm_eps: variance offset of the LayerNorm core in front; None for no norm.
+        residual: add x.
+        backend: "auto", "reference", "cpp" or "triton".
+
+    Raises:
+        ValueError: dim is not divisible by num_heads and no head width is given; at a call, as the operator does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        d_qk: int | None = None,
+        d_v: int | None = None,
+        dim_out: int | None = None,
+        bias: bool = True,
+        scale: float | None = None,
+        norm_eps: float | None = None,
+        residual: bool = False,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if (d_qk is None or d_v is None) and (num_heads < 1 or dim % num_heads):
+            raise ValueError(f"num_heads: got {num_heads} for dim {dim}, wanted a divisor of dim (or give d_qk, d_v)")
+        self.dim, self.num_heads = dim, num_heads
+        self.d_qk = dim // num_heads if d_qk is None else d_qk
+        self.d_v = dim // num_heads if d_v is None else d_v
+        self.scale = self.d_qk**-0.5 if scale is None else scale
+        self.norm_eps, self.residual = norm_eps, residual
+        self.backend = backend
+        dim_out = dim if dim_out is None else dim_out
+        width = num_heads * (2 * self.d_qk + self.d_v)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.w_qkv = parameter(width, dim)
+        self.b_qkv = parameter(width) if bias else None
+        self.w_proj = parameter(dim_out, num_heads * self.d_v)
+        self.b_proj = parameter(dim_out) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does."""
+        linear_init_(self.w_qkv, self.b_qkv)
+        linear_init_(self.w_proj, self.b_proj)
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        return self.w_qkv, self.w_proj
+
+    def pack(self) -> Tensor:
+        return torch.ops.repavit_ops.rep_attention_pack(*self.sources(), num_heads=self.num_heads, d_qk=self.d_qk)
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        return ops.rep_attention(
+            x,
+            self.w_qkv,
+            self.b_qkv,
+            self.w_proj,
+            self.b_proj,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            d_qk=self.d_qk,
+            attn_bias=attn_bias,
+            norm_eps=self.norm_eps,
+            residual=self.residual,
+            packed=self.packed(),
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, d_qk={self.d_qk}, d_v={self.d_v}, scale={self.scale:.6g}, "
+            f"norm_eps={self.norm_eps}, residual={self.residual}, backend={self.backend!r}"
+        )

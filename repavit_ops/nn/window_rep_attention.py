@@ -1,0 +1,107 @@
+"""Deployed form of the reparameterized window attention block (Swin)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import Backend
+from .rep_attention import RepAttention
+
+
+class WindowRepAttention(RepAttention):
+    """Window attention block in one call: ``proj(softmax(scale · q kᵀ + rel_bias + mask) v) [+ x]`` per window.
+
+    Everything of :class:`RepAttention`, over windows of a map that may be shifted and need not be divisible.
+
+    Shapes:
+        x         [B, H, W, dim]        fp32 | bf16 | fp16 | fp64
+        rel_bias  [h, wh·ww, wh·ww]     already gathered from the source model's table
+        pad_kv    [h·d_qk + h·d_v]      K | V of a padded token (padding=True), else None
+        returns   [B, H, W, dim_out]
+
+    Args:
+        window, shift: tokens, one number or (height, width). A map no larger than the window in some direction is not
+            shifted (Swin's rule), unless ``static_shift``.
+        static_shift: shift maps of every size (timm settles the shift when it builds the block).
+        padding: whether pad_kv exists: needed once a norm's affine is folded into w_qkv.
+        roll_first: roll before padding, as timm does.
+        others: as :class:`RepAttention`.
+
+    Raises:
+        ValueError: as :class:`RepAttention`; at a call, as the operator does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int | tuple[int, int],
+        shift: int | tuple[int, int] = 0,
+        *,
+        d_qk: int | None = None,
+        d_v: int | None = None,
+        dim_out: int | None = None,
+        bias: bool = True,
+        scale: float | None = None,
+        norm_eps: float | None = None,
+        residual: bool = False,
+        padding: bool = False,
+        roll_first: bool = False,
+        static_shift: bool = False,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            d_qk=d_qk,
+            d_v=d_v,
+            dim_out=dim_out,
+            bias=bias,
+            scale=scale,
+            norm_eps=norm_eps,
+            residual=residual,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        self.shift = (shift, shift) if isinstance(shift, int) else tuple(shift)
+        self.roll_first, self.static_shift = roll_first, static_shift
+        tokens = self.window[0] * self.window[1]
+        self.rel_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens, device=device, dtype=dtype))
+        pad_width = num_heads * (self.d_qk + self.d_v)
+        self.pad_kv = nn.Parameter(torch.zeros(pad_width, device=device, dtype=dtype)) if padding else None
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        size = (x.shape[1], x.shape[2])
+        shift = self.shift if self.static_shift else effective_shift(size, self.window, self.shift)
+        return ops.window_rep_attention(
+            x,
+            self.w_qkv,
+            self.b_qkv,
+            self.w_proj,
+            self.b_proj,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            window=self.window,
+            shift=shift,
+            rel_bias=self.rel_bias,
+            pad_kv=self.pad_kv,
+            norm_eps=self.norm_eps,
+            residual=self.residual,
+            roll_first=self.roll_first,
+            packed=self.packed(),
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}, shift={self.shift}, roll_first={self.roll_first}"
+
+
+def effective_shift(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+    """The shift that a map of this size gets: none once the window covers it in some direction (Swin's rule)."""
+    return (0, 0) if min(size) <= min(window) else shift
