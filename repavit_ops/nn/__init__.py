@@ -1,6 +1,7 @@
 """Modules: training forms (what is learnt) and deployed forms (what the operators compute)."""
 
 from .attention import Attention, WindowAttention
+from .block import Block
 from .channel_idle_ffn import ChannelIdleFFN
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
@@ -12,6 +13,7 @@ from .window_rep_attention import WindowRepAttention
 __all__ = [
     "FFN",
     "Attention",
+    "Block",
     "ChannelIdleFFN",
     "DeployedShapeFFN",
     "PartialGELUFFN",

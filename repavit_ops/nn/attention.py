@@ -66,7 +66,7 @@ class Attention(ResidualBranch):
 
 
 class WindowAttention(nn.Module):
-    """Swin's attention within (shifted) windows: ``proj(softmax(scale · q kᵀ + B + mask) v)``; norm and shortcut outside.
+    """Attention within (shifted) windows: ``proj(softmax(scale · q kᵀ + B + mask) v)``; norm and shortcut outside (Swin).
 
     Shapes:
         x, returns                    [B, H, W, dim]

@@ -1,0 +1,20 @@
+"""A transformer block: two sub-blocks that each hold their own norm and shortcut."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """``mlp(attn(x))``: both halves are closed (norm, branch, scale and shortcut inside), so each can be swapped alone.
+
+    The authors' ViT block in training, and what a fused block of any family becomes.
+    """
+
+    def __init__(self, attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.attn(x))
