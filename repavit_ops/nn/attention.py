@@ -66,7 +66,7 @@ class Attention(ResidualBranch):
 
 
 class WindowAttention(nn.Module):
-    """Attention within (shifted) windows: ``proj(softmax(scale · q kᵀ + B + mask) v)``; norm and shortcut outside (Swin).
+    """Attention in (shifted) windows: ``proj(softmax(scale · q kᵀ + B + mask) v)``; norm and shortcut outside (Swin).
 
     Shapes:
         x, returns                    [B, H, W, dim]
