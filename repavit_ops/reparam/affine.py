@@ -82,7 +82,7 @@ def layernorm_affine(weight: Tensor | None, bias: Tensor | None, dim: int | None
 
 
 def repbn_affine(bn: Affine, alpha: Tensor | float) -> Affine:
-    """SLAB's RepBN, ``y = BN(x) + alpha * x``: the same map with ``scale + alpha`` (Guo et al. 2024, eq. 6).
+    """SLAB's RepBN, ``y = BN(x) + alpha * x``: the same map with ``scale + alpha`` (Guo et al., 2024).
 
     Shapes:
         bn.scale, bn.shift [C]; alpha a number, a one-element tensor or [C]

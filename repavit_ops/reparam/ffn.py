@@ -52,7 +52,7 @@ def merge_channel_idle_ffn(
     shortcut: bool = True,
     fold_identity: bool = True,
 ) -> MergedFFN:
-    """Merge ``s * fc2(hidden_norm(partial_act(fc1(input_norm(x))))) [+ x]``, exactly (RePaViT, eq. 6).
+    """Merge ``s * fc2(hidden_norm(partial_act(fc1(input_norm(x))))) [+ x]``, exactly (RePaViT, eq. 3 to 6).
 
     The first ``act_channels`` = m hidden channels are activated, the others are idle.
 
