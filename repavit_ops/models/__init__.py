@@ -1,0 +1,5 @@
+"""Vision Transformers built from :mod:`repavit_ops.nn`: the models of the RePaViT paper and their vanilla twins."""
+
+from .vit import VisionTransformer
+
+__all__ = ["VisionTransformer"]

@@ -1,0 +1,110 @@
+"""What every image classifier here shares: features, head, and the names timm's tools look for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+GLOBAL_POOLS = ("token", "avg")
+
+
+class ImageClassifier(nn.Module):
+    """Base of the models: ``forward = forward_head(forward_features(x))``.
+
+    A subclass defines ``forward_features`` and ``pool`` and, at the end of its constructor, calls :meth:`init_weights`.
+
+    Args:
+        num_features: channels of the pooled feature.
+        num_classes: outputs of the head; 0 for no head.
+        head_bias: whether the head has a bias.
+        drop_rate: dropout probability in front of the head.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, *, head_bias: bool = True, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.num_features = self.head_hidden_size = num_features
+        self.num_classes = num_classes
+        self.head_bias = head_bias
+        self.head_drop = nn.Dropout(drop_rate)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] → features after the final norm."""
+        raise TypeError(f"{type(self).__name__} must define forward_features(x)")
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Features → one vector per image [B, num_features]."""
+        raise TypeError(f"{type(self).__name__} must define pool(x)")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features → logits [B, num_classes], or with ``pre_logits`` the pooled features [B, num_features]."""
+        x = self.pool(x)
+        return x if pre_logits else self.head(self.head_drop(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one of ``num_classes`` outputs (0: none); device and dtype stay."""
+        if global_pool is not None:
+            self.global_pool = check_global_pool(global_pool)
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = self.make_head().to(device=like.device, dtype=like.dtype)
+        self.head.apply(init_linear_)
+
+    def make_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.num_features, self.num_classes, bias=self.head_bias)
+
+    def init_weights(self) -> None:
+        """Normal of standard deviation 0.02 for every Linear weight, zero for its bias; norms stay one and zero."""
+        self.apply(init_linear_)
+
+
+def init_linear_(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_global_pool(global_pool: str) -> str:
+    if global_pool not in GLOBAL_POOLS:
+        raise ValueError(f"global_pool: got {global_pool!r}, wanted one of {', '.join(GLOBAL_POOLS)}")
+    return global_pool
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which of ``count`` stages or blocks are asked for: None all, a number the last n, a sequence those (may be < 0).
+
+    Raises:
+        ValueError: an index or a number out of range.
+    """
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices: got the last {indices}, wanted 1 to {count}")
+        return list(range(count - indices, count))
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(f"indices: got {index}, wanted {-count} <= index < {count}")
+    return [index % count for index in indices]
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens [B, h·w, C] → map [B, C, h, w]."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+
+
+def trunc_normal_parameter(*shape: int) -> nn.Parameter:
+    """A parameter drawn from the normal of standard deviation 0.02."""
+    parameter = nn.Parameter(torch.empty(*shape))
+    nn.init.trunc_normal_(parameter, std=0.02)
+    return parameter
