@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-GLOBAL_POOLS = ("token", "avg")
-
 
 class ImageClassifier(nn.Module):
     """Base of the models: ``forward = forward_head(forward_features(x))``.
@@ -16,14 +14,20 @@ class ImageClassifier(nn.Module):
     A subclass defines ``forward_features`` and ``pool`` and, at the end of its constructor, calls :meth:`init_weights`.
 
     Args:
+        global_pool: how features become one vector, one of ``global_pools``.
         num_features: channels of the pooled feature.
         num_classes: outputs of the head; 0 for no head.
         head_bias: whether the head has a bias.
         drop_rate: dropout probability in front of the head.
     """
 
-    def __init__(self, num_features: int, num_classes: int, *, head_bias: bool = True, drop_rate: float = 0.0) -> None:
+    global_pools: tuple[str, ...] = ("token", "avg")
+
+    def __init__(
+        self, num_features: int, num_classes: int, *, global_pool: str, head_bias: bool, drop_rate: float
+    ) -> None:
         super().__init__()
+        self.set_global_pool(global_pool)
         self.num_features = self.head_hidden_size = num_features
         self.num_classes = num_classes
         self.head_bias = head_bias
@@ -51,11 +55,16 @@ class ImageClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one of ``num_classes`` outputs (0: none); device and dtype stay."""
         if global_pool is not None:
-            self.global_pool = check_global_pool(global_pool)
+            self.set_global_pool(global_pool)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head = self.make_head().to(device=like.device, dtype=like.dtype)
         self.head.apply(init_linear_)
+
+    def set_global_pool(self, global_pool: str) -> None:
+        if global_pool not in self.global_pools:
+            raise ValueError(f"global_pool: got {global_pool!r}, wanted one of {', '.join(self.global_pools)}")
+        self.global_pool = global_pool
 
     def make_head(self) -> nn.Module:
         if self.num_classes == 0:
@@ -72,12 +81,6 @@ def init_linear_(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_global_pool(global_pool: str) -> str:
-    if global_pool not in GLOBAL_POOLS:
-        raise ValueError(f"global_pool: got {global_pool!r}, wanted one of {', '.join(GLOBAL_POOLS)}")
-    return global_pool
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:

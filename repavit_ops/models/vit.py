@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention, Block
-from .classifier import ImageClassifier, check_global_pool, take_indices, to_map, trunc_normal_parameter
+from .classifier import ImageClassifier, take_indices, to_map, trunc_normal_parameter
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import PatchEmbed, pair
 from .position import resample_position
@@ -73,11 +73,10 @@ class VisionTransformer(ImageClassifier):
         layer_scale: float | None = None,
         embed_layer: Callable[..., nn.Module] = PatchEmbed,
     ) -> None:
-        super().__init__(embed_dim, num_classes, head_bias=head_bias, drop_rate=drop_rate)
+        super().__init__(embed_dim, num_classes, global_pool=global_pool, head_bias=head_bias, drop_rate=drop_rate)
         hidden = int(embed_dim * mlp_ratio)
         active = block_act_channels([hidden] * depth, idle_ratio, act_channels)
         check_form(form, vanilla=active[0] is None if active else True)
-        self.global_pool = check_global_pool(global_pool)
         self.embed_dim, self.patch_size, self.drop_path_rate = embed_dim, patch_size, drop_path_rate
         self.grid_size = self._grid(pair(img_size))
 
