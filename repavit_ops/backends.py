@@ -17,7 +17,7 @@ import torch
 Backend = Literal["auto", "reference", "cpp", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-_KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
+KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
 
 CPU_ISA = ("scalar", "avx2", "avx512", "avx512_bf16")  # level → name, as csrc/cpu/dispatch.h counts them
 REBUILD = "pip install --no-build-isolation . (after torch, with a C++ compiler)"
@@ -71,13 +71,13 @@ def select(backend: str, device: torch.device) -> None:
     if torch.compiler.is_compiling():
         return
     if backend == "auto":
-        kernels = _KERNELS_OF.get(device.type)
+        kernels = KERNELS_OF.get(device.type)
         if kernels is not None and (reason := why_unavailable(kernels)) is not None:
             _warn_once(kernels, reason)
         return
     reason = why_unavailable(backend)
-    if _KERNELS_OF.get(device.type) != backend:
-        wanted = next(kind for kind, name in _KERNELS_OF.items() if name == backend)
+    if KERNELS_OF.get(device.type) != backend:
+        wanted = next(kind for kind, name in KERNELS_OF.items() if name == backend)
         raise ValueError(f"backend: {backend!r} runs on {wanted} tensors, got x on {device}; use backend='auto'")
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")

@@ -6,6 +6,8 @@ benchmarks. Nothing here is tuned; every line is the formula.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,7 @@ def rep_attention(
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd."""
     z = x if norm_eps is None else layer_norm_core(x, norm_eps)
-    o = _attend(F.linear(z, w_qkv, b_qkv), attn_bias, num_heads, d_qk, scale)
+    o = attention_core(F.linear(z, w_qkv, b_qkv), attn_bias, num_heads, d_qk, scale)
     y = F.linear(o, w_proj, b_proj)
     if residual:
         y = y + x
@@ -74,45 +76,78 @@ def window_rep_attention(
     *,
     num_heads: int,
     scale: float,
-    window: list[int],
-    shift: list[int],
+    window: Sequence[int],
+    shift: Sequence[int],
     norm_eps: float | None = None,
     residual: bool = False,
     roll_first: bool = False,
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.window_rep_attention`, differentiable by plain autograd."""
-    batch, height, width, _ = x.shape
     d_qk = (w_qkv.shape[0] - w_proj.shape[1]) // (2 * num_heads)
     z = x if norm_eps is None else layer_norm_core(x, norm_eps)
     qkv = F.linear(z, w_qkv, b_qkv)
-    shifted = any(shift)
-    # Padding stands after the projection: a padded token is zero after the norm, so its row is a constant.
-    if roll_first and shifted:
-        qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
-    qkv = _pad_tokens(qkv, window, _padding_row(qkv, b_qkv, pad_kv))
-    if shifted and not roll_first:
-        qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
-    padded = (qkv.shape[1], qkv.shape[2])
-
-    bias = rel_bias.unsqueeze(0)
-    if shifted:
-        mask = shift_mask(padded, window, shift, x.dtype, x.device)
-        bias = (bias + mask.unsqueeze(1)).repeat(batch, 1, 1, 1)
-    o = _attend(window_partition(qkv, window), bias, num_heads, d_qk, scale)
-    o = window_reverse(o, window, padded, batch)
-    if shifted and not roll_first:
-        o = torch.roll(o, (shift[0], shift[1]), (1, 2))
-    o = o[:, :height, :width]
-    if roll_first and shifted:
-        o = torch.roll(o, (shift[0], shift[1]), (1, 2))
-
+    padding = b_qkv if pad_kv is None else F.pad(pad_kv, (num_heads * d_qk, 0))  # its q is never read
+    o = window_attention_core(qkv, rel_bias, padding, num_heads, d_qk, scale, window, shift, roll_first)
     y = F.linear(o, w_proj, b_proj)
     if residual:
         y = y + x
     return y.contiguous()
 
 
-def window_partition(x: Tensor, window: list[int]) -> Tensor:
+def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, scale: float) -> Tensor:
+    """``softmax(scale · q kᵀ + bias) v`` per head: [B, T, q | k | v] → [B, T, h · d_v]."""
+    b, t, width = qkv.shape
+    d_v = (width - 2 * num_heads * d_qk) // num_heads if num_heads else 0
+    q, k, v = qkv.split([num_heads * d_qk, num_heads * d_qk, num_heads * d_v], dim=-1)
+    q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return o.transpose(1, 2).reshape(b, t, num_heads * d_v)
+
+
+def window_attention_core(
+    qkv: Tensor,
+    rel_bias: Tensor,
+    padding: Tensor | None,
+    num_heads: int,
+    d_qk: int,
+    scale: float,
+    window: Sequence[int],
+    shift: Sequence[int],
+    roll_first: bool,
+) -> Tensor:
+    """:func:`attention_core` within (shifted) windows: [B, H, W, q | k | v] → [B, H, W, h · d_v].
+
+    ``padding`` is the qkv row of the tokens that fill up the last windows (None: zeros): padding stands after the
+    projection because a padded token is zero after the norm, so its row is a constant.
+    """
+    batch, height, width, _ = qkv.shape
+    shifted = any(shift)
+    roll, unroll = (-shift[0], -shift[1]), (shift[0], shift[1])
+    if shifted and roll_first:
+        qkv = torch.roll(qkv, roll, (1, 2))
+    qkv = _pad_tokens(qkv, window, padding)
+    if shifted and not roll_first:
+        qkv = torch.roll(qkv, roll, (1, 2))
+
+    padded = (qkv.shape[1], qkv.shape[2])
+    bias = rel_bias.unsqueeze(0)
+    if shifted:
+        mask = shift_mask(padded, window, shift, qkv.dtype, qkv.device)
+        bias = (bias + mask.unsqueeze(1)).repeat(batch, 1, 1, 1)
+    o = attention_core(window_partition(qkv, window), bias, num_heads, d_qk, scale)
+    o = window_reverse(o, window, padded, batch)
+
+    if shifted and not roll_first:
+        o = torch.roll(o, unroll, (1, 2))
+    o = o[:, :height, :width]
+    if shifted and roll_first:
+        o = torch.roll(o, unroll, (1, 2))
+    return o
+
+
+def window_partition(x: Tensor, window: Sequence[int]) -> Tensor:
     """[B, H, W, D] → [B · windows, wh · ww, D], windows and their tokens in row-major order."""
     b, h, w, d = x.shape
     wh, ww = window
@@ -120,7 +155,7 @@ def window_partition(x: Tensor, window: list[int]) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b * (h // wh) * (w // ww), wh * ww, d)
 
 
-def window_reverse(windows: Tensor, window: list[int], size: tuple[int, int], batch: int) -> Tensor:
+def window_reverse(windows: Tensor, window: Sequence[int], size: tuple[int, int], batch: int) -> Tensor:
     """Inverse of :func:`window_partition`: [B · windows, wh · ww, D] → [B, H, W, D]."""
     h, w = size
     wh, ww = window
@@ -129,7 +164,7 @@ def window_reverse(windows: Tensor, window: list[int], size: tuple[int, int], ba
 
 
 def shift_mask(
-    size: tuple[int, int], window: list[int], shift: list[int], dtype: torch.dtype, device: torch.device
+    size: tuple[int, int], window: Sequence[int], shift: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Mask [windows, N, N] of a shifted map: 0 inside one region, ``SHIFT_MASK`` across (Swin)."""
     rows, columns = (_regions(extent, w, s, device) for extent, w, s in zip(size, window, shift, strict=True))
@@ -148,14 +183,7 @@ def _regions(extent: int, window: int, shift: int, device: torch.device) -> Tens
     return (position >= extent - window).long() + (position >= extent - shift).long()
 
 
-def _padding_row(qkv: Tensor, b_qkv: Tensor | None, pad_kv: Tensor | None) -> Tensor | None:
-    """The qkv row of a padded token; its q is never read (the output there is cut off)."""
-    if pad_kv is None:
-        return b_qkv
-    return F.pad(pad_kv, (qkv.shape[-1] - pad_kv.shape[0], 0))
-
-
-def _pad_tokens(qkv: Tensor, window: list[int], row: Tensor | None) -> Tensor:
+def _pad_tokens(qkv: Tensor, window: Sequence[int], row: Tensor | None) -> Tensor:
     """Pad [B, H, W, D] at the right and the bottom to whole windows with the given row (None: zeros)."""
     h, w = qkv.shape[1:3]
     right, bottom = -w % window[1], -h % window[0]
@@ -166,15 +194,3 @@ def _pad_tokens(qkv: Tensor, window: list[int], row: Tensor | None) -> Tensor:
         return padded
     outside = F.pad(qkv.new_zeros(h, w, 1), (0, 0, 0, right, 0, bottom), value=1.0)
     return padded + outside * row
-
-
-def _attend(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, scale: float) -> Tensor:
-    """[B, T, q|k|v] → [B, T, h · d_v]: ``softmax(scale · q kᵀ + bias) v`` per head."""
-    b, t, width = qkv.shape
-    d_v = (width - 2 * num_heads * d_qk) // num_heads if num_heads else 0
-    q, k, v = qkv.split([num_heads * d_qk, num_heads * d_qk, num_heads * d_v], dim=-1)
-    q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
-    if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return o.transpose(1, 2).reshape(b, t, num_heads * d_v)

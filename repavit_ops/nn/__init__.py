@@ -5,6 +5,9 @@ from .block import Block
 from .channel_idle_ffn import ChannelIdleFFN
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
+from .join import set_join
+from .joined_branch_attention import JoinedBranchAttention
+from .joined_branch_ffn import JoinedBranchFFN
 from .norm import RepBN, TokenBatchNorm
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
@@ -16,10 +19,13 @@ __all__ = [
     "Block",
     "ChannelIdleFFN",
     "DeployedShapeFFN",
+    "JoinedBranchAttention",
+    "JoinedBranchFFN",
     "PartialGELUFFN",
     "RepAttention",
     "RepBN",
     "TokenBatchNorm",
     "WindowAttention",
     "WindowRepAttention",
+    "set_join",
 ]

@@ -70,6 +70,7 @@ class ChannelIdleFFN(ResidualBranch):
         h = torch.cat((F.gelu(active, approximate=self.approximate), idle), dim=-1)
         return self.close(x, self.drop(self.fc2(self.drop(self.norm2(h)))))
 
+    @torch.no_grad()
     def fuse(self, fold_identity: bool | None = None) -> PartialGELUFFN:
         """Merge into the deployed plain-PyTorch form, exactly (RePaViT, eqs. 3 to 6).
 
@@ -95,7 +96,7 @@ class ChannelIdleFFN(ResidualBranch):
             shortcut=self.residual,
             fold_identity=torch.finfo(dtype).bits >= 32 if fold_identity is None else fold_identity,
         )
-        return PartialGELUFFN.from_merged(merged, dtype=dtype, approximate=self.approximate)
+        return PartialGELUFFN.from_merged(merged, dtype=dtype, approximate=self.approximate, hidden=self.hidden)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, hidden={self.hidden}, act_channels={self.act_channels}, residual={self.residual}"

@@ -58,6 +58,7 @@ class DeployedShapeFFN(ResidualBranch):
         y = self.fc3(F.gelu(self.fc2(n), approximate=self.approximate)) + self.fc1(n)
         return self.close(x, y)
 
+    @torch.no_grad()
     def fuse(self) -> PartialGELUFFN:
         """Fold the BatchNorm, the scales and the shortcut: the deployed plain-PyTorch form, exactly.
 

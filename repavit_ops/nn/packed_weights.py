@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,41 +19,84 @@ class PackedWeights(nn.Module):
     The copy is made at the first CPU call and again when a weight changed: after ``load_state_dict``, ``.to()`` and
     in-place edits that autograd can see (its version counter, looked at in eager mode only, since under
     ``torch.compile`` it would be a guard on data). Edits through ``.data`` or numpy need :meth:`repack`.
+
+    :meth:`drop_unpacked` frees the plain weights: the parameters keep name and shape but own no memory, state_dict
+    unpacks, moving the module unpacks and packs again, and gradients raise.
+
+    A subclass names its weights in ``packed_names``, in the order of its pack operator, and defines :meth:`pack` and
+    :meth:`unpack`.
     """
 
+    packed_names: ClassVar[tuple[str, ...]]
     backend: backends.Backend
 
     def __init__(self) -> None:
         super().__init__()
         self._packed: Tensor | None = None
         self._packed_stamp: tuple[Any, ...] | None = None
-
-    def sources(self) -> tuple[Tensor | None, ...]:
-        """The weights that the packed copy holds, in the order of the pack operator's arguments."""
-        raise TypeError(f"{type(self).__name__} must define sources()")
+        self._unpacked_dropped = False
 
     def pack(self) -> Tensor:
-        """Call the operator that packs ``sources()``."""
+        """Pack :meth:`sources` for the C++ kernels."""
         raise TypeError(f"{type(self).__name__} must define pack()")
 
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`pack`."""
+        raise TypeError(f"{type(self).__name__} must define unpack()")
+
+    def sources(self) -> list[Tensor | None]:
+        """The weights that the packed copy holds."""
+        return [getattr(self, name) for name in self.packed_names]
+
+    def packed(self) -> Tensor | None:
+        """The packed copy for the next call, rebuilt first if a weight changed; None where no kernel takes one."""
+        if not torch.compiler.is_compiling() and not self._unpacked_dropped and self._packed_stamp != self._stamp():
+            self.repack()
+        return self._packed
+
     def repack(self) -> None:
-        """Rebuild the packed copy now: needed after edits through ``.data`` or numpy, and cheap otherwise."""
+        """Rebuild the packed copy now: needed after edits through ``.data`` or numpy."""
+        if self._unpacked_dropped:
+            return
         with torch.no_grad():
             self._packed = self.pack() if self._wants_packing() else None
         self._packed_stamp = self._stamp()
 
-    def packed(self) -> Tensor | None:
-        """The packed copy for the next call, rebuilt first if a weight changed; None where no kernel takes one."""
-        if not torch.compiler.is_compiling() and self._packed_stamp != self._stamp():
-            self.repack()
-        return self._packed
+    def drop_unpacked(self) -> None:
+        """Free the plain weights where a packed copy stands in for them; elsewhere (other devices) keep them."""
+        if self.packed() is None or self._unpacked_dropped:
+            return
+        self.requires_grad_(False)
+        for name in self.packed_names:
+            if (weight := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(weight.new_zeros(()).expand(weight.shape), requires_grad=False))
+        self._unpacked_dropped = True
+
+    def restore_unpacked(self) -> None:
+        """Undo :meth:`drop_unpacked`."""
+        if not self._unpacked_dropped:
+            return
+        for name, weight in zip(self.packed_names, self.unpack(self._packed), strict=True):
+            if getattr(self, name) is not None:
+                setattr(self, name, nn.Parameter(weight, requires_grad=False))
+        self._unpacked_dropped = False
+        self._packed_stamp = self._stamp()
+
+    def check_trainable(self, x: Tensor) -> None:
+        """Raise RuntimeError if a gradient would need weights that are not there any more."""
+        if not self._unpacked_dropped or not torch.is_grad_enabled():
+            return
+        if x.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False)):
+            raise RuntimeError(
+                f"{type(self).__name__} was fused with keep_unpacked=False and has no weights to differentiate; "
+                "fuse with keep_unpacked=True, or call it under torch.no_grad()"
+            )
 
     def _wants_packing(self) -> bool:
-        weight = self.sources()[0]
+        weight = getattr(self, self.packed_names[0])
         return (
             self.backend in ("auto", "cpp")
             and backends.why_unavailable("cpp") is None
-            and weight is not None
             and weight.device.type == "cpu"
             and weight.dtype in PACKABLE
         )
@@ -65,9 +108,30 @@ class PackedWeights(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeights:
+        dropped = self._unpacked_dropped
+        self.restore_unpacked()
         super()._apply(fn, recurse)
         self._packed, self._packed_stamp = None, None
+        if dropped:
+            self.drop_unpacked()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unpacked_dropped:
+            for name, weight in zip(self.packed_names, self.unpack(self._packed), strict=True):
+                if prefix + name in destination:
+                    destination[prefix + name] = weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        dropped = self._unpacked_dropped
+        self.restore_unpacked()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed_stamp = None
+        if dropped:
+            self.drop_unpacked()
+
     def __getstate__(self) -> dict[str, Any]:
+        if self._unpacked_dropped:
+            return self.__dict__
         return {**self.__dict__, "_packed": None, "_packed_stamp": None}

@@ -40,6 +40,8 @@ class PartialGELUFFN(PackedWeights):
         ValueError: dim or act_channels is negative, approximate is unknown; at a call, as the operator does.
     """
 
+    packed_names = ("w_in", "w_out", "w_merged")
+
     def __init__(
         self,
         dim: int,
@@ -62,6 +64,7 @@ class PartialGELUFFN(PackedWeights):
         self.dim, self.act_channels = dim, act_channels
         self.norm_eps, self.residual, self.approximate = norm_eps, residual, approximate
         self.backend = backend
+        self.hidden: int | None = None  # ρC of the training form it was merged from, where that is known
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -88,9 +91,12 @@ class PartialGELUFFN(PackedWeights):
         dtype: torch.dtype,
         norm_eps: float | None = None,
         approximate: str = "none",
+        hidden: int | None = None,
         backend: Backend = "reference",
     ) -> PartialGELUFFN:
         """Module that holds the float64 result of a merge, rounded once to ``dtype`` (see :mod:`repavit_ops.reparam`).
+
+        ``hidden`` is ρC of the training form, kept for reports.
 
         Raises:
             ValueError: a value is not finite in ``dtype``; names the parameter and what to check.
@@ -108,15 +114,17 @@ class PartialGELUFFN(PackedWeights):
         for name in ("w_in", "b_in", "w_out", "w_merged", "bias"):
             value = cast(getattr(merged, name), dtype, name)
             setattr(module, name, None if value is None else nn.Parameter(value))
+        module.hidden = hidden
         return module
-
-    def sources(self) -> tuple[Tensor | None, ...]:
-        return self.w_in, self.w_out, self.w_merged
 
     def pack(self) -> Tensor:
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*self.sources())
 
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        return torch.ops.repavit_ops.partial_gelu_ffn_unpack(packed)
+
     def forward(self, x: Tensor) -> Tensor:
+        self.check_trainable(x)
         return ops.partial_gelu_ffn(
             x,
             self.w_in,

@@ -39,6 +39,8 @@ class RepAttention(PackedWeights):
         ValueError: dim is not divisible by num_heads and no head width is given; at a call, as the operator does.
     """
 
+    packed_names = ("w_qkv", "w_proj")
+
     def __init__(
         self,
         dim: int,
@@ -81,13 +83,14 @@ class RepAttention(PackedWeights):
         linear_init_(self.w_qkv, self.b_qkv)
         linear_init_(self.w_proj, self.b_proj)
 
-    def sources(self) -> tuple[Tensor | None, ...]:
-        return self.w_qkv, self.w_proj
-
     def pack(self) -> Tensor:
         return torch.ops.repavit_ops.rep_attention_pack(*self.sources(), num_heads=self.num_heads, d_qk=self.d_qk)
 
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        return torch.ops.repavit_ops.rep_attention_unpack(packed)
+
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        self.check_trainable(x)
         return ops.rep_attention(
             x,
             self.w_qkv,

@@ -77,6 +77,7 @@ class WindowRepAttention(RepAttention):
         self.pad_kv = nn.Parameter(torch.zeros(pad_width, device=device, dtype=dtype)) if padding else None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.check_trainable(x)
         size = (x.shape[1], x.shape[2])
         shift = self.shift if self.static_shift else effective_shift(size, self.window, self.shift)
         return ops.window_rep_attention(

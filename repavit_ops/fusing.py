@@ -1,0 +1,175 @@
+"""The verbs that change a model: ``reparameterize`` (merge, plain PyTorch) and ``fuse`` (swap in kernels)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import reparam
+from .backends import BACKENDS, Backend, why_unavailable
+from .folding import can_fuse, fold_batchnorm, rule_of
+from .nn import (
+    Attention,
+    ChannelIdleFFN,
+    DeployedShapeFFN,
+    JoinedBranchAttention,
+    JoinedBranchFFN,
+    PartialGELUFFN,
+    TokenBatchNorm,
+)
+from .nn.mode import require_eval
+from .nn.packed_weights import PackedWeights
+
+TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
+
+
+def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Merge every training form of a model into its deployed form, exactly; the result is plain PyTorch.
+
+    Channel-idle FFNs become ``W3 gelu(W2 x + b2) + W1 x + b1`` (RePaViT, eq. 6), joined branches one branch, and a
+    BatchNorm in front of attention goes into qkv. Everything else stays as it is: LayerNorm, attention, head. The
+    result can be exported, saved in the authors' layout and passed to :func:`fuse`. Merging twice changes nothing.
+
+    Args:
+        model: any module; may itself be a training form. Modules that are shared are merged once and stay shared.
+        inplace: change ``model`` instead of a copy. Use the return value either way: a root that is itself a training
+            form is replaced.
+
+    Returns:
+        The merged model, in evaluation mode.
+
+    Raises:
+        RuntimeError: some part is in training mode, or branches are joined with α < 1; says where and the fix.
+        ValueError: a merged weight is not finite; names it and what to check.
+    """
+    require_eval(model)
+    return _swap(model if inplace else copy.deepcopy(model), _merged)
+
+
+def fuse(
+    model: nn.Module,
+    backend: Backend = "auto",
+    dtype: torch.dtype | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    inplace: bool = False,
+    keep_unpacked: bool = True,
+) -> nn.Module:
+    """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
+
+    Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
+    What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
+
+    Args:
+        model: any module; may itself be fusible. Modules that are shared are fused once and stay shared.
+        backend: "auto" takes each device's kernels and plain PyTorch where there are none; "reference", "cpp" and
+            "triton" are used or raise.
+        dtype: cast the whole model (bfloat16, float16, …). Shortcuts folded into a merged matrix are taken out again
+            first where that rounds less, since rounding 1 + w loses w.
+        filter_fn: called with (module, its name); False leaves a sub-block as it is, unmerged and unfused.
+        strict: raise if any sub-block of a known kind cannot be fused.
+        inplace: change ``model`` instead of a copy. Use the return value either way.
+        keep_unpacked: False frees the plain weights once they are packed for the CPU kernels (≤ 1.15x instead of
+            ≤ 2.1x the weights): state_dict unpacks them, training raises.
+
+    Returns:
+        The fused model, in evaluation mode.
+
+    Raises:
+        RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
+            was skipped (each named with its reason).
+        ValueError: an unknown backend or dtype; a folded weight is not finite.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, wanted a floating dtype such as torch.bfloat16")
+    if (reason := why_unavailable(backend)) is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return filter_fn is None or filter_fn(module, name)
+
+    def fused(module: nn.Module, name: str) -> nn.Module:
+        rule = rule_of(module)
+        if rule is None or can_fuse(module) is not None or not wanted(module, name):
+            return module
+        return rule.fold(module, backend)
+
+    def merged(module: nn.Module, name: str) -> nn.Module:
+        return _merged(module, name) if wanted(module, name) else module
+
+    require_eval(model)
+    model = _swap(model if inplace else copy.deepcopy(model), merged)
+    if strict:
+        _require_fusible(model, wanted)
+    model = _swap(model, fused)
+    if dtype is not None:
+        _cast(model, dtype)
+    for module in model.modules():
+        if isinstance(module, PackedWeights):
+            module.repack()
+            if not keep_unpacked:
+                module.drop_unpacked()
+    return model
+
+
+def _require_fusible(model: nn.Module, wanted: Callable[[nn.Module, str], bool]) -> None:
+    skipped = [
+        f"{name or type(module).__name__}: {can_fuse(module)}"
+        for name, module in model.named_modules()
+        if rule_of(module) is not None and can_fuse(module) is not None and wanted(module, name)
+    ]
+    if skipped:
+        raise RuntimeError("fuse(strict=True): not fused: " + "; ".join(skipped))
+
+
+def _merged(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, TRAINING_FORMS):
+        return module.fuse()
+    if type(module) is Attention and isinstance(module.norm, TokenBatchNorm):
+        return fold_batchnorm(module)
+    return module
+
+
+def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
+    """Replace modules from the root down; what replaced a module is looked at inside too, each module once."""
+    done: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module, name: str) -> nn.Module:
+        if id(module) in done:
+            return done[id(module)]
+        new = replace(module, name)
+        if new is not module and not any(p.requires_grad for p in module.parameters()):
+            new.requires_grad_(False)
+        done[id(module)] = done[id(new)] = new
+        keep.append(module)
+        for key, child in list(new.named_children()):
+            setattr(new, key, visit(child, f"{name}.{key}" if name else key))
+        return new
+
+    keep: list[nn.Module] = []  # so that no id is reused while the walk goes on
+    with torch.no_grad():
+        return visit(model, "").eval()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the model, first taking folded shortcuts out of merged matrices where that loses less to rounding."""
+    for module in model.modules():
+        if isinstance(module, PartialGELUFFN) and _shortcut_rounds_better_apart(module, dtype):
+            w = reparam.unfold_identity(module.w_merged.detach())
+            module.w_merged = nn.Parameter(w.to(module.w_merged.dtype), module.w_merged.requires_grad)
+            module.residual = True
+    model.to(dtype)
+
+
+def _shortcut_rounds_better_apart(module: PartialGELUFFN, dtype: torch.dtype) -> bool:
+    if module.w_merged is None or module.residual or module.norm_eps is not None:
+        return False
+    folded = module.w_merged.detach().double()
+    apart = reparam.unfold_identity(folded)
+    loss_folded, loss_apart = ((w.to(dtype).double() - w).norm() for w in (folded, apart))
+    return bool(loss_apart < loss_folded)

@@ -1,0 +1,111 @@
+"""What of a model is fused, what is not and why, and on which kernels it will run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from . import backends, reparam
+from .folding import can_fuse, rule_of
+from .fusing import TRAINING_FORMS
+from .nn import PartialGELUFFN
+from .nn.packed_weights import PackedWeights
+
+Status = Literal["fused", "merged", "skipped"]
+TOLERANCE = "max|fused - fp64| <= 2 max|eager - fp64| + 1e-6, both in the model's dtype (repavit_ops.verify checks it)"
+
+
+@dataclass(frozen=True)
+class ReportEntry:
+    """One sub-block: its name in the model, its operator or class, what became of it, and why."""
+
+    name: str
+    kind: str
+    status: Status
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Result of :func:`fusion_report`; ``str()`` gives a table.
+
+    Attributes:
+        entries: one per sub-block of a known kind, in the model's order.
+        runs_on: the kernels that the fused modules take on the model's device, or why there are none.
+        tolerance: what "equal" means for the fused model.
+    """
+
+    entries: tuple[ReportEntry, ...]
+    runs_on: str
+    tolerance: str = TOLERANCE
+
+    def with_status(self, status: Status) -> tuple[ReportEntry, ...]:
+        """The entries of one status: "fused" (kernels), "merged" (plain PyTorch) or "skipped"."""
+        return tuple(entry for entry in self.entries if entry.status == status)
+
+    @property
+    def fused(self) -> tuple[ReportEntry, ...]:
+        return self.with_status("fused")
+
+    @property
+    def skipped(self) -> tuple[ReportEntry, ...]:
+        return self.with_status("skipped")
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(self.with_status(s))} {s}" for s in ("fused", "merged", "skipped"))
+        width = max((len(e.name) for e in self.entries), default=0)
+        kind = max((len(e.kind) for e in self.entries), default=0)
+        rows = [f"  {e.name:<{width}}  {e.kind:<{kind}}  {e.status:<7}  {e.note}".rstrip() for e in self.entries]
+        return "\n".join([f"{counts}; runs on {self.runs_on}", *rows, f"tolerance: {self.tolerance}"])
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """List every sub-block of a known kind: fused, merged but in plain PyTorch, or skipped and why.
+
+    Works on any model, before or after :func:`repavit_ops.fuse`; it reads the modules and keeps no record.
+    """
+    entries = [entry for name, module in model.named_modules() if (entry := _entry(name, module)) is not None]
+    devices = sorted({p.device.type for p in model.parameters()})
+    return FusionReport(tuple(entries), "; ".join(_runs_on(d) for d in devices) or "no parameters")
+
+
+def _entry(name: str, module: nn.Module) -> ReportEntry | None:
+    name = name or type(module).__name__
+    if isinstance(module, TRAINING_FORMS):
+        note = "training form, slower than the vanilla block: call reparameterize() or fuse()"
+        return ReportEntry(name, type(module).__name__, "skipped", note)
+    rule = rule_of(module)
+    if rule is None:
+        return None
+    if isinstance(module, PackedWeights):
+        status: Status = "merged" if module.backend == "reference" else "fused"
+        return ReportEntry(name, rule.kind, status, _note(module))
+    return ReportEntry(name, type(module).__name__, "skipped", can_fuse(module) or "not fused: call fuse()")
+
+
+def _note(module: PackedWeights) -> str:
+    notes = []
+    if isinstance(module, PartialGELUFFN) and module.hidden is not None:
+        m, idle = module.act_channels, module.hidden - module.act_channels
+        notes.append(f"m = {m} of {module.hidden}")
+        if reparam.merging_adds_work(module.hidden, m, module.dim):
+            notes.append(f"merging {idle} idle channels (<= C/2) into a C x C matrix adds work")
+    if module.norm_eps is not None:
+        notes.append("LayerNorm core kept")
+    if module.residual:
+        notes.append("shortcut in the epilogue")
+    return ", ".join(notes)
+
+
+def _runs_on(device_type: str) -> str:
+    kernels = backends.KERNELS_OF.get(device_type)
+    if kernels is None:
+        return f"{device_type}: plain PyTorch (no kernels for this device)"
+    if (reason := backends.why_unavailable(kernels)) is not None:
+        return f"{device_type}: plain PyTorch ({reason})"
+    if kernels == "cpp":
+        return f"cpu: C++ kernels, {backends.cpu_isa()}"
+    return f"{device_type}: Triton kernels, {torch.cuda.get_device_name()}"

@@ -1,0 +1,191 @@
+"""Numerical equivalence of two models, per block and end to end, against a float64 truth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ABSOLUTE = 1e-6  # allowance beside twice eager's own error (tolerance rule of the tests)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of the candidate against the truth.
+
+    Attributes:
+        name: module that gave the tensor; "output" for the model's result.
+        max_abs: max |candidate - fp64 truth|.
+        relative: max_abs over max |truth|.
+        cosine: cosine of the flattened tensors.
+        bound: what max_abs may be: 2 max|eager - truth| + 1e-6 of the reference in the candidate's dtype, or ``atol``.
+        top1: share of images whose largest logit is the reference's; None for tensors that are no logits.
+        passed: max_abs <= bound and every value is finite where the truth is.
+    """
+
+    name: str
+    max_abs: float
+    relative: float
+    cosine: float
+    bound: float
+    top1: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Result of :func:`verify`. Truth of the object itself is :attr:`passed`; ``str()`` gives a table."""
+
+    blocks: tuple[Comparison, ...]
+    output: Comparison
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output holds the tolerance (blocks are shown to find where an error begins)."""
+        return self.output.passed
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "passed": self.passed,
+            "dtype": self.dtype,
+            "output": asdict(self.output),
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+
+    def __str__(self) -> str:
+        rows = [*self.blocks, self.output]
+        width = max(len(row.name) for row in rows)
+        lines = [f"{'PASS' if self.passed else 'FAIL'} in {self.dtype}"]
+        for row in rows:
+            top1 = "" if row.top1 is None else f"  top-1 {row.top1:.2%}"
+            mark = "ok  " if row.passed else "FAIL"
+            lines.append(
+                f"  {mark} {row.name:<{width}}  max abs {row.max_abs:.2e} (bound {row.bound:.2e})  "
+                f"relative {row.relative:.2e}  cosine {row.cosine:.9f}{top1}"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def verify(
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Tensor | Sequence[Tensor],
+    *,
+    atol: float | None = None,
+    block_types: tuple[type[nn.Module], ...] | None = None,
+) -> VerificationReport:
+    """Compare a candidate (merged, fused, cast) with its reference on real inputs.
+
+    The truth is the reference in float64. The candidate may be off by twice what the reference itself is off in the
+    candidate's dtype, plus 1e-6: ``max|candidate - fp64| <= 2 max|eager - fp64| + 1e-6``. Modules that stand under the
+    same name in both models and hold two halves of a block are compared too, in order.
+
+    Args:
+        reference: the model that is right; neither model is changed.
+        candidate: the model to check, on any device and in any dtype.
+        inputs: one tensor, or the tuple of positional arguments; float tensors are cast for each model.
+        atol: a bound of your own instead of the rule.
+        block_types: classes whose outputs are compared; default: those that hold an ``attn`` and an ``mlp``.
+
+    Raises:
+        RuntimeError: a model is in training mode.
+        ValueError: the models' outputs differ in shape or are no tensors.
+    """
+    for label, model in (("reference", reference), ("candidate", candidate)):
+        if model.training:
+            raise RuntimeError(f"{label}: in training mode, where outputs are random; call {label}.eval() first")
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    dtype, device = _place(candidate)
+    names = _common_blocks(reference, candidate, block_types)
+
+    ours = _record(candidate, arguments, names)
+    truth = _record(copy.deepcopy(reference).double(), arguments, names)
+    eager = _record(copy.deepcopy(reference).to(device=device, dtype=dtype), arguments, names)
+    rows = [_compare(name, ours[name], eager[name], truth[name], atol, name == "output") for name in ours]
+    return VerificationReport(tuple(rows[:-1]), rows[-1], str(dtype).removeprefix("torch."))
+
+
+def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    for p in model.parameters():
+        if p.is_floating_point():
+            return p.dtype, p.device
+    return torch.float32, torch.device("cpu")
+
+
+def _common_blocks(
+    reference: nn.Module, candidate: nn.Module, block_types: tuple[type[nn.Module], ...] | None
+) -> list[str]:
+    def is_block(module: nn.Module) -> bool:
+        if block_types is not None:
+            return isinstance(module, block_types)
+        return hasattr(module, "attn") and hasattr(module, "mlp")
+
+    theirs = dict(candidate.named_modules())
+    return [name for name, module in reference.named_modules() if name and is_block(module) and name in theirs]
+
+
+def _record(model: nn.Module, arguments: tuple[Tensor, ...], names: list[str]) -> dict[str, Tensor]:
+    """Outputs of the named modules and of the model ("output"), in the order they were computed."""
+    dtype, device = _place(model)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output.detach()
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        moved = (a.to(device, dtype) if a.is_floating_point() else a.to(device) for a in arguments)
+        output = model(*moved)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(output, Tensor):
+        raise ValueError(f"inputs: {type(model).__name__} returned {type(output).__name__}, wanted one tensor")
+    return {**seen, "output": output}
+
+
+def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, atol: float | None, is_output: bool) -> Comparison:
+    if ours.shape != truth.shape:
+        raise ValueError(f"{name}: candidate gives shape {list(ours.shape)}, reference {list(truth.shape)}")
+    truth = truth.cpu()
+    ours, eager = (t.to("cpu", torch.float64) for t in (ours, eager))
+    same_nonfinite = torch.equal(ours[~truth.isfinite()].isfinite(), truth[~truth.isfinite()].isfinite())
+    sane = bool(ours[truth.isfinite()].isfinite().all()) and same_nonfinite
+    error = _largest(ours - truth)
+    bound = atol if atol is not None else 2 * _largest(eager - truth) + ABSOLUTE
+    cosine = (
+        torch.nn.functional.cosine_similarity(ours.flatten(), truth.flatten(), dim=0).item() if ours.numel() else 1.0
+    )
+    top1 = None
+    if is_output and truth.dim() == 2 and truth.shape[1] > 1:
+        top1 = (ours.argmax(1) == truth.argmax(1)).double().mean().item()
+    largest = _largest(truth)
+    return Comparison(
+        name=name,
+        max_abs=error,
+        relative=error / largest if largest > 0 else error,
+        cosine=cosine,
+        bound=bound,
+        top1=top1,
+        passed=sane and error <= bound,
+    )
+
+
+def _largest(t: Tensor) -> float:
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
