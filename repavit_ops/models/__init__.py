@@ -1,6 +1,21 @@
-"""Vision Transformers built from :mod:`repavit_ops.nn`: the models of the RePaViT paper and their vanilla twins."""
+"""Vision Transformers built from :mod:`repavit_ops.nn`: the models of the papers and their vanilla twins."""
 
+from .complexity import Complexity, complexity
+from .joined import JoinedVisionTransformer
+from .lvvit import LVViT
+from .registry import create_model, list_models
+from .schedule import linear_idle_ratios
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
-__all__ = ["SwinTransformer", "VisionTransformer"]
+__all__ = [
+    "Complexity",
+    "JoinedVisionTransformer",
+    "LVViT",
+    "SwinTransformer",
+    "VisionTransformer",
+    "complexity",
+    "create_model",
+    "linear_idle_ratios",
+    "list_models",
+]

@@ -56,10 +56,8 @@ class ImageClassifier(nn.Module):
         """Replace the head by a fresh one of ``num_classes`` outputs (0: none); device and dtype stay."""
         if global_pool is not None:
             self.set_global_pool(global_pool)
-        like = next(self.parameters())
         self.num_classes = num_classes
-        self.head = self.make_head().to(device=like.device, dtype=like.dtype)
-        self.head.apply(init_linear_)
+        self.head = self.fresh_head()
 
     def set_global_pool(self, global_pool: str) -> None:
         if global_pool not in self.global_pools:
@@ -70,6 +68,11 @@ class ImageClassifier(nn.Module):
         if self.num_classes == 0:
             return nn.Identity()
         return nn.Linear(self.num_features, self.num_classes, bias=self.head_bias)
+
+    def fresh_head(self) -> nn.Module:
+        """An initialised head where the model's parameters are, in their dtype."""
+        like = next(self.parameters())
+        return self.make_head().to(device=like.device, dtype=like.dtype).apply(init_linear_)
 
     def init_weights(self) -> None:
         """Normal of standard deviation 0.02 for every Linear weight, zero for its bias; norms stay one and zero."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,24 @@ from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import PatchEmbed, pair
 from .position import resample_position
 from .schedule import block_act_channels, drop_path_rates
+
+
+def vit_block(
+    dim: int,
+    num_heads: int,
+    hidden: int,
+    act_channels: int | None,
+    form: Form,
+    *,
+    qkv_bias: bool,
+    norm_eps: float,
+    **branch: Any,
+) -> nn.Module:
+    """One block; ``branch`` is skip_lam, layer_scale and drop_path of both its halves."""
+    return Block(
+        Attention(dim, num_heads, qkv_bias=qkv_bias, norm=partial(nn.LayerNorm, eps=norm_eps), **branch),
+        feed_forward(dim, hidden, act_channels, form, norm_eps=norm_eps, **branch),
+    )
 
 
 class VisionTransformer(ImageClassifier):
@@ -41,6 +60,7 @@ class VisionTransformer(ImageClassifier):
         drop_path_rate: DropPath probability of the last block, linear from 0 at the first.
         skip_lam, layer_scale: of every residual branch, as :class:`repavit_ops.nn.Attention`.
         embed_layer: builds the patch embedding from (patch_size, in_chans, embed_dim, bias=).
+        block: builds a block from the arguments of :func:`vit_block`.
 
     Raises:
         ValueError: an argument is out of range, both idle_ratio and act_channels are given, a per-block sequence has
@@ -72,6 +92,7 @@ class VisionTransformer(ImageClassifier):
         skip_lam: float = 1.0,
         layer_scale: float | None = None,
         embed_layer: Callable[..., nn.Module] = PatchEmbed,
+        block: Callable[..., nn.Module] = vit_block,
     ) -> None:
         super().__init__(embed_dim, num_classes, global_pool=global_pool, head_bias=head_bias, drop_rate=drop_rate)
         hidden = int(embed_dim * mlp_ratio)
@@ -87,8 +108,16 @@ class VisionTransformer(ImageClassifier):
         branch = {"skip_lam": skip_lam, "layer_scale": layer_scale}
         self.blocks = nn.Sequential(
             *(
-                self.make_block(
-                    num_heads, hidden, m, form, qkv_bias=qkv_bias, norm_eps=block_norm_eps, drop_path=rate, **branch
+                block(
+                    embed_dim,
+                    num_heads,
+                    hidden,
+                    m,
+                    form,
+                    qkv_bias=qkv_bias,
+                    norm_eps=block_norm_eps,
+                    drop_path=rate,
+                    **branch,
                 )
                 for m, rate in zip(active, drop_path_rates(drop_path_rate, depth), strict=True)
             )
@@ -96,29 +125,6 @@ class VisionTransformer(ImageClassifier):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = self.make_head()
         self.init_weights()
-
-    def make_block(
-        self,
-        num_heads: int,
-        hidden: int,
-        act_channels: int | None,
-        form: Form,
-        *,
-        qkv_bias: bool,
-        norm_eps: float,
-        **branch: Any,
-    ) -> nn.Module:
-        """One block; ``branch`` is skip_lam, layer_scale and drop_path of both its halves."""
-        return Block(
-            Attention(
-                self.embed_dim,
-                num_heads,
-                qkv_bias=qkv_bias,
-                norm=lambda dim: nn.LayerNorm(dim, eps=norm_eps),
-                **branch,
-            ),
-            feed_forward(self.embed_dim, hidden, act_channels, form, norm_eps=norm_eps, **branch),
-        )
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images → tokens [B, 1 + h·w, C] in front of the blocks, and their grid (h, w)."""

@@ -1,0 +1,79 @@
+"""LV-ViT: a plain ViT with a convolutional stem, scaled residuals and a second head over the patch tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import init_linear_
+from .patch_embed import check_divisible
+from .vit import VisionTransformer
+
+STEM_CHANNELS = 64
+AUX_WEIGHT = 0.5  # of the strongest patch token's logits beside the class token's
+
+
+class ConvStem(nn.Module):
+    """7x7 stride 2, 3x3, 3x3, each with BatchNorm and ReLU, then a projection of (patch / 2)² pixels.
+
+    Shapes:
+        x        [B, in_chans, H, W]
+        returns  [B, dim, H / patch, W / patch]
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, bias: bool = True) -> None:
+        super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"patch_size: got {patch_size}, wanted an even number, since the stem halves the image")
+        self.patch_size = patch_size
+        for index, (chans, kernel, stride) in enumerate(
+            ((in_chans, 7, 2), (STEM_CHANNELS, 3, 1), (STEM_CHANNELS, 3, 1))
+        ):
+            conv = nn.Conv2d(chans, STEM_CHANNELS, kernel, stride=stride, padding=kernel // 2, bias=False)
+            self.add_module(f"conv{index + 1}", conv)
+            self.add_module(f"bn{index + 1}", nn.BatchNorm2d(STEM_CHANNELS))
+        half = patch_size // 2
+        self.proj = nn.Conv2d(STEM_CHANNELS, dim, kernel_size=half, stride=half, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_divisible(x, self.patch_size)
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(bn(conv(x)))
+        return self.proj(x)
+
+
+class LVViT(VisionTransformer):
+    """LV-ViT: logits are those of the class token plus half the maximum over patch tokens of the auxiliary head's.
+
+    Token labelling trains both heads: take their logits from :meth:`forward_dense`.
+
+    Args:
+        config: of :class:`VisionTransformer`; here by default ρ = 3, λ = 2, no qkv bias, every LayerNorm eps 1e-5.
+    """
+
+    global_pools = ("token",)
+
+    def __init__(self, **config: Any) -> None:
+        defaults = {"mlp_ratio": 3.0, "qkv_bias": False, "pre_norm": False, "norm_eps": 1e-5, "skip_lam": 2.0}
+        super().__init__(**{**defaults, "embed_layer": ConvStem, **config})
+        self.aux_head = self.make_head().apply(init_linear_)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits or self.num_classes == 0:
+            return self.pool(x)
+        logits, token_logits = self._heads(x)
+        return logits + AUX_WEIGHT * token_logits.amax(dim=1)
+
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images → logits of the class token [B, num_classes] and of the patch tokens [B, h·w, num_classes]."""
+        return self._heads(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head = self.fresh_head()
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.head_drop(x)
+        return self.head(x[:, 0]), self.aux_head(x[:, 1:])
