@@ -6,6 +6,7 @@ from .lvvit import LVViT
 from .registry import create_model, list_models
 from .schedule import linear_idle_ratios
 from .swin import SwinTransformer
+from .timm_registry import install as install_timm_registry
 from .vit import VisionTransformer
 
 __all__ = [
@@ -19,3 +20,5 @@ __all__ = [
     "linear_idle_ratios",
     "list_models",
 ]
+
+install_timm_registry()

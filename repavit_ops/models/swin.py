@@ -205,7 +205,14 @@ class SwinTransformer(ImageClassifier):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the stem and of the blocks (read by timm's layer-wise learning rates)."""
-        blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm\.", (99999,))]
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
+        previous = (99999,)  # timm's mark for "with the group before"
+        blocks = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.downsample", previous),
+            (r"^norm\.", previous),
+        ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
 

@@ -1,0 +1,21 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+
+# timm imports torchvision, whose wheels for other torch builds lack the operators that this module describes
+TORCHVISION_STUB = "torchvision._meta_registrations"
+
+
+@pytest.fixture(scope="session")
+def timm() -> types.ModuleType:
+    """timm with a torchvision that imports without its compiled operators; skips where timm is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install timm")
+    sys.modules.setdefault(TORCHVISION_STUB, types.ModuleType(TORCHVISION_STUB))
+    return importlib.import_module("timm")
