@@ -116,12 +116,11 @@ class JoinedBranches(ResidualBranch):
 
     # --- training form: weights, not activations, are folded and mixed ------------------------------------------------
 
-    def fold_norm(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``W_b diag(γ_b)`` and ``bias_b + W_b β_b`` for stacked weight [B, out, dim] and bias [B, out] or None."""
+    def fold_norm(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """``W_b diag(γ_b)`` and ``bias_b + W_b β_b`` for stacked weight [B, out, dim] and bias [B, out]."""
         if self.norm_weight is None or self.norm_bias is None:
             return weight, bias
-        shift = (weight @ self.norm_bias.unsqueeze(-1)).squeeze(-1)
-        return weight * self.norm_weight.unsqueeze(1), shift if bias is None else bias + shift
+        return weight * self.norm_weight.unsqueeze(1), bias + (weight @ self.norm_bias.unsqueeze(-1)).squeeze(-1)
 
     def mix(self, t: Tensor) -> Tensor:
         """``(1 - α) t_b + α κ Σ t`` of a stack [B, ...]."""

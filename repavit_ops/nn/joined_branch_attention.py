@@ -28,7 +28,7 @@ class Operands(NamedTuple):
     """What one call of the attention core takes: the branches laid out as heads."""
 
     w_qkv: Tensor
-    b_qkv: Tensor | None
+    b_qkv: Tensor
     w_proj: Tensor
     num_heads: int
     d_qk: int
@@ -115,46 +115,56 @@ class JoinedBranchAttention(JoinedBranches):
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         z = self.norm(x)
-        w, b = self.fold_norm(self.qkv_weight, self.qkv_bias)
-        ops = self._joined(w, b) if self.join == 1 else self._apart(w, b)
-        qkv = F.linear(z, ops.w_qkv, ops.b_qkv)
+        b_qkv = self.qkv_weight.new_zeros(self.qkv_weight.shape[:2]) if self.qkv_bias is None else self.qkv_bias
+        w, b = self.fold_norm(self.qkv_weight, b_qkv)
+        core = self._joined(w, b) if self.join == 1 else self._apart(w, b)
+        qkv = F.linear(z, core.w_qkv, core.b_qkv)
         if self.join < 1:
-            attn_bias = self._branch_bias(qkv, attn_bias)
-        o = attention_core(qkv, attn_bias, ops.num_heads, ops.d_qk, ops.scale)
-        y = F.linear(o, ops.w_proj, self.proj_bias.sum(0))
+            if self.joins_scores and self.join > 0:
+                qkv, attn_bias = self._join_scores(qkv, attn_bias)
+            attn_bias = self._repeat_heads(attn_bias)
+        o = attention_core(qkv, attn_bias, core.num_heads, core.d_qk, core.scale)
+        y = F.linear(o, core.w_proj, self.proj_bias.sum(0))
         if self.bypass is not None:
             y = y + self.bypass(z)
         return self.close(x, y)
 
-    def _joined(self, w: Tensor, b: Tensor | None) -> Operands:
+    def _joined(self, w: Tensor, b: Tensor) -> Operands:
         """α = 1: h heads, of one branch's width (A) or with the branches side by side inside each head (B)."""
         if not self.joins_scores:
-            b = None if b is None else self.kappa * b.sum(0)
-            return Operands(self.kappa * w.sum(0), b, self.proj_weight.sum(0), self.num_heads, self.d_qk, self.scale)
-        w, b = (None if t is None else self._heads(t).movedim(0, 2).flatten(0, 3) for t in (w, b))
+            w, b, w_proj = self.kappa * w.sum(0), self.kappa * b.sum(0), self.proj_weight.sum(0)
+            return Operands(w, b, w_proj, self.num_heads, self.d_qk, self.scale)
+        w, b = (self._heads(t).movedim(0, 2).flatten(0, 3) for t in (w, b))
         w_proj = self.proj_weight.unflatten(2, (self.num_heads, self.d_qk)).movedim(0, 2).flatten(1)
         return Operands(w, b, w_proj, self.num_heads, self.branches * self.d_qk, self.kappa * self.scale)
 
-    def _apart(self, w: Tensor, b: Tensor | None) -> Operands:
-        """α < 1: B·h heads, branch by branch; join A mixes their weights, join B their scores (`_branch_bias`)."""
+    def _apart(self, w: Tensor, b: Tensor) -> Operands:
+        """α < 1: B·h heads, branch by branch; join A mixes their weights, join B their scores (`_join_scores`)."""
         if not self.joins_scores:
-            w, b = self.mix(w), None if b is None else self.mix(b)
-        w, b = (None if t is None else self._heads(t).transpose(0, 1).flatten(0, 3) for t in (w, b))
+            w, b = self.mix(w), self.mix(b)
+        w, b = (self._heads(t).transpose(0, 1).flatten(0, 3) for t in (w, b))
         w_proj = self.proj_weight.movedim(0, 1).flatten(1)
-        scale = (1 - self.join) * self.scale if self.joins_scores else self.scale
-        return Operands(w, b, w_proj, self.branches * self.num_heads, self.d_qk, scale)
+        return Operands(w, b, w_proj, self.branches * self.num_heads, self.d_qk, self.scale)
 
     def _heads(self, t: Tensor) -> Tensor:
         """[B, 3·dim, ...] → [B, 3, h, d, ...]."""
         return t.unflatten(1, (3, self.num_heads, self.d_qk))
 
-    def _branch_bias(self, qkv: Tensor, attn_bias: Tensor | None) -> Tensor | None:
-        """attn_bias for the B·h heads, with the joint scores ``α κ Σ s`` [N, h, T, T] of join B added to it."""
-        if self.joins_scores and self.join > 0:
-            qk = qkv[..., : 2 * self.branches * self.dim].unflatten(-1, (2, self.branches, self.num_heads, self.d_qk))
-            q, k = qk.permute(2, 0, 4, 1, 3, 5).flatten(4)  # d_qk = B·d: its product is the sum over branches
-            joint = (self.join * self.kappa * self.scale * q) @ k.transpose(-1, -2)
-            attn_bias = joint if attn_bias is None else joint + attn_bias
+    def _join_scores(self, qkv: Tensor, attn_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Join B below α = 1: scores ``(1 - α) s_b`` from scaled queries, and ``α κ Σ s`` [N, h, T, T] as a bias.
+
+        Concatenating ``[c_bb' k_b']`` instead needs no bias but B times the work in q kᵀ. The queries are scaled, not
+        the scores' factor: a compiled graph would be rebuilt for each value of that one.
+        """
+        width = self.branches * self.dim
+        qk = qkv[..., : 2 * width].unflatten(-1, (2, self.branches, self.num_heads, self.d_qk))
+        q, k = qk.permute(2, 0, 4, 1, 3, 5).flatten(4)  # heads B·d wide: their product sums over the branches
+        joint = (self.join * self.kappa * self.scale * q) @ k.transpose(-1, -2)
+        qkv = torch.cat(((1 - self.join) * qkv[..., :width], qkv[..., width:]), dim=-1)
+        return qkv, joint if attn_bias is None else joint + attn_bias
+
+    def _repeat_heads(self, attn_bias: Tensor | None) -> Tensor | None:
+        """attn_bias of h heads for the B·h heads of the branches."""
         if attn_bias is None or attn_bias.dim() < 3 or attn_bias.shape[-3] == 1:
             return attn_bias
         return torch.cat([attn_bias] * self.branches, dim=-3)
