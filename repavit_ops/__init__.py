@@ -1,5 +1,38 @@
-"""repavit_ops: train, merge, fuse and verify reparameterized Vision Transformers."""
+"""repavit_ops: train, merge, fuse and verify reparameterized Vision Transformers.
 
+    model = repavit_ops.load_checkpoint("repa_deit_base.pth", num_heads=12, idle_ratio=0.75)
+    fast = repavit_ops.fuse(model)
+
+Importing never fails because a backend is missing and never asks the hardware; ``python -m repavit_ops info`` says what
+is available and why the rest is not.
+"""
+
+from . import models, nn, ops, reparam
+from .folding import can_fuse
+from .fusing import fuse, reparameterize
+from .models import create_model, list_models
+from .models.checkpoints import load_checkpoint, save_checkpoint
+from .nn import set_join
+from .report import FusionReport, fusion_report
+from .verification import VerificationReport, verify
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "FusionReport",
+    "VerificationReport",
+    "__version__",
+    "can_fuse",
+    "create_model",
+    "fuse",
+    "fusion_report",
+    "list_models",
+    "load_checkpoint",
+    "models",
+    "nn",
+    "ops",
+    "reparam",
+    "reparameterize",
+    "save_checkpoint",
+    "set_join",
+    "verify",
+]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from .branch import ResidualBranch
+
+CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, ResidualBranch)
+
 
 def require_eval(module: nn.Module) -> None:
-    """Raise RuntimeError, naming the submodule and the fix, unless every submodule is in evaluation mode."""
+    """Raise RuntimeError, naming the submodule and the fix, if the module or a part that this changes is in training."""
     for name, child in module.named_modules():
-        if child.training:
+        if child.training and (not name or isinstance(child, CHANGED_BY_TRAINING)):
             where = f"its submodule {name!r}" if name else "it"
             raise RuntimeError(
                 f"{type(module).__name__} cannot be merged: {where} is in training mode, where BatchNorm uses batch "
