@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -33,7 +33,7 @@ def feed_forward(
         norm_eps: of the vanilla FFN's LayerNorm.
         skip_lam, layer_scale, drop_path: as :class:`FFN`.
     """
-    branch = {"skip_lam": skip_lam, "layer_scale": layer_scale, "drop_path": drop_path}
+    branch: dict[str, Any] = {"skip_lam": skip_lam, "layer_scale": layer_scale, "drop_path": drop_path}
     if act_channels is None:
         return FFN(dim, hidden, norm_eps=norm_eps, **branch)
     if form == "training":

@@ -28,12 +28,9 @@ class ConvStem(nn.Module):
         if patch_size % 2:
             raise ValueError(f"patch_size: got {patch_size}, wanted an even number, since the stem halves the image")
         self.patch_size = patch_size
-        for index, (chans, kernel, stride) in enumerate(
-            ((in_chans, 7, 2), (STEM_CHANNELS, 3, 1), (STEM_CHANNELS, 3, 1))
-        ):
-            conv = nn.Conv2d(chans, STEM_CHANNELS, kernel, stride=stride, padding=kernel // 2, bias=False)
-            self.add_module(f"conv{index + 1}", conv)
-            self.add_module(f"bn{index + 1}", nn.BatchNorm2d(STEM_CHANNELS))
+        self.conv1, self.bn1 = _conv(in_chans, kernel=7, stride=2), nn.BatchNorm2d(STEM_CHANNELS)
+        self.conv2, self.bn2 = _conv(STEM_CHANNELS, kernel=3), nn.BatchNorm2d(STEM_CHANNELS)
+        self.conv3, self.bn3 = _conv(STEM_CHANNELS, kernel=3), nn.BatchNorm2d(STEM_CHANNELS)
         half = patch_size // 2
         self.proj = nn.Conv2d(STEM_CHANNELS, dim, kernel_size=half, stride=half, bias=bias)
 
@@ -42,6 +39,10 @@ class ConvStem(nn.Module):
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(bn(conv(x)))
         return self.proj(x)
+
+
+def _conv(in_chans: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, STEM_CHANNELS, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 class LVViT(VisionTransformer):

@@ -191,7 +191,8 @@ class SwinTransformer(ImageClassifier):
         wanted = take_indices(len(self.layers), indices)
         x = self.patch_embed(x)
         maps: dict[int, Tensor] = {}
-        for index, stage in enumerate(self.layers):
+        stage: SwinStage
+        for index, stage in enumerate(self.layers):  # type: ignore[assignment]
             x = stage.blocks(x)
             if index in wanted:
                 last = norm and index == len(self.layers) - 1

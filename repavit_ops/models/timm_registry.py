@@ -85,7 +85,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             raise RuntimeError(f"{name}: pretrained=True, but no weights are published; load a checkpoint of your own")
         model = create_model(name, **kwargs)
         given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
-        model.pretrained_cfg = model.default_cfg = {
+        model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             "architecture": name,
             **default_cfgs[name],
             **given,
