@@ -1,0 +1,84 @@
+"""verify(): passes what is equal, fails what is not, and says where the error begins."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from model_helpers import images, tiny_swin, tiny_vit
+
+import repavit_ops
+
+
+@pytest.mark.parametrize(("build", "size"), [(tiny_vit, 32), (tiny_swin, 64)], ids=["vit", "swin"])
+def test_equal_models_pass_with_a_row_per_block(build, size):
+    model = build()
+    report = repavit_ops.verify(model, repavit_ops.fuse(model), images(3, size))
+    assert report
+    assert report.output.top1 == 1.0
+    assert report.output.cosine == pytest.approx(1.0)
+    blocks = [name for name, m in model.named_modules() if hasattr(m, "attn") and hasattr(m, "mlp")]
+    assert [block.name for block in report.blocks] == blocks
+    assert "PASS in float32" in str(report)
+
+
+def test_a_spoilt_weight_fails_and_the_first_bad_row_is_its_block():
+    model = tiny_vit(depth=3)
+    fused = repavit_ops.fuse(model)
+    with torch.no_grad():
+        fused.blocks[1].mlp.w_in[0, 0] += 1e-2
+    report = repavit_ops.verify(model, fused, images())
+    assert not report
+    assert [block.passed for block in report.blocks] == [True, False, False]
+    assert "FAIL" in str(report)
+
+
+def test_not_a_number_fails():
+    model = tiny_vit()
+    fused = repavit_ops.fuse(model)
+    with torch.no_grad():
+        fused.head.bias[0] = float("nan")
+    assert not repavit_ops.verify(model, fused, images())
+
+
+def test_a_dropped_bias_fails_in_low_precision_too():
+    model = tiny_vit()
+    fused = repavit_ops.fuse(model, dtype=torch.bfloat16)
+    assert repavit_ops.verify(model, fused, images())
+    with torch.no_grad():
+        fused.blocks[0].attn.b_proj.zero_()
+    assert not repavit_ops.verify(model, fused, images())
+
+
+def test_own_bound_replaces_the_rule():
+    model = tiny_vit()
+    fused = repavit_ops.fuse(model)
+    assert not repavit_ops.verify(model, fused, images(), atol=0.0)
+    assert repavit_ops.verify(model, fused, images(), atol=1e-3)
+
+
+def test_models_are_left_as_they_were():
+    model = tiny_vit()
+    fused = repavit_ops.fuse(model)
+    before = copy.deepcopy(model.state_dict())
+    repavit_ops.verify(model, fused, images())
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in (*model.modules(), *fused.modules()))
+
+
+def test_report_is_plain_data():
+    model = tiny_vit()
+    report = repavit_ops.verify(model, repavit_ops.fuse(model), (images(),))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["passed"] is True
+    assert len(data["blocks"]) == 2
+
+
+def test_training_mode_and_unlike_outputs_are_named():
+    model = tiny_vit()
+    with pytest.raises(RuntimeError, match=r"candidate: in training mode.*candidate\.eval\(\)"):
+        repavit_ops.verify(model, tiny_vit().train(), images())
+    with pytest.raises(ValueError, match=r"output: candidate gives shape \[2, 7\], reference \[2, 10\]"):
+        repavit_ops.verify(model, tiny_vit(num_classes=7), images())
