@@ -174,3 +174,16 @@ def test_bad_options_are_named():
         ops.partial_gelu_ffn(*tensors, backend="cuda")
     with pytest.raises(ValueError, match="'triton' runs on cuda tensors"):
         ops.partial_gelu_ffn(*tensors, backend="triton")
+
+
+def test_meta_tensors_give_shapes():
+    tensors = tuple(t.to("meta") for t in operands(3, 8, 5))
+    assert ops.partial_gelu_ffn(*tensors).shape == (3, 8)
+
+
+def test_mixed_floats_pass_the_checks_under_autocast_only():
+    x, *weights = cast(operands(3, 8, 5), torch.float32)
+    with pytest.raises(ValueError, match="cast one with"):
+        ops.partial_gelu_ffn(x.bfloat16(), *weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.partial_gelu_ffn(x.bfloat16(), *weights).dtype == torch.bfloat16

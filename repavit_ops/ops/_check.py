@@ -20,14 +20,17 @@ def same_kind(x: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless every tensor is a float of x's dtype on x's device."""
     if x.dtype not in FLOATS:
         raise ValueError(f"x: got {x.dtype}, wanted float32, bfloat16, float16 or float64; cast it with x.to(...)")
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name, t in others.items():
         if t is None:
             continue
         if t.device != x.device:
             raise ValueError(f"{name}: on {t.device}, but x is on {x.device}; move one with .to(...)")
-        if t.dtype != x.dtype and not (autocast and t.dtype in FLOATS):
+        if t.dtype != x.dtype and not (t.dtype in FLOATS and _autocast_casts(x.device.type)):
             raise ValueError(f"{name}: got {t.dtype}, but x is {x.dtype}; cast one with .to(...)")
+
+
+def _autocast_casts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def norm(norm_eps: float | None) -> None:
