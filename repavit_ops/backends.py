@@ -46,12 +46,18 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "cpp":
         return _cpp_failure
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed: pip install triton (Linux only)"
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible to torch"
-        return None
+        return _triton_failure()
     raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+
+
+def _triton_failure() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux only)"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    from . import kernels
+
+    return None if kernels.OPERATORS else "this version of repavit_ops has no Triton kernels"
 
 
 def cpu_isa() -> str:
