@@ -1,0 +1,66 @@
+#include "arena.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#include <unistd.h>
+
+namespace repavit {
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct Arena {
+  std::unique_ptr<void, Free> memory;
+  size_t capacity = 0;
+};
+
+}  // namespace
+
+void* thread_arena(size_t bytes) {
+  thread_local Arena arena;
+  if (bytes > arena.capacity) {
+    const size_t page = bytes >= kHugePage ? kHugePage : kCacheLine;
+    const size_t capacity = (bytes + page - 1) / page * page;
+    arena.memory.reset();  // before the new one exists: the old content is not wanted
+    arena.capacity = 0;
+    arena.memory.reset(std::aligned_alloc(page, capacity));
+    if (!arena.memory) throw std::bad_alloc();
+    arena.capacity = capacity;
+    advise_huge_pages(arena.memory.get(), capacity);
+  }
+  return arena.memory.get();
+}
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+size_t l2_cache_bytes() {
+  static const size_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (known > 0) return static_cast<size_t>(known);
+#endif
+    return size_t{1} << 20;
+  }();
+  return bytes;
+}
+
+}  // namespace repavit

@@ -1,0 +1,95 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace repavit {
+namespace {
+
+constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+#if defined(__x86_64__)
+
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // zeros where the leaf does not exist
+  return r;
+}
+
+bool has(unsigned value, unsigned mask) { return (value & mask) == mask; }
+
+// Register files that the operating system saves on a context switch; CPUID alone says nothing about it.
+unsigned xcr0() {
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+#endif
+
+}  // namespace
+
+const char* isa_name(int level) { return kNames[level]; }
+
+int supported_level() {
+#if defined(__x86_64__)
+  constexpr unsigned kOsxsave = 1u << 27, kAvx = 1u << 28, kFma = 1u << 12, kF16c = 1u << 29;
+  constexpr unsigned kAvx2Bit = 1u << 5, kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
+  constexpr unsigned kYmmState = 0x06, kZmmState = 0xe6, kBf16Bit = 1u << 5;
+
+  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0);
+  if (!has(basic.ecx, kOsxsave | kAvx | kFma | kF16c) || !has(extended.ebx, kAvx2Bit)) return kScalar;
+  const unsigned saved = xcr0();
+  if (!has(saved, kYmmState)) return kScalar;
+  if (!has(saved, kZmmState) || !has(extended.ebx, kF | kDq | kBw | kVl)) return kAvx2;
+  const bool bf16_dot = extended.eax >= 1 && has(cpuid(7, 1).eax, kBf16Bit);  // leaf 7.0 EAX: last subleaf
+  return bf16_dot ? kAvx512Bf16 : kAvx512;
+#else
+  return kScalar;
+#endif
+}
+
+int lowered_level(const char* wanted) {
+  const int supported = supported_level();
+  if (wanted == nullptr || *wanted == '\0') return supported;
+  for (int level = 0; level < kIsaLevels; ++level) {
+    if (std::strcmp(wanted, kNames[level]) == 0) return level < supported ? level : supported;
+  }
+  throw std::runtime_error(std::string("REPAVIT_CPU_ISA: got '") + wanted +
+                           "', wanted one of scalar, avx2, avx512, avx512_bf16 (it only ever lowers the level)");
+}
+
+int isa_level() {
+  static const int level = lowered_level(std::getenv("REPAVIT_CPU_ISA"));
+  return level;
+}
+
+Kernels kernels_at(int level) {
+  Kernels table{};
+  scalar::install(table);
+#if defined(__x86_64__)
+  if (level >= kAvx2) avx2::install(table);
+  if (level >= kAvx512) avx512::install(table);
+  if (level >= kAvx512Bf16) avx512_bf16::install(table);
+#else
+  (void)level;
+#endif
+  return table;
+}
+
+const Kernels& kernels() {
+  static const Kernels table = kernels_at(isa_level());
+  return table;
+}
+
+}  // namespace repavit

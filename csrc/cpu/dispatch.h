@@ -1,0 +1,30 @@
+// Chooses the instruction-set level once, at the first call that needs it: CPUID, XCR0 and REPAVIT_CPU_ISA.
+#pragma once
+
+#include "kernels.h"
+
+namespace repavit {
+
+// Each level writes the entries it has something better for; levels are applied in order, lowest first.
+namespace scalar { void install(Kernels&); }
+namespace avx2 { void install(Kernels&); }
+namespace avx512 { void install(Kernels&); }
+namespace avx512_bf16 { void install(Kernels&); }
+
+const char* isa_name(int level);
+
+// Highest level that this build contains and this machine can run. Asks CPUID every time.
+int supported_level();
+
+// supported_level(), lowered by `wanted` ("scalar", "avx2", ...; null or empty: not at all).
+// Throws std::runtime_error if `wanted` is no level's name.
+int lowered_level(const char* wanted);
+
+// Level in use: lowered_level(getenv("REPAVIT_CPU_ISA")), decided at the first successful call.
+int isa_level();
+
+// Functions of one level <= supported_level(), and of the level in use.
+Kernels kernels_at(int level);
+const Kernels& kernels();
+
+}  // namespace repavit

@@ -1,0 +1,178 @@
+// C = epilogue(sum over segments of A Bᵀ): A row-major and never packed, B in panels (kernels.h), C touched once.
+//
+// A tile of C stays in registers for the whole of K, so there is no K blocking and nothing is read back. The epilogue is
+// a functor that receives each finished row of the tile in registers and does what it likes: bias, activation, residual,
+// conversion, any layout of the store.
+#pragma once
+
+#include "simd-inl.h"
+#include "tile.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// One left operand: rows of `depth` elements, row r at data + r * stride (elements). Where kInterleave<T> is 2 and depth
+// is odd, one more element per row is read and must be finite (it meets a zero of the panel).
+template <class T>
+struct Rows {
+  const T* data;
+  ptrdiff_t stride;
+  ptrdiff_t depth;
+};
+
+// How one group of kInterleave<T> consecutive k enters the accumulator.
+template <class T>
+struct Dot;
+
+template <class E>
+struct PlainDot {
+  using S = Simd<E>;
+  using V = typename S::V;
+  using Left = V;
+  using Right = V;
+  static REPAVIT_INLINE Left left(const E* a) { return S::broadcast(*a); }
+  static REPAVIT_INLINE Right right(const E* b) { return S::load(b); }
+  static REPAVIT_INLINE void accumulate(V& acc, Left a, Right b) { S::accumulate(acc, a, b); }
+};
+template <>
+struct Dot<float> : PlainDot<float> {};
+#if REPAVIT_ISA_LEVEL == 0
+template <>
+struct Dot<double> : PlainDot<double> {};
+#endif
+
+// Groups of k in `depth` elements.
+template <class T>
+REPAVIT_INLINE ptrdiff_t groups_of(ptrdiff_t depth) {
+  return (depth + kInterleave<T> - 1) / kInterleave<T>;
+}
+
+// Elements of one panel over the given depth: the distance from a panel to the next, or to what is stacked below it.
+template <class T>
+REPAVIT_INLINE ptrdiff_t panel_elements(ptrdiff_t depth) {
+  return groups_of<T>(depth) * kInterleave<T> * kPanelColumns;
+}
+
+template <class T, int kRows, int kVectors>
+struct Tile {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  using D = Dot<T>;
+  static constexpr int kStep = kInterleave<T>;
+  static constexpr int kPanelRow = kPanelColumns * kStep;
+  // Rows are addressed as base + {0, 1, 2} * stride from every third row: a pointer for each would not fit in the
+  // integer registers and cost a reload per product.
+  static constexpr int kBases = (kRows + 2) / 3;
+  static constexpr int kUnroll = 4;
+  static constexpr int kPrefetchBytes = 4096;
+
+  V acc[kRows][kVectors];
+
+  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row.
+  static REPAVIT_INLINE const T* opaque(const T* p) {
+    __asm__("" : "+r"(p));
+    return p;
+  }
+
+  REPAVIT_INLINE void clear() {
+    REPAVIT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      REPAVIT_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = S::zero();
+    }
+  }
+
+  // One group of k: kRows x kVectors products, then on to the next k.
+  REPAVIT_INLINE void step(const T* (&base)[kBases], ptrdiff_t stride, const T* b) {
+    typename D::Right right[kVectors];
+    REPAVIT_UNROLL
+    for (int v = 0; v < kVectors; ++v) right[v] = D::right(b + v * S::kLanes * kStep);
+    REPAVIT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const typename D::Left left = D::left(base[r / 3] + (r % 3) * stride);
+      REPAVIT_UNROLL
+      for (int v = 0; v < kVectors; ++v) D::accumulate(acc[r][v], left, right[v]);
+    }
+    REPAVIT_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + kStep);
+  }
+
+  // Adds A B over one segment; b is the first group's panel row.
+  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b) {
+    const T* base[kBases];
+    REPAVIT_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = opaque(a.data + 3 * i * a.stride);
+    const ptrdiff_t groups = groups_of<T>(a.depth);
+    ptrdiff_t k = 0;
+    for (; k + kUnroll <= groups; k += kUnroll) {
+      REPAVIT_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        for (int line = 0; line < kVectors * S::kLanes * kStep * static_cast<int>(sizeof(T)); line += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(b + u * kPanelRow) + kPrefetchBytes + line);
+        }
+        step(base, a.stride, b + u * kPanelRow);
+      }
+      b += kUnroll * kPanelRow;
+    }
+    for (; k < groups; ++k, b += kPanelRow) step(base, a.stride, b);
+  }
+};
+
+// One tile: rows [row, row + kRows) of C, `valid` columns from `col` on (1 <= valid <= kVectors * kLanes).
+// panel points at that column of the panel. Segment i's panel part stands on segment i + 1's.
+template <int kRows, int kVectors, class T, class Epilogue>
+__attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, const T* panel, ptrdiff_t row, ptrdiff_t col,
+                                        int valid, const Epilogue& epilogue) {
+  Tile<T, kRows, kVectors> tile;
+  tile.clear();
+  for (int s = 0; s < count; ++s) {
+    tile.accumulate({segments[s].data + row * segments[s].stride, segments[s].stride, segments[s].depth}, panel);
+    panel += panel_elements<T>(segments[s].depth);
+  }
+  REPAVIT_UNROLL
+  for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
+}
+
+template <int kMaxRows, int kVectors, class T, class Epilogue>
+REPAVIT_INLINE void choose_rows(int rows, const Rows<T>* segments, int count, const T* panel, ptrdiff_t row,
+                                ptrdiff_t col, int valid, const Epilogue& epilogue) {
+  if (rows == kMaxRows) return run_tile<kMaxRows, kVectors>(segments, count, panel, row, col, valid, epilogue);
+  if constexpr (kMaxRows > 1) {
+    choose_rows<kMaxRows - 1, kVectors>(rows, segments, count, panel, row, col, valid, epilogue);
+  }
+}
+
+// gemm_<T>: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` segments stacked in the same panels.
+//
+// panels: ceil(columns / 32) panels, panel_stride elements apart. Each panel meets all rows before the next, so it comes
+// from outer memory once. Rows go in tiles of nearly equal height: 15 rows are 8 + 7, never 14 + 1.
+//
+// Epilogue: called once per row and group of columns of C as
+//     template <int N> void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const
+// with columns [col, col + valid) of the row in acc, valid <= N * kLanes; lanes from `valid` on are finite rubbish if A
+// is finite (zero weights) and must not be stored beyond C. Mark operator() always_inline: acc lives in registers.
+template <class T, class Epilogue>
+void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
+          ptrdiff_t columns, const Epilogue& epilogue) {
+  constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
+  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panels += panel_stride) {
+    const ptrdiff_t end = first + kPanelColumns < columns ? first + kPanelColumns : columns;
+    for (ptrdiff_t col = first; col < end; col += kWide) {
+      const T* panel = panels + (col - first) * kInterleave<T>;
+      const int valid = static_cast<int>(end - col < kWide ? end - col : kWide);
+      for (ptrdiff_t t = 0; t < tiles; ++t) {
+        const ptrdiff_t row = rows * t / tiles;
+        const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+        if (valid > kLanes) {
+          choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue);
+        } else {
+          choose_rows<kTileRows, 1>(height, segments, count, panel, row, col, valid, epilogue);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

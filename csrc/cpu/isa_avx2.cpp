@@ -1,0 +1,14 @@
+// Level "avx2": AVX2, FMA and F16C (-mavx2 -mfma -mf16c).
+#define REPAVIT_ISA avx2
+#define REPAVIT_ISA_LEVEL 1
+
+#include "dispatch.h"
+#include "partial_gelu_ffn-inl.h"
+
+namespace repavit {
+namespace avx2 {
+
+void install(Kernels& table) { table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>; }
+
+}  // namespace avx2
+}  // namespace repavit

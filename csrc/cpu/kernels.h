@@ -1,0 +1,98 @@
+// The CPU kernels as plain C++: argument structs, packed layouts and the table of function pointers.
+//
+// No torch, no STL: this header is seen by every per-ISA file, by the binding and by the sanitizer driver.
+// Sizes and strides count elements; pointers need the alignment of their element only; outputs alias no input.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace repavit {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+enum DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kDTypes };
+
+// Instruction-set levels, each containing those before it. Also what the operator cpu_isa() returns.
+enum IsaLevel : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kIsaLevels };
+
+// Whose threads the kernels run on: libtorch's pool in the extension, a toy one in the C++ driver.
+struct Pool {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  int threads;  // how many of them may run at once, >= 1
+  // Calls body on disjoint ranges that cover [0, count), in any order and on any thread, and returns when all are done.
+  // A nested call may run serially: nothing here waits for another range.
+  void (*run)(int64_t count, Body body, void* context);
+};
+
+// ---- Packed weights -------------------------------------------------------------------------------------------------
+// A matrix W [N, K], used as x Wᵀ, is stored as ceil(N / 32) panels of 32 columns of Wᵀ; each panel is [K][32], so that
+// the microkernel reads it front to back. bf16 keeps pairs of k together, [ceil(K / 2)][32][2], as vdpbf16ps wants them.
+// Missing columns and the odd k are zeros. The layout depends on the dtype, never on the ISA level.
+constexpr int kPanelColumns = 32;
+
+// Consecutive k that are interleaved in a panel of this dtype.
+template <class T>
+constexpr int kInterleave = 1;
+template <>
+constexpr int kInterleave<bf16> = 2;
+
+// First 64 bytes of a packed FFN. Panels of w_in (N = m, K = C) follow at once, then the output panels (N = C), in which
+// w_out (K = m) stands on top of w_merged (K = C): one accumulation over [H | Z] gives both terms.
+struct PackedFfnHeader {
+  char magic[8];  // kPackedFfnMagic, version included
+  int32_t dtype;  // DType
+  int32_t has_merged;
+  int64_t channels;  // C
+  int64_t active;    // m
+  int64_t bytes;     // of the whole buffer
+  char reserved[24];
+};
+static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
+constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
+
+// ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
+// y = gelu(z W_inᵀ + b_in) W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x],  z = x or its LayerNorm core.
+struct PartialGeluFfnArgs {
+  int64_t rows, channels, active;  // M, C, m; any may be 0
+  const void* x;                   // [M, C] of T, row r at x + r * x_stride
+  int64_t x_stride;                // elements, any value
+  const void* packed;              // PackedFfnHeader and panels, of the same T, C and m
+  const void* b_in;                // [m] of T, or null
+  const void* bias;                // [C] of T, or null
+  void* y;                         // [M, C] of T, contiguous; every element is written
+  double norm_eps;                 // read when normalize
+  bool normalize;                  // z = core(x, norm_eps)
+  bool residual;                   // add x, in the accumulator's precision
+  bool tanh_gelu;                  // GELU by tanh instead of erf
+};
+
+// Weights in nn.Linear layout, contiguous: w_in [m, C], w_out [C, m], w_merged [C, C] or null.
+struct PartialGeluFfnWeights {
+  int64_t channels, active;
+  const void* w_in;
+  const void* w_out;
+  const void* w_merged;
+};
+
+struct PartialGeluFfnMutableWeights {
+  void* w_in;
+  void* w_out;
+  void* w_merged;  // null unless the header says has_merged
+};
+
+// One level's functions; a null entry is a dtype that no level up to this one serves.
+struct Kernels {
+  void (*partial_gelu_ffn[kDTypes])(const PartialGeluFfnArgs&, const Pool&);
+  int64_t (*partial_gelu_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);
+  // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
+  void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);
+  void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const PartialGeluFfnMutableWeights&, const Pool&);
+};
+
+}  // namespace repavit

@@ -1,0 +1,53 @@
+// LayerNorm without affine: out = (x - mean) / sqrt(var + eps), two passes over a row that stays in L1.
+#pragma once
+
+#include "simd-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// visit(v, i, n): vector v holds elements [i, i + n) of the row, lanes from n on are zero.
+template <class T, class Visit>
+REPAVIT_INLINE void for_each_vector(const T* x, ptrdiff_t columns, const Visit& visit) {
+  using S = SimdOf<T>;
+  ptrdiff_t i = 0;
+  for (; i + S::kLanes <= columns; i += S::kLanes) visit(S::load(x + i), i, S::kLanes);
+  if (i < columns) visit(S::load(x + i, static_cast<int>(columns - i)), i, static_cast<int>(columns - i));
+}
+
+// One row: x [columns] → out [columns]; they may be the same.
+template <class T>
+void layer_norm_row(const T* x, T* out, ptrdiff_t columns, double eps) {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  using E = Accumulator<T>;
+  V total = S::zero();
+  for_each_vector(x, columns, [&](V v, ptrdiff_t, int) __attribute__((always_inline)) { total += v; });
+  const V mean = S::broadcast(S::sum(total) / static_cast<E>(columns));
+
+  V squares = S::zero();
+  for_each_vector(x, columns, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
+    const V centred = v - mean;
+    if (n == S::kLanes) {
+      squares = S::fma(centred, centred, squares);
+    } else {  // the missing lanes hold -mean: add them apart and leave them out
+      E lanes[S::kLanes];
+      S::store(lanes, centred);
+      squares += S::load(lanes, n) * S::load(lanes, n);
+    }
+  });
+  const E variance = S::sum(squares) / static_cast<E>(columns);
+  const V scale = S::broadcast(E{1} / static_cast<E>(__builtin_sqrt(static_cast<double>(variance) + eps)));
+
+  for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
+    const V z = (v - mean) * scale;
+    if (n == S::kLanes) {
+      S::store(out + i, z);
+    } else {
+      S::store(out + i, z, n);
+    }
+  });
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

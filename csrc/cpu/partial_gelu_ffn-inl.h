@@ -1,0 +1,192 @@
+// y = gelu(z W_inᵀ + b_in) W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x]: two products per block of rows, H never leaves the core.
+//
+// 1. A block of rows is small enough for z, H and one panel of weights to live in L2. Weights are read again for every
+//    block, from L3, which costs a few GB/s per core.
+// 2. The second product is one accumulation over [H | z] (w_out stands on w_merged in each panel): no pass over y.
+// 3. Blocks are independent: one fork/join per call, no barrier between the products.
+#pragma once
+
+#include "arena.h"
+#include "gelu-inl.h"
+#include "gemm-inl.h"
+#include "layernorm-inl.h"
+#include "partial_gelu_ffn_pack-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// Store to H: gelu(acc + b_in). H has whole panels of columns, so a full vector is always written.
+template <class T, bool kTanh>
+struct GeluToScratch {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  T* h;
+  ptrdiff_t stride;
+  const T* bias;  // [columns] or null
+
+  template <int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
+    T* out = h + row * stride + col;
+    REPAVIT_UNROLL
+    for (int i = 0; i < N; ++i) {
+      V v = acc[i];
+      const int n = valid - i * S::kLanes;
+      if (bias != nullptr) v += n >= S::kLanes ? S::load(bias + col + i * S::kLanes) : load_tail(col + i * S::kLanes, n);
+      S::store(out + i * S::kLanes, kTanh ? Gelu<Accumulator<T>>::tanh(v) : Gelu<Accumulator<T>>::erf(v));
+    }
+  }
+
+ private:
+  REPAVIT_INLINE V load_tail(ptrdiff_t col, int n) const { return n > 0 ? S::load(bias + col, n) : S::zero(); }
+};
+
+// Store to y: acc [+ bias] [+ x], the columns that exist.
+template <class T>
+struct BiasResidual {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  T* y;
+  ptrdiff_t y_stride;
+  const T* bias;      // [columns] or null
+  const T* residual;  // same rows and columns as y, or null
+  ptrdiff_t residual_stride;
+
+  template <int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
+    T* out = y + row * y_stride + col;
+    const T* shortcut = residual + row * residual_stride + col;
+    REPAVIT_UNROLL
+    for (int i = 0; i < N; ++i) {
+      V v = acc[i];
+      const int at = i * S::kLanes, n = valid - at;
+      if (n >= S::kLanes) {
+        if (bias != nullptr) v += S::load(bias + col + at);
+        if (residual != nullptr) v += S::load(shortcut + at);
+        S::store(out + at, v);
+      } else if (n > 0) {
+        if (bias != nullptr) v += S::load(bias + col + at, n);
+        if (residual != nullptr) v += S::load(shortcut + at, n);
+        S::store(out + at, v, n);
+      }
+    }
+  }
+};
+
+// One call, as every thread sees it.
+template <class T>
+struct FfnPlan {
+  const PartialGeluFfnArgs& args;
+  FfnLayout<T> layout;
+  const T* panels;
+  ptrdiff_t blocks;         // row blocks, of nearly equal height
+  ptrdiff_t block_rows;     // height of the tallest
+  ptrdiff_t h_stride;       // of H [block_rows, m] in scratch
+  ptrdiff_t z_stride;       // of z [block_rows, C] in scratch; unused where z is x itself
+  bool z_in_scratch;
+
+  ptrdiff_t block_begin(ptrdiff_t block) const { return static_cast<ptrdiff_t>(args.rows) * block / blocks; }
+  size_t h_bytes() const { return sizeof(T) * static_cast<size_t>(block_rows * h_stride); }
+  size_t z_bytes() const { return z_in_scratch ? sizeof(T) * static_cast<size_t>(block_rows * z_stride) : 0; }
+};
+
+// A row stride for scratch: whole panels of columns, and never near a multiple of 2 KiB, at which the rows of a tile
+// would fall into the same few sets of L1.
+template <class T>
+REPAVIT_INLINE ptrdiff_t scratch_stride(ptrdiff_t columns) {
+  const ptrdiff_t whole = (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+  const ptrdiff_t line = 64 / static_cast<ptrdiff_t>(sizeof(T));
+  return whole * static_cast<ptrdiff_t>(sizeof(T)) % 2048 == 0 ? whole + line : whole;
+}
+
+// Rows per block: what L2 holds beside one panel, in whole tiles.
+template <class T>
+ptrdiff_t rows_in_l2(const FfnLayout<T>& layout) {
+  const ptrdiff_t element = sizeof(T);
+  const ptrdiff_t widest = layout.out_stride > layout.in_stride ? layout.out_stride : layout.in_stride;
+  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 3 / 4 - widest * element;
+  const ptrdiff_t rows = room / (element * (layout.channels + layout.active));
+  const ptrdiff_t tiles = rows / kTileRows;
+  return (tiles < 2 ? 2 : tiles) * kTileRows;
+}
+
+template <class T>
+FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
+  PackedFfnHeader header;
+  __builtin_memcpy(&header, args.packed, sizeof(header));
+  FfnPlan<T> plan{args, FfnLayout<T>(args.channels, args.active, header.has_merged != 0),
+                  first_panel<T>(args.packed), 1, 0, 0, 0, false};
+
+  // A fork pays from about a million operations a thread.
+  constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+  const int64_t work = 2 * args.rows * args.channels * (2 * args.active + (header.has_merged ? args.channels : 0));
+  const int64_t useful = 1 + work / kWorkPerThread;
+  const ptrdiff_t owners = static_cast<ptrdiff_t>(useful < threads ? useful : threads);
+  const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = rows_in_l2(plan.layout);
+  const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);
+  plan.blocks = owners * rounds < rows ? owners * rounds : rows;
+  plan.block_rows = (rows + plan.blocks - 1) / plan.blocks;
+
+  const bool aliases = args.x_stride * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+  const bool odd = args.channels % kInterleave<T> != 0;
+  plan.z_in_scratch = args.normalize || aliases || odd;
+  plan.h_stride = scratch_stride<T>(plan.layout.active);
+  plan.z_stride = scratch_stride<T>(plan.layout.channels);
+  return plan;
+}
+
+// z of one block: x itself, or its core or a better aligned copy in scratch.
+template <class T>
+Rows<T> block_input(const FfnPlan<T>& plan, const T* x, ptrdiff_t rows, T* scratch) {
+  const ptrdiff_t columns = plan.layout.channels, x_stride = static_cast<ptrdiff_t>(plan.args.x_stride);
+  if (!plan.z_in_scratch) return {x, x_stride, columns};
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    T* z = scratch + r * plan.z_stride;
+    if (plan.args.normalize) {
+      layer_norm_row(x + r * x_stride, z, columns, plan.args.norm_eps);
+    } else {
+      __builtin_memcpy(z, x + r * x_stride, sizeof(T) * static_cast<size_t>(columns));
+    }
+    for (ptrdiff_t k = columns; k % kInterleave<T> != 0; ++k) z[k] = T{};
+  }
+  return {scratch, plan.z_stride, columns};
+}
+
+template <class T>
+void ffn_block(const FfnPlan<T>& plan, ptrdiff_t block, char* scratch) {
+  const PartialGeluFfnArgs& args = plan.args;
+  const FfnLayout<T>& layout = plan.layout;
+  const ptrdiff_t begin = plan.block_begin(block), rows = plan.block_begin(block + 1) - begin;
+  const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
+  const T* x = static_cast<const T*>(args.x) + begin * x_stride;
+
+  T* h = reinterpret_cast<T*>(scratch);
+  const Rows<T> z = block_input(plan, x, rows, reinterpret_cast<T*>(scratch + plan.h_bytes()));
+  const T* b_in = static_cast<const T*>(args.b_in);
+  if (args.tanh_gelu) {
+    gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, GeluToScratch<T, true>{h, plan.h_stride, b_in});
+  } else {
+    gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, GeluToScratch<T, false>{h, plan.h_stride, b_in});
+  }
+
+  const Rows<T> segments[2] = {{h, plan.h_stride, layout.active}, z};
+  const BiasResidual<T> epilogue{static_cast<T*>(args.y) + begin * layout.channels, layout.channels,
+                                 static_cast<const T*>(args.bias), args.residual ? x : nullptr, x_stride};
+  gemm(segments, layout.has_merged ? 2 : 1, rows, plan.panels + layout.out_offset, layout.out_stride, layout.channels,
+       epilogue);
+}
+
+// partial_gelu_ffn_<T>: see PartialGeluFfnArgs.
+template <class T>
+void partial_gelu_ffn(const PartialGeluFfnArgs& args, const Pool& pool) {
+  if (args.rows == 0 || args.channels == 0) return;
+  const FfnPlan<T> plan = plan_ffn<T>(args, pool.threads);
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const FfnPlan<T>& p = *static_cast<const FfnPlan<T>*>(raw);
+    char* scratch = static_cast<char*>(thread_arena(p.h_bytes() + p.z_bytes()));
+    for (int64_t block = begin; block < end; ++block) ffn_block(p, static_cast<ptrdiff_t>(block), scratch);
+  };
+  pool.run(plan.blocks, body, const_cast<FfnPlan<T>*>(&plan));
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

@@ -1,0 +1,120 @@
+// The packed FFN: where its panels stand, and how they are written and read back.
+#pragma once
+
+#include "pack-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// Panels of a packed FFN; sizes in elements, offsets from the first panel.
+template <class T>
+struct FfnLayout {
+  ptrdiff_t channels, active;
+  bool has_merged;
+  ptrdiff_t in_panels, in_stride;    // w_in: ceil(m / 32) panels of depth C
+  ptrdiff_t out_panels, out_stride;  // [w_out; w_merged]: ceil(C / 32) panels of depth m, then C
+  ptrdiff_t merged_offset;           // of w_merged's part within an output panel
+  ptrdiff_t out_offset;              // of the first output panel
+
+  FfnLayout(int64_t c, int64_t m, bool merged)
+      : channels(static_cast<ptrdiff_t>(c)), active(static_cast<ptrdiff_t>(m)), has_merged(merged) {
+    in_panels = (active + kPanelColumns - 1) / kPanelColumns;
+    in_stride = panel_elements<T>(channels);
+    out_panels = (channels + kPanelColumns - 1) / kPanelColumns;
+    merged_offset = panel_elements<T>(active);
+    out_stride = merged_offset + (merged ? panel_elements<T>(channels) : 0);
+    out_offset = in_panels * in_stride;
+  }
+
+  int64_t bytes() const {
+    return static_cast<int64_t>(sizeof(PackedFfnHeader)) +
+           static_cast<int64_t>(sizeof(T)) * (out_offset + out_panels * out_stride);
+  }
+};
+
+template <class T>
+REPAVIT_INLINE T* first_panel(void* packed) {
+  return reinterpret_cast<T*>(static_cast<char*>(packed) + sizeof(PackedFfnHeader));
+}
+template <class T>
+REPAVIT_INLINE const T* first_panel(const void* packed) {
+  return reinterpret_cast<const T*>(static_cast<const char*>(packed) + sizeof(PackedFfnHeader));
+}
+
+template <class T>
+int64_t partial_gelu_ffn_packed_bytes(int64_t channels, int64_t active, bool has_merged) {
+  return FfnLayout<T>(channels, active, has_merged).bytes();
+}
+
+template <class T, int kDType>
+void partial_gelu_ffn_pack(const PartialGeluFfnWeights& weights, void* destination, const Pool& pool) {
+  struct Context {
+    FfnLayout<T> layout;
+    const T *w_in, *w_out, *w_merged;
+    T* panels;
+  } context{{weights.channels, weights.active, weights.w_merged != nullptr},
+            static_cast<const T*>(weights.w_in),
+            static_cast<const T*>(weights.w_out),
+            static_cast<const T*>(weights.w_merged),
+            first_panel<T>(destination)};
+  const FfnLayout<T>& layout = context.layout;
+
+  PackedFfnHeader header{};
+  __builtin_memcpy(header.magic, kPackedFfnMagic, sizeof(header.magic));
+  header.dtype = kDType;
+  header.has_merged = layout.has_merged;
+  header.channels = weights.channels;
+  header.active = weights.active;
+  header.bytes = layout.bytes();
+  __builtin_memcpy(destination, &header, sizeof(header));
+
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(raw);
+    const FfnLayout<T>& l = c.layout;
+    for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
+      if (p < l.in_panels) {
+        pack_panel(c.w_in, l.active, l.channels, p * kPanelColumns, c.panels + p * l.in_stride);
+        continue;
+      }
+      const ptrdiff_t first = (p - l.in_panels) * kPanelColumns;
+      T* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
+      pack_panel(c.w_out, l.channels, l.active, first, panel);
+      if (l.has_merged) pack_panel(c.w_merged, l.channels, l.channels, first, panel + l.merged_offset);
+    }
+  };
+  pool.run(layout.in_panels + layout.out_panels, body, &context);
+}
+
+template <class T>
+void partial_gelu_ffn_unpack(const void* packed, const PartialGeluFfnMutableWeights& weights, const Pool& pool) {
+  PackedFfnHeader header;
+  __builtin_memcpy(&header, packed, sizeof(header));
+  struct Context {
+    FfnLayout<T> layout;
+    T *w_in, *w_out, *w_merged;
+    const T* panels;
+  } context{{header.channels, header.active, header.has_merged != 0},
+            static_cast<T*>(weights.w_in),
+            static_cast<T*>(weights.w_out),
+            static_cast<T*>(weights.w_merged),
+            first_panel<T>(packed)};
+
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(raw);
+    const FfnLayout<T>& l = c.layout;
+    for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
+      if (p < l.in_panels) {
+        unpack_panel(c.panels + p * l.in_stride, l.active, l.channels, p * kPanelColumns, c.w_in);
+        continue;
+      }
+      const ptrdiff_t first = (p - l.in_panels) * kPanelColumns;
+      const T* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
+      unpack_panel(panel, l.channels, l.active, first, c.w_out);
+      if (l.has_merged) unpack_panel(panel + l.merged_offset, l.channels, l.channels, first, c.w_merged);
+    }
+  };
+  pool.run(context.layout.in_panels + context.layout.out_panels, body, &context);
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

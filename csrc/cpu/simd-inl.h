@@ -1,0 +1,61 @@
+// Thin vector abstraction: Simd<float> at every level, Simd<double> at the portable one.
+//
+// Compiled once per ISA into namespace repavit::REPAVIT_ISA, which the including .cpp names. Per-ISA files include no
+// header with inline functions of its own besides intrinsics: one compiled with -mavx512f could be the copy that the
+// linker keeps for everybody.
+//
+// Simd<E> holds: V (a vector of kLanes E), and static functions
+//   zero() broadcast(e)                      load(p) store(p, v)          p: E*, and for float bf16* and fp16*
+//   load(p, n) store(p, v, n)                the first n lanes only, 0 <= n <= kLanes; others are zero / untouched
+//   fma(a, b, c) = a*b + c                   fnma(a, b, c) = c - a*b
+//   accumulate(acc, a, b)                    acc += a*b in acc's own register (for the GEMM: gcc 12 otherwise overwrites
+//                                            a, moves and spills the accumulators, a third of the speed)
+//   min(a, b) max(a, b)                      b where either is NaN
+//   abs(a)                                   sign cleared, NaN stays NaN
+//   select_negative(x, a, b)                 a in lanes whose sign bit is set in x (-0 included), else b
+//   round(a)                                 nearest integer, ties to even, |a| < 2^22
+//   exp2_integer(n)                          2^n for an integral n in [-127, 128]; the ends give 0 and +Inf
+//   sum(a) max(a)                            over the lanes
+// V is a GCC vector, so + - * / and comparisons work as they are. Conversions to bf16 and fp16 round to nearest even
+// and keep NaN; arithmetic is always in E.
+#pragma once
+
+#include "kernels.h"
+
+#if !defined(REPAVIT_ISA) || !defined(REPAVIT_ISA_LEVEL)
+#error "define REPAVIT_ISA (a namespace) and REPAVIT_ISA_LEVEL (an IsaLevel) before this header"
+#endif
+
+#define REPAVIT_INLINE inline __attribute__((always_inline))
+#define REPAVIT_UNROLL _Pragma("GCC unroll 32")
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+template <class E>
+struct Simd;
+
+// What T is accumulated in.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+template <class T>
+using SimdOf = Simd<Accumulator<T>>;
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit
+
+#if REPAVIT_ISA_LEVEL >= 2
+#include "simd_avx512-inl.h"
+#elif REPAVIT_ISA_LEVEL == 1
+#include "simd_avx2-inl.h"
+#else
+#include "simd_portable-inl.h"
+#endif

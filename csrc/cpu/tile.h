@@ -1,0 +1,28 @@
+// The register tiles, in one table: kTileRows rows of C by kTileVectors vectors of columns stay in registers.
+//
+//   level    element  lanes  rows x columns   registers: accumulators + B + A of all
+//   AVX-512  float    16     14 x 32          28 + 2 + 1 of 32
+//   AVX2     float     8      6 x 16          12 + 2 + 1 of 16
+//   NEON     float     4      6 x 16          24 + 4 + 1 of 32
+//   NEON     double    2      6 x 8           24 + 4 + 1 of 32
+//   SSE2     float     4      4 x 8            8 + 2 + 1 of 16
+//   SSE2     double    2      4 x 4            8 + 2 + 1 of 16
+#pragma once
+
+#include "kernels.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+#if REPAVIT_ISA_LEVEL >= 2
+constexpr int kTileRows = 14, kTileVectors = 2;
+#elif REPAVIT_ISA_LEVEL == 1
+constexpr int kTileRows = 6, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 6, kTileVectors = 4;
+#else
+constexpr int kTileRows = 4, kTileVectors = 2;
+#endif
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

@@ -1,0 +1,43 @@
+// Runs every kernel at every level that this machine has, without Python: for sanitizers and emulators.
+//
+//   driver [thorough]     exit status 1 if anything failed
+#include <stdexcept>
+
+#include "test_partial_gelu_ffn.h"
+
+namespace {
+
+void test_level_choice() {
+  using driver::expect;
+  const int supported = repavit::supported_level();
+  expect(repavit::lowered_level(nullptr) == supported && repavit::lowered_level("") == supported, "no wish", "dispatch");
+  for (int level = 0; level < repavit::kIsaLevels; ++level) {
+    const int chosen = repavit::lowered_level(repavit::isa_name(level));
+    expect(chosen == (level < supported ? level : supported), "REPAVIT_CPU_ISA only lowers", repavit::isa_name(level));
+  }
+  bool refused = false;
+  try {
+    repavit::lowered_level("sse9");
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  expect(refused, "an unknown level is refused", "dispatch");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool thorough = argc > 1 && std::strcmp(argv[1], "thorough") == 0;
+  test_level_choice();
+  for (int level = 0; level <= repavit::supported_level(); ++level) {
+    const repavit::Kernels kernels = repavit::kernels_at(level);
+    const char* name = repavit::isa_name(level);
+    driver::test_gelu(kernels, name);
+    driver::test_ffn<float>(kernels, repavit::kFloat32, name, thorough);
+    driver::test_ffn<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
+    driver::test_ffn<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
+    driver::test_ffn<double>(kernels, repavit::kFloat64, name, thorough);
+    std::printf("%s: %d checks, %d failures\n", name, driver::checks, driver::failures);
+  }
+  return driver::failures ? 1 : 0;
+}
