@@ -1,5 +1,6 @@
 """Vision Transformers built from :mod:`repavit_ops.nn`: the models of the papers and their vanilla twins."""
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .complexity import Complexity, complexity
 from .joined import JoinedVisionTransformer
 from .lvvit import LVViT
@@ -19,6 +20,8 @@ __all__ = [
     "create_model",
     "linear_idle_ratios",
     "list_models",
+    "load_checkpoint",
+    "save_checkpoint",
 ]
 
 install_timm_registry()

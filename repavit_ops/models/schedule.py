@@ -22,7 +22,8 @@ def linear_idle_ratios(idle_ratio: float, depth: int) -> list[float]:
     if depth < 1:
         raise ValueError(f"depth: got {depth}, wanted at least one block")
     low, span = 2 * idle_ratio - 1, 2 - 2 * idle_ratio
-    ratios = [low + span * k / (depth - 1) for k in range(1, depth)]
+    # divided first, as the authors do: the ceil that gives m depends on the last bit
+    ratios = [low + span / (depth - 1) * k for k in range(1, depth)]
     if any(not -1e-9 <= ratio <= 1 + 1e-9 for ratio in ratios):
         raise ValueError(
             f"idle_ratio: got {idle_ratio}, whose linear schedule over {depth} blocks runs from {ratios[0]:.3g} to "

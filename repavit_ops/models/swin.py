@@ -144,7 +144,8 @@ class SwinTransformer(ImageClassifier):
 
         self.patch_embed = SwinPatchEmbed(patch_size, in_chans, embed_dim, norm_eps=norm_eps)
         self.layers = nn.Sequential()
-        size, first = [-(-side // patch_size) for side in pair(img_size)], 0
+        self.img_size = pair(img_size)
+        size, first = [-(-side // patch_size) for side in self.img_size], 0
         for dim, depth, heads in zip(dims, depths, num_heads, strict=True):
             window = max(min(window_size, *size), 1)
             blocks = [
