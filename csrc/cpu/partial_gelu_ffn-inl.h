@@ -11,6 +11,7 @@
 #include "gemm-inl.h"
 #include "layernorm-inl.h"
 #include "partial_gelu_ffn_pack-inl.h"
+#include "scratch-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
@@ -88,15 +89,6 @@ struct FfnPlan {
   size_t h_bytes() const { return sizeof(T) * static_cast<size_t>(block_rows * h_stride); }
   size_t z_bytes() const { return z_in_scratch ? sizeof(T) * static_cast<size_t>(block_rows * z_stride) : 0; }
 };
-
-// A row stride for scratch: whole panels of columns, and never near a multiple of 2 KiB, at which the rows of a tile
-// would fall into the same few sets of L1.
-template <class T>
-REPAVIT_INLINE ptrdiff_t scratch_stride(ptrdiff_t columns) {
-  const ptrdiff_t whole = (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
-  const ptrdiff_t line = 64 / static_cast<ptrdiff_t>(sizeof(T));
-  return whole * static_cast<ptrdiff_t>(sizeof(T)) % 2048 == 0 ? whole + line : whole;
-}
 
 // Rows per block: what L2 holds beside one panel, in whole tiles.
 template <class T>
