@@ -50,6 +50,11 @@ def why_unavailable(backend: str) -> str | None:
     raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
 
 
+def has_cpu_kernel(operator: str) -> bool:
+    """Whether the loaded C++ library serves this operator."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"repavit_ops::{operator}", "CPU")
+
+
 def _triton_failure() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (Linux only)"

@@ -310,7 +310,7 @@ def test_keep_unpacked_false_frees_weights_and_gives_them_back():
         assert torch.equal(lean(x), expected)
         assert lean.blocks[0].mlp.w_in.untyped_storage().nbytes() <= 8
         assert torch.equal(copy.deepcopy(lean)(x), expected)
-    state = lean.state_dict()
+    state = {key: value.clone() for key, value in lean.state_dict().items()}
     assert all(torch.equal(state[key], value) for key, value in full.state_dict().items())
     with pytest.raises(RuntimeError, match="keep_unpacked=False"):
         lean(x.requires_grad_())

@@ -10,7 +10,7 @@ CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._Dropo
 
 
 def require_eval(module: nn.Module) -> None:
-    """Raise RuntimeError, naming the submodule and the fix, if the module or a part that this changes is in training."""
+    """Raise RuntimeError, naming the place and the fix, if the module or a part that this changes is in training."""
     for name, child in module.named_modules():
         if child.training and (not name or isinstance(child, CHANGED_BY_TRAINING)):
             where = f"its submodule {name!r}" if name else "it"

@@ -23,10 +23,11 @@ class PackedWeights(nn.Module):
     :meth:`drop_unpacked` frees the plain weights: the parameters keep name and shape but own no memory, state_dict
     unpacks, moving the module unpacks and packs again, and gradients raise.
 
-    A subclass names its weights in ``packed_names``, in the order of its pack operator, and defines :meth:`pack` and
-    :meth:`unpack`.
+    A subclass names its ``operator`` and, in the order of the operator's pack, its weights in ``packed_names``, and
+    defines :meth:`pack`.
     """
 
+    operator: ClassVar[str]
     packed_names: ClassVar[tuple[str, ...]]
     backend: backends.Backend
 
@@ -42,7 +43,7 @@ class PackedWeights(nn.Module):
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The inverse of :meth:`pack`."""
-        raise TypeError(f"{type(self).__name__} must define unpack()")
+        return getattr(torch.ops.repavit_ops, f"{self.operator}_unpack")(packed)
 
     def sources(self) -> list[Tensor | None]:
         """The weights that the packed copy holds."""
@@ -96,7 +97,7 @@ class PackedWeights(nn.Module):
         weight = getattr(self, self.packed_names[0])
         return (
             self.backend in ("auto", "cpp")
-            and backends.why_unavailable("cpp") is None
+            and backends.has_cpu_kernel(f"{self.operator}_pack")
             and weight.device.type == "cpu"
             and weight.dtype in PACKABLE
         )

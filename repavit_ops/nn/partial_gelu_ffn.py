@@ -40,6 +40,7 @@ class PartialGELUFFN(PackedWeights):
         ValueError: dim or act_channels is negative, approximate is unknown; at a call, as the operator does.
     """
 
+    operator = "partial_gelu_ffn"
     packed_names = ("w_in", "w_out", "w_merged")
 
     def __init__(
@@ -119,9 +120,6 @@ class PartialGELUFFN(PackedWeights):
 
     def pack(self) -> Tensor:
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*self.sources())
-
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        return torch.ops.repavit_ops.partial_gelu_ffn_unpack(packed)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_trainable(x)

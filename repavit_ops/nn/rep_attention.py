@@ -39,6 +39,7 @@ class RepAttention(PackedWeights):
         ValueError: dim is not divisible by num_heads and no head width is given; at a call, as the operator does.
     """
 
+    operator = "rep_attention"
     packed_names = ("w_qkv", "w_proj")
 
     def __init__(
@@ -85,9 +86,6 @@ class RepAttention(PackedWeights):
 
     def pack(self) -> Tensor:
         return torch.ops.repavit_ops.rep_attention_pack(*self.sources(), num_heads=self.num_heads, d_qk=self.d_qk)
-
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        return torch.ops.repavit_ops.rep_attention_unpack(packed)
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         self.check_trainable(x)
