@@ -196,10 +196,13 @@ def test_batchnorm_trains_on_batch_statistics(make, naive, name):
     torch.testing.assert_close(m.norm.running_mean, 0.9 * before + 0.1 * x.mean((0, 1)))
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_on_activated_channels_and_the_sum_in_training_only():
     m, _ = make_ffn("idle", drop=1.0)
+    widths = []
+    m.drop.register_forward_hook(lambda _module, _args, out: widths.append(out.shape[-1]))
     x = tokens()
     assert not torch.equal(m(x), x)
+    assert widths == [3 * m.act_channels, C]
     assert torch.equal(m.train()(x), x)
 
 
@@ -223,7 +226,10 @@ def test_a_wholly_masked_row_gives_zero(name, alpha):
     x, bias = tokens(), torch.zeros(T, T)
     bias[2] = -torch.inf
     bias[3, 1:] = -torch.inf
-    assert relative_error(m(x, bias), naive_attention(m, x, alpha, options, bias)) <= EXACT
+    y = m(x, bias)
+    assert relative_error(y, naive_attention(m, x, alpha, options, bias)) <= EXACT
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
 
 
 def test_ffn_takes_any_leading_dimensions():

@@ -119,11 +119,11 @@ class JoinedBranchAttention(JoinedBranches):
         w, b = self.fold_norm(self.qkv_weight, b_qkv)
         core = self._joined(w, b) if self.join == 1 else self._apart(w, b)
         qkv = F.linear(z, core.w_qkv, core.b_qkv)
-        if self.join < 1:
-            if self.joins_scores and self.join > 0:
-                qkv, attn_bias = self._join_scores(qkv, attn_bias)
-            attn_bias = self._repeat_heads(attn_bias)
-        o = attention_core(qkv, attn_bias, core.num_heads, core.d_qk, core.scale)
+        if self.joins_scores and 0 < self.join < 1:
+            o = self._attend_by_joined_scores(qkv, attn_bias)
+        else:
+            bias = attn_bias if self.join == 1 else self._repeat_heads(attn_bias)
+            o = attention_core(qkv, bias, core.num_heads, core.d_qk, core.scale)
         y = F.linear(o, core.w_proj, self.proj_bias.sum(0))
         if self.bypass is not None:
             y = y + self.bypass(z)
@@ -139,7 +139,7 @@ class JoinedBranchAttention(JoinedBranches):
         return Operands(w, b, w_proj, self.num_heads, self.branches * self.d_qk, self.kappa * self.scale)
 
     def _apart(self, w: Tensor, b: Tensor) -> Operands:
-        """α < 1: B·h heads, branch by branch; join A mixes their weights, join B their scores (`_join_scores`)."""
+        """α < 1: B·h heads, branch by branch; join A mixes their weights, join B their scores, later."""
         if not self.joins_scores:
             w, b = self.mix(w), self.mix(b)
         w, b = (self._heads(t).transpose(0, 1).flatten(0, 3) for t in (w, b))
@@ -150,18 +150,21 @@ class JoinedBranchAttention(JoinedBranches):
         """[B, 3·dim, ...] → [B, 3, h, d, ...]."""
         return t.unflatten(1, (3, self.num_heads, self.d_qk))
 
-    def _join_scores(self, qkv: Tensor, attn_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Join B below α = 1: scores ``(1 - α) s_b`` from scaled queries, and ``α κ Σ s`` [N, h, T, T] as a bias.
+    def _attend_by_joined_scores(self, qkv: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """Join B for 0 < α < 1: [N, T, q | k | v] of B·h heads → [N, T, B·h·d].
 
-        Concatenating ``[c_bb' k_b']`` instead needs no bias but B times the work in q kᵀ. The queries are scaled, not
-        the scores' factor: a compiled graph would be rebuilt for each value of that one.
+        One fused attention could do it on concatenated heads (``[c_bb' k_b']``, d_qk = B·d), with B times the work in
+        q kᵀ and, as d_qk ≠ d_v, no flash kernel on a CPU: twice as slow at B = 4 as mixing the scores.
         """
-        width = self.branches * self.dim
-        qk = qkv[..., : 2 * width].unflatten(-1, (2, self.branches, self.num_heads, self.d_qk))
-        q, k = qk.permute(2, 0, 4, 1, 3, 5).flatten(4)  # heads B·d wide: their product sums over the branches
-        joint = (self.join * self.kappa * self.scale * q) @ k.transpose(-1, -2)
-        qkv = torch.cat(((1 - self.join) * qkv[..., :width], qkv[..., width:]), dim=-1)
-        return qkv, joint if attn_bias is None else joint + attn_bias
+        heads = qkv.unflatten(-1, (3, self.branches, self.num_heads, self.d_qk))
+        q, k, v = heads.permute(2, 3, 0, 4, 1, 5)  # [B, N, h, T, d] each
+        scores = self.mix((self.scale * q) @ k.transpose(-1, -2))
+        if attn_bias is None:
+            p = scores.softmax(-1)
+        else:  # a wholly masked row gives 0, as everywhere, and no NaN reaches its gradient
+            masked = (attn_bias == -torch.inf).all(-1, keepdim=True)
+            p = (scores + attn_bias.masked_fill(masked, 0.0)).softmax(-1).masked_fill(masked, 0.0)
+        return (p @ v).permute(1, 3, 0, 2, 4).flatten(2)
 
     def _repeat_heads(self, attn_bias: Tensor | None) -> Tensor | None:
         """attn_bias of h heads for the B·h heads of the branches."""
