@@ -10,6 +10,7 @@ from .joined_branch_attention import JoinedBranchAttention
 from .joined_branch_ffn import JoinedBranchFFN
 from .norm import RepBN, TokenBatchNorm
 from .partial_gelu_ffn import PartialGELUFFN
+from .recalibrate import recalibrate_bn
 from .rep_attention import RepAttention
 from .window_rep_attention import WindowRepAttention
 
@@ -27,5 +28,6 @@ __all__ = [
     "TokenBatchNorm",
     "WindowAttention",
     "WindowRepAttention",
+    "recalibrate_bn",
     "set_join",
 ]

@@ -1,0 +1,5 @@
+"""The demonstration: both methods on real images, from training to kernels. An example; the core never imports it."""
+
+from .story import DemoFailure, Plan, run
+
+__all__ = ["DemoFailure", "Plan", "run"]

@@ -1,0 +1,81 @@
+"""The three small ViTs of the demo: one size of block, 12 layers each or 12 layers' worth of branches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import JoinedVisionTransformer, VisionTransformer
+
+IMAGE, PATCH = 8, 2  # pixels: 16 patches and the class token
+STEM_CHANNELS = 32
+
+
+class ConvStem(nn.Module):
+    """A 3x3 convolution in front of the patches: with 1,437 images to learn from, it stands in for pretraining.
+
+    Shapes:
+        x [B, in_chans, H, W] → [B, dim, H / patch, W / patch]
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, STEM_CHANNELS, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(STEM_CHANNELS)
+        self.act = nn.GELU()
+        self.proj = nn.Conv2d(STEM_CHANNELS, dim, patch_size, stride=patch_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.act(self.norm(self.conv(x))))
+
+
+def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int) -> dict[str, VisionTransformer]:
+    """Name → model: the vanilla twin of both methods, RePaViT of as many layers, and the joined ViT of fewer blocks."""
+    joined_blocks = layers // branches
+    return {
+        f"vanilla, {layers} layers": _build(VisionTransformer, dim, seed, depth=layers),
+        f"RePaViT θ = {idle_ratio:g}, {layers} layers": _build(
+            VisionTransformer, dim, seed, depth=layers, idle_ratio=idle_ratio
+        ),
+        f"joined, {joined_blocks} blocks x {branches}": _build(
+            JoinedVisionTransformer, dim, seed, depth=joined_blocks, branches=branches
+        ),
+    }
+
+
+def _build(family: Any, dim: int, seed: int, **config: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    model: VisionTransformer = family(
+        img_size=IMAGE,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=dim,
+        num_heads=4,
+        pre_norm=False,
+        global_pool="avg",
+        embed_layer=ConvStem,
+        **config,
+    )
+    _init_for_short_training(model)
+    return model
+
+
+@torch.no_grad()
+def _init_for_short_training(model: VisionTransformer) -> None:
+    """Start where a few hundred steps suffice: matrices at unit gain (the usual 0.02 is for 300 epochs), 2-D waves."""
+    for linear in (module for module in model.blocks.modules() if isinstance(module, nn.Linear)):
+        nn.init.xavier_uniform_(linear.weight)
+    model.pos_embed[:, 1:] = sine_positions(IMAGE // PATCH, model.embed_dim)
+
+
+def sine_positions(side: int, dim: int) -> Tensor:
+    """Sines and cosines of row and column at dim / 4 frequencies: [side², dim], one row per patch."""
+    place = torch.arange(float(side))
+    rows, columns = (grid.flatten()[:, None] for grid in torch.meshgrid(place, place, indexing="ij"))
+    frequencies = math.pi / 2 / 2 ** torch.linspace(0, 4, dim // 4)
+    waves = [wave(axis * frequencies) for axis in (rows, columns) for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, dim=1)
