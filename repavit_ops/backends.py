@@ -60,7 +60,7 @@ def _triton_failure() -> str | None:
         return "triton is not installed: pip install triton (Linux only)"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    from . import kernels
+    from . import kernels  # type: ignore[attr-defined]  # maps to the top-level folder
 
     return None if kernels.OPERATORS else "this version of repavit_ops has no Triton kernels"
 

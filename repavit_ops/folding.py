@@ -1,13 +1,14 @@
 """One sub-block in, one fused module out: which folds each kind of sub-block takes, and why one cannot be fused.
 
-A rule maps a module class to (can_fuse, fold). ``can_fuse`` returns None or the reason in one line; ``fold`` returns
-the fused module, equal to the original in evaluation. New families register a rule here; nothing else knows them.
+A rule reads the parts of a module class (norm, matrices, scales); what can be fused and how is then the same for every
+family. New families register a rule in ``RULES``; nothing else knows them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +16,180 @@ from torch import Tensor, nn
 from . import reparam
 from .backends import Backend
 from .models.swin import SwinBlock
-from .nn import FFN, Attention, Block, PartialGELUFFN, RepAttention, RepBN, WindowAttention, WindowRepAttention
+from .nn import FFN, Attention, Block, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
 from .nn.channel_idle_ffn import affine_of
 from .nn.packed_weights import PackedWeights
 from .reparam import Affine, AttentionWeights
 
 
 @dataclass(frozen=True)
+class AttentionParts:
+    """``x + output_scale · proj(softmax(scale · q kᵀ + bias) v)`` with q, k, v = qkv(norm(x)); head-major rows."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    proj: nn.Module
+    num_heads: int
+    d_qk: int
+    scale: float
+    output_scale: Tensor | None = None
+    residual: bool = True
+
+
+@dataclass(frozen=True)
+class WindowParts:
+    """What a window attention has beside its :class:`AttentionParts`."""
+
+    attention: AttentionParts
+    rel_bias: Tensor  # [h, wh·ww, wh·ww]
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    roll_first: bool = False
+    static_shift: bool = False
+
+
+@dataclass(frozen=True)
+class FFNParts:
+    """``x + output_scale · fc2(act(fc1(norm(x))))``."""
+
+    norm: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    act: nn.Module
+    output_scale: Tensor | None = None
+    residual: bool = True
+
+
+@dataclass(frozen=True)
 class Rule:
-    """How one class of sub-block is fused. ``can_fuse`` gives None or a reason; ``fold`` gives the fused module."""
+    """How one class of sub-block is fused: ``can_fuse`` gives None or a reason, ``fold`` the fused module."""
 
     kind: str
-    can_fuse: Callable[[nn.Module], str | None]
-    fold: Callable[[nn.Module, Backend], nn.Module]
+    can_fuse: Callable[[Any], str | None]
+    fold: Callable[[Any, Backend], nn.Module]
 
 
-def _reason(*linears: nn.Module, norm: nn.Module, act: nn.Module | None = None) -> str | None:
-    """Why a sub-block of these parts cannot be folded: parts that are not what they were built as, or None."""
-    for part in linears:
+# --- what cannot be folded, and why -----------------------------------------------------------------------------------
+
+
+def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None:
+    """Why a sub-block of these parts cannot be fused, in one line; None if it can."""
+    if isinstance(parts, WindowParts):
+        parts = parts.attention
+    for part in (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (parts.qkv, parts.proj):
         if type(part) is not nn.Linear:
             return f"a projection is {type(part).__name__}, wanted nn.Linear (merge adapters or dequantise first)"
-    if type(norm) not in (nn.Identity, nn.LayerNorm):
-        return f"its norm {type(norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
-    if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
-        return f"its LayerNorm spans {len(norm.normalized_shape)} dimensions; only the last can be fused"
-    if act is not None and type(act) is not nn.GELU:
-        return f"its activation is {type(act).__name__}; only GELU (erf or tanh) can be fused"
+    if not isinstance(parts.norm, nn.Identity | nn.LayerNorm):
+        return f"its norm {type(parts.norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
+    if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:
+        return f"its LayerNorm spans {len(parts.norm.normalized_shape)} dimensions; only the last can be fused"
+    if isinstance(parts, FFNParts) and gelu_variant(parts.act) is None:
+        return f"its activation is {type(parts.act).__name__}; only GELU (erf or tanh) can be fused"
     return None
+
+
+def gelu_variant(act: nn.Module) -> str | None:
+    """ "none" for erf GELU, "tanh" for its tanh form, None for any other activation (timm's own classes included)."""
+    if isinstance(act, nn.GELU):
+        return act.approximate
+    return {"GELUTanh": "tanh"}.get(type(act).__name__)
+
+
+# --- parts → fused module ---------------------------------------------------------------------------------------------
+
+
+def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention:
+    """Every fold of the attention algebra; the LayerNorm core and the shortcut stay, inside the operator."""
+    affine, norm_eps = _norm_fold(parts.norm)
+    weights = _folded(_weights_of(parts), affine, parts.output_scale)
+    fused = RepAttention(
+        weights.w_qkv.shape[1],
+        weights.num_heads,
+        d_qk=weights.d_qk,
+        d_v=weights.d_v,
+        dim_out=weights.w_proj.shape[0],
+        scale=weights.scale,
+        norm_eps=norm_eps,
+        residual=parts.residual,
+        backend=backend,
+        device="meta",
+    )
+    return _filled(fused, weights, _dtype_of(parts.qkv))
+
+
+def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAttention:
+    """As :func:`fold_attention`; padded tokens keep the K and V they had before the norm's affine was folded."""
+    affine, norm_eps = _norm_fold(parts.attention.norm)
+    original = _weights_of(parts.attention)
+    weights = _folded(original, affine, parts.attention.output_scale)
+    fused = WindowRepAttention(
+        weights.w_qkv.shape[1],
+        weights.num_heads,
+        parts.window,
+        parts.shift,
+        d_qk=weights.d_qk,
+        d_v=weights.d_v,
+        scale=weights.scale,
+        norm_eps=norm_eps,
+        residual=parts.attention.residual,
+        padding=affine is not None,
+        roll_first=parts.roll_first,
+        static_shift=parts.static_shift,
+        backend=backend,
+        device="meta",
+    )
+    dtype = _dtype_of(parts.attention.qkv)
+    fused.rel_bias = nn.Parameter(reparam.cast(parts.rel_bias, dtype, "rel_bias"))
+    if affine is not None:
+        pad_kv = reparam.pad_kv_vector(original, affine, weights)
+        fused.pad_kv = nn.Parameter(reparam.cast(pad_kv, dtype, "pad_kv"))
+    return _filled(fused, weights, dtype)
+
+
+def fold_ffn(parts: FFNParts, backend: Backend) -> PartialGELUFFN:
+    """A vanilla FFN is a channel-idle one with every channel active."""
+    affine, norm_eps = _norm_fold(parts.norm)
+    fc1, fc2 = parts.fc1, parts.fc2
+    assert isinstance(fc1, nn.Linear)
+    assert isinstance(fc2, nn.Linear)
+    merged = reparam.merge_channel_idle_ffn(
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        fc1.out_features,
+        input_affine=affine,
+        output_scale=parts.output_scale,
+        shortcut=parts.residual,
+    )
+    return PartialGELUFFN.from_merged(
+        merged,
+        dtype=fc1.weight.dtype,
+        norm_eps=norm_eps,
+        approximate=gelu_variant(parts.act) or "none",
+        backend=backend,
+    )
 
 
 def _norm_fold(norm: nn.Module) -> tuple[Affine | None, float | None]:
     """The affine that folds into the next matrix (None: none), and the eps of the core that stays (None: no norm)."""
-    if isinstance(norm, nn.Identity):
+    if not isinstance(norm, nn.LayerNorm):
         return None, None
     if norm.weight is None:
         return None, norm.eps
     return reparam.layernorm_affine(norm.weight, norm.bias), norm.eps
 
 
-def _folded_attention(
-    weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | None = None
-) -> AttentionWeights:
+def _weights_of(parts: AttentionParts) -> AttentionWeights:
+    qkv, proj = parts.qkv, parts.proj
+    assert isinstance(qkv, nn.Linear)
+    assert isinstance(proj, nn.Linear)
+    return reparam.attention_weights(
+        qkv.weight, qkv.bias, proj.weight, proj.bias, parts.num_heads, parts.d_qk, parts.scale
+    )
+
+
+def _folded(weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | None) -> AttentionWeights:
     """All attention folds, in the one order that is exact."""
     if affine is not None:
         weights = reparam.fold_input_affine(weights, affine)
@@ -63,97 +197,42 @@ def _folded_attention(
     return weights if output_scale is None else reparam.fold_attention_output_scale(weights, output_scale)
 
 
-def _fill(module: RepAttention, weights: AttentionWeights, dtype: torch.dtype) -> None:
+def _filled(module: Any, weights: AttentionWeights, dtype: torch.dtype) -> Any:
     for name in ("w_qkv", "b_qkv", "w_proj", "b_proj"):
         setattr(module, name, nn.Parameter(reparam.cast(getattr(weights, name), dtype, name)))
+    return module
 
 
-def _weights_of(module: Attention | WindowAttention) -> AttentionWeights:
-    return reparam.attention_weights(
-        module.qkv.weight,
-        module.qkv.bias,
-        module.proj.weight,
-        module.proj.bias,
+def _dtype_of(linear: nn.Module) -> torch.dtype:
+    return next(linear.parameters()).dtype
+
+
+# --- our modules ------------------------------------------------------------------------------------------------------
+
+
+def _attention_parts(module: Attention) -> AttentionParts:
+    return AttentionParts(
+        module.norm,
+        module.qkv,
+        module.proj,
         module.num_heads,
         module.d_qk,
         module.scale,
+        module.output_scale(),
+        module.residual,
     )
 
 
-# --- Attention → RepAttention ---------------------------------------------------------------------------------------
+def _ffn_parts(module: FFN) -> FFNParts:
+    return FFNParts(module.norm, module.fc1, module.fc2, module.act, module.output_scale(), module.residual)
 
 
-def _fold_attention(module: Attention, backend: Backend) -> RepAttention:
-    affine, norm_eps = _norm_fold(module.norm)
-    weights = _folded_attention(_weights_of(module), affine, module.output_scale())
-    fused = RepAttention(
-        module.dim,
-        module.num_heads,
-        d_qk=module.d_qk,
-        d_v=module.d_v,
-        scale=weights.scale,
-        norm_eps=norm_eps,
-        residual=module.residual,
-        backend=backend,
-        device="meta",
+def _swin_parts(block: SwinBlock) -> WindowParts:
+    attn: Any = block.attn
+    attention = AttentionParts(
+        block.norm1, attn.qkv, attn.proj, attn.num_heads, attn.d_qk, attn.scale, block.output_scale(), block.residual
     )
-    _fill(fused, weights, module.qkv.weight.dtype)
-    return fused
-
-
-# --- FFN → PartialGELUFFN with every channel active -----------------------------------------------------------------
-
-
-def _fold_ffn(module: FFN, backend: Backend) -> PartialGELUFFN:
-    affine, norm_eps = _norm_fold(module.norm)
-    merged = reparam.merge_channel_idle_ffn(
-        module.fc1.weight,
-        module.fc1.bias,
-        module.fc2.weight,
-        module.fc2.bias,
-        module.fc1.out_features,
-        input_affine=affine,
-        output_scale=module.output_scale(),
-        shortcut=module.residual,
-    )
-    return PartialGELUFFN.from_merged(
-        merged,
-        dtype=module.fc1.weight.dtype,
-        norm_eps=norm_eps,
-        approximate=module.act.approximate,
-        backend=backend,
-    )
-
-
-# --- SwinBlock → Block(WindowRepAttention, its mlp) -----------------------------------------------------------------
-
-
-def _fold_swin_block(block: SwinBlock, backend: Backend) -> Block:
-    attn = block.attn
-    affine, norm_eps = _norm_fold(block.norm1)
-    original = _weights_of(attn)
-    weights = _folded_attention(original, affine, block.output_scale())
-    fused = WindowRepAttention(
-        attn.dim,
-        attn.num_heads,
-        attn.window,
-        attn.shift,
-        scale=weights.scale,
-        norm_eps=norm_eps,
-        residual=True,
-        padding=affine is not None,
-        backend=backend,
-        device="meta",
-    )
-    dtype = attn.qkv.weight.dtype
-    _fill(fused, weights, dtype)
-    if affine is not None:
-        fused.pad_kv = nn.Parameter(reparam.cast(reparam.pad_kv_vector(original, affine, weights), dtype, "pad_kv"))
-    fused.rel_bias = nn.Parameter(reparam.cast(attn.rel_bias(), dtype, "rel_bias"))
-    return Block(fused, block.mlp)
-
-
-# --- deployed modules: already in shape, only the backend is set ----------------------------------------------------
+    return WindowParts(attention, attn.rel_bias(), attn.window, attn.shift)
 
 
 def _set_backend(module: PackedWeights, backend: Backend) -> nn.Module:
@@ -163,17 +242,29 @@ def _set_backend(module: PackedWeights, backend: Backend) -> nn.Module:
     return module
 
 
-def _always(_: nn.Module) -> None:
+def _fusible(_: nn.Module) -> None:
     return None
 
 
 RULES: dict[type[nn.Module], Rule] = {
-    Attention: Rule("rep_attention", lambda m: _reason(m.qkv, m.proj, norm=m.norm), _fold_attention),
-    FFN: Rule("partial_gelu_ffn", lambda m: _reason(m.fc1, m.fc2, norm=m.norm, act=m.act), _fold_ffn),
-    SwinBlock: Rule("window_rep_attention", lambda m: _reason(m.attn.qkv, m.attn.proj, norm=m.norm1), _fold_swin_block),
-    PartialGELUFFN: Rule("partial_gelu_ffn", _always, _set_backend),
-    RepAttention: Rule("rep_attention", _always, _set_backend),
-    WindowRepAttention: Rule("window_rep_attention", _always, _set_backend),
+    Attention: Rule(
+        "rep_attention",
+        lambda m: reason_against(_attention_parts(m)),
+        lambda m, backend: fold_attention(_attention_parts(m), backend),
+    ),
+    FFN: Rule(
+        "partial_gelu_ffn",
+        lambda m: reason_against(_ffn_parts(m)),
+        lambda m, backend: fold_ffn(_ffn_parts(m), backend),
+    ),
+    SwinBlock: Rule(
+        "window_rep_attention",
+        lambda m: reason_against(_swin_parts(m)),
+        lambda m, backend: Block(fold_window_attention(_swin_parts(m), backend), m.mlp),
+    ),
+    PartialGELUFFN: Rule("partial_gelu_ffn", _fusible, _set_backend),
+    RepAttention: Rule("rep_attention", _fusible, _set_backend),
+    WindowRepAttention: Rule("window_rep_attention", _fusible, _set_backend),
 }
 
 
@@ -199,10 +290,11 @@ def fold_batchnorm(module: Attention) -> Attention:
         ValueError: a folded weight is not finite; names it and what to check.
     """
     norm = module.norm
+    assert isinstance(norm, TokenBatchNorm)
     affine = affine_of(norm)
     if isinstance(norm, RepBN):
         affine = reparam.repbn_affine(affine, norm.alpha)
-    weights = reparam.fold_input_affine(_weights_of(module), affine)
+    weights = reparam.fold_input_affine(_weights_of(_attention_parts(module)), affine)
     merged = Attention(
         module.dim,
         module.num_heads,
@@ -218,4 +310,4 @@ def fold_batchnorm(module: Attention) -> Attention:
     merged.qkv.weight = nn.Parameter(reparam.cast(weights.w_qkv, dtype, "qkv.weight"))
     merged.qkv.bias = nn.Parameter(reparam.cast(weights.b_qkv, dtype, "qkv.bias"))
     merged.proj, merged.ls = module.proj, module.ls
-    return merged.train(module.training)
+    return merged

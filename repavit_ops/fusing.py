@@ -159,17 +159,16 @@ def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> n
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the model, first taking folded shortcuts out of merged matrices where that loses less to rounding."""
     for module in model.modules():
-        if isinstance(module, PartialGELUFFN) and _shortcut_rounds_better_apart(module, dtype):
-            w = reparam.unfold_identity(module.w_merged.detach())
-            module.w_merged = nn.Parameter(w.to(module.w_merged.dtype), module.w_merged.requires_grad)
+        if not isinstance(module, PartialGELUFFN) or (folded := module.w_merged) is None:
+            continue
+        if not module.residual and module.norm_eps is None and _shortcut_rounds_better_apart(folded, dtype):
+            apart = reparam.unfold_identity(folded.detach())
+            module.w_merged = nn.Parameter(apart.to(folded.dtype), folded.requires_grad)
             module.residual = True
     model.to(dtype)
 
 
-def _shortcut_rounds_better_apart(module: PartialGELUFFN, dtype: torch.dtype) -> bool:
-    if module.w_merged is None or module.residual or module.norm_eps is not None:
-        return False
-    folded = module.w_merged.detach().double()
-    apart = reparam.unfold_identity(folded)
-    loss_folded, loss_apart = ((w.to(dtype).double() - w).norm() for w in (folded, apart))
+def _shortcut_rounds_better_apart(w_merged: nn.Parameter, dtype: torch.dtype) -> bool:
+    folded = w_merged.detach().double()
+    loss_folded, loss_apart = ((w.to(dtype).double() - w).norm() for w in (folded, reparam.unfold_identity(folded)))
     return bool(loss_apart < loss_folded)

@@ -91,8 +91,8 @@ def _register(operator: Operator) -> None:
     def composite(*tensors: Tensor | None, **static: Any) -> Tensor:
         return operator.reference(*tensors[: operator.inputs], **static)
 
-    def fake(*tensors: Tensor | None, **static: Any) -> Tensor:
-        return tensors[0].new_empty(operator.result_shape(*tensors))
+    def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
+        return x.new_empty(operator.result_shape(x, *others))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
@@ -116,7 +116,7 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
             views = [t.view_as(t) if t is not None else None for t in tensors]
             y = operator.reference(*views[:n], **ctx.static)
         wanted = [i < n and v is not None and v.requires_grad for i, v in enumerate(views)]
-        leaves = [v for v, want in zip(views, wanted, strict=True) if want]
+        leaves: list[Any] = [v for v, want in zip(views, wanted, strict=True) if want]
         grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=torch.is_grad_enabled()))
         return tuple(next(grads) if want else None for want in wanted)
 
@@ -125,8 +125,9 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
 
 def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype is not torch.float64
-        return t.to(dtype) if eligible else t
+        if t is None or not t.is_floating_point() or t.dtype is torch.float64:
+            return t
+        return t.to(dtype)
 
     def run(*tensors: Tensor | None, **static: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)

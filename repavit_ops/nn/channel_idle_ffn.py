@@ -113,8 +113,8 @@ def resolve_act_channels(hidden: int, act_channels: int | None, idle_ratio: floa
         raise ValueError(
             f"act_channels, idle_ratio: got {act_channels} and {idle_ratio}, wanted exactly one of the two"
         )
-    if act_channels is None:
+    if idle_ratio is not None:
         return active_channels(hidden, idle_ratio)
-    if not 0 <= act_channels <= hidden:
+    if act_channels is None or not 0 <= act_channels <= hidden:
         raise ValueError(f"act_channels: got {act_channels}, wanted 0 <= m <= hidden = {hidden}")
     return act_channels

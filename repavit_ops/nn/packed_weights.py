@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -41,9 +41,10 @@ class PackedWeights(nn.Module):
         """Pack :meth:`sources` for the C++ kernels."""
         raise TypeError(f"{type(self).__name__} must define pack()")
 
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`pack`."""
-        return getattr(torch.ops.repavit_ops, f"{self.operator}_unpack")(packed)
+    def _unpacked(self) -> Iterator[tuple[str, Tensor]]:
+        assert self._packed is not None
+        unpacked = getattr(torch.ops.repavit_ops, f"{self.operator}_unpack")(self._packed)
+        return zip(self.packed_names, unpacked, strict=True)
 
     def sources(self) -> list[Tensor | None]:
         """The weights that the packed copy holds."""
@@ -77,7 +78,7 @@ class PackedWeights(nn.Module):
         """Undo :meth:`drop_unpacked`."""
         if not self._unpacked_dropped:
             return
-        for name, weight in zip(self.packed_names, self.unpack(self._packed), strict=True):
+        for name, weight in self._unpacked():
             if getattr(self, name) is not None:
                 setattr(self, name, nn.Parameter(weight, requires_grad=False))
         self._unpacked_dropped = False
@@ -120,7 +121,7 @@ class PackedWeights(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unpacked_dropped:
-            for name, weight in zip(self.packed_names, self.unpack(self._packed), strict=True):
+            for name, weight in self._unpacked():
                 if prefix + name in destination:
                     destination[prefix + name] = weight
 

@@ -68,8 +68,8 @@ class WindowRepAttention(RepAttention):
             device=device,
             dtype=dtype,
         )
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
-        self.shift = (shift, shift) if isinstance(shift, int) else tuple(shift)
+        self.window: tuple[int, int] = (window, window) if isinstance(window, int) else (window[0], window[1])
+        self.shift: tuple[int, int] = (shift, shift) if isinstance(shift, int) else (shift[0], shift[1])
         self.roll_first, self.static_shift = roll_first, static_shift
         tokens = self.window[0] * self.window[1]
         self.rel_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens, device=device, dtype=dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def window_rep_attention(
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
 
     tensors = (x, w_qkv, b_qkv, w_proj, b_proj, rel_bias, pad_kv)
-    static = {
+    static: dict[str, Any] = {
         "num_heads": num_heads,
         "scale": scale,
         "window": list(window),
