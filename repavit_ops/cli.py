@@ -189,9 +189,9 @@ def verify(
 
         if dtype and dtype not in DTYPES:
             raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
-        read = {"config": _read_config(config), "overrides": _overrides(idle_ratio, num_heads), "seed": seed}
-        right = _model(reference, **read)
-        checked, fusion = _candidate(_model(candidate, **read), form, getattr(torch, dtype) if dtype else None)
+        arguments, overrides = _read_config(config), _overrides(idle_ratio, num_heads)
+        right, other = (_model(source, arguments, overrides, seed) for source in (reference, candidate))
+        checked, fusion = _candidate(other, form, getattr(torch, dtype) if dtype else None)
         image, channels = image_of(right)
         size = (img_size, img_size) if img_size is not None else image
         inputs = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
@@ -209,7 +209,7 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-def _model(source: str, *, config: dict[str, Any] | None, overrides: dict[str, Any], seed: int) -> nn.Module:
+def _model(source: str, config: dict[str, Any] | None, overrides: dict[str, Any], seed: int) -> nn.Module:
     """The model that an argument of verify means: FILE, NAME or NAME=FILE; in evaluation mode."""
     import torch
 
@@ -295,12 +295,12 @@ def demo(
     """Train, merge, fuse and verify on real handwritten digits, then time the large models (2 to 4 minutes)."""
     with plain_errors():
         try:
-            from .demo import DemoFailure, run
+            from .demo import DemoFailure, Plan, Recipe, run
         except ModuleNotFoundError as error:
             raise ImportError(f"the demo needs {error.name}: pip install 'repavit-ops[demo]'") from error
     try:
         with plain_errors():
-            run(out, seed=seed, epochs=epochs)
+            run(out, seed=seed, plan=Plan() if epochs is None else Plan(recipe=Recipe(epochs=epochs)))
     except DemoFailure as failure:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]demo failed:[/] {_escaped(str(failure))}")
         raise typer.Exit(FAILED) from failure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,25 @@ class ConvStem(nn.Module):
         return self.proj(self.act(self.norm(self.conv(x))))
 
 
-def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int) -> dict[str, VisionTransformer]:
-    """Name → model: the vanilla twin of both methods, RePaViT of as many layers, and the joined ViT of fewer blocks."""
-    joined_blocks = layers // branches
-    return {
-        f"vanilla, {layers} layers": _build(VisionTransformer, dim, seed, depth=layers),
-        f"RePaViT θ = {idle_ratio:g}, {layers} layers": _build(
-            VisionTransformer, dim, seed, depth=layers, idle_ratio=idle_ratio
-        ),
-        f"joined, {joined_blocks} blocks x {branches}": _build(
-            JoinedVisionTransformer, dim, seed, depth=joined_blocks, branches=branches
-        ),
-    }
+class Network(NamedTuple):
+    """A model, its short name and what it is made of."""
+
+    name: str
+    made_of: str
+    model: VisionTransformer
+
+
+def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int) -> list[Network]:
+    """The vanilla twin of both methods, RePaViT of as many layers, and the joined ViT of fewer blocks."""
+    blocks = layers // branches
+    vanilla = _build(VisionTransformer, dim, seed, depth=layers)
+    repavit = _build(VisionTransformer, dim, seed, depth=layers, idle_ratio=idle_ratio)
+    joined = _build(JoinedVisionTransformer, dim, seed, depth=blocks, branches=branches)
+    return [
+        Network("vanilla", f"{layers} layers of {dim} channels", vanilla),
+        Network("RePaViT", f"{layers} layers, idle ratio θ = {idle_ratio:g}", repavit),
+        Network("joined", f"{blocks} blocks of {branches} branches, joined while it trains", joined),
+    ]
 
 
 def _build(family: Any, dim: int, seed: int, **config: Any) -> VisionTransformer:
