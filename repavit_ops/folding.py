@@ -32,7 +32,7 @@ class AttentionParts:
     num_heads: int
     d_qk: int
     scale: float
-    output_scale: Tensor | None = None
+    output_scale: Tensor | float | None = None
     residual: bool = True
 
 
@@ -56,7 +56,7 @@ class FFNParts:
     fc1: nn.Module
     fc2: nn.Module
     act: nn.Module
-    output_scale: Tensor | None = None
+    output_scale: Tensor | float | None = None
     residual: bool = True
 
 
@@ -189,7 +189,7 @@ def _weights_of(parts: AttentionParts) -> AttentionWeights:
     )
 
 
-def _folded(weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | None) -> AttentionWeights:
+def _folded(weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | float | None) -> AttentionWeights:
     """All attention folds, in the one order that is exact."""
     if affine is not None:
         weights = reparam.fold_input_affine(weights, affine)

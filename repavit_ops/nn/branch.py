@@ -39,9 +39,8 @@ class ResidualBranch(nn.Module):
             y = y * y.new_empty((y.shape[0],) + (1,) * (y.dim() - 1)).bernoulli_(keep).div_(keep)
         return x + y if self.residual else y
 
-    def output_scale(self) -> Tensor | None:
-        """Per-channel factor ls / λ of the branch in evaluation, in float64; None when it is one."""
-        if self.ls is None and self.skip_lam == 1:
-            return None
-        ls = torch.ones(1, dtype=torch.float64) if self.ls is None else self.ls.detach().double()
-        return ls / self.skip_lam
+    def output_scale(self) -> Tensor | float | None:
+        """Factor ls / λ of the branch in evaluation: per channel in float64, or one number; None when it is one."""
+        if self.ls is not None:
+            return self.ls.detach().double() / self.skip_lam
+        return None if self.skip_lam == 1 else 1 / self.skip_lam

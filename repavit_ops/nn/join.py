@@ -163,11 +163,6 @@ class JoinedBranches(ResidualBranch):
             return self.bypass.weight.double(), self.bypass.bias.double()
         return fold_affine_into_input(self.bypass.weight, self.bypass.bias, core)
 
-    def merged_output_scale(self) -> Tensor | None:
-        """:meth:`output_scale` beside the weights that it scales."""
-        scale = self.output_scale()
-        return None if scale is None else scale.to(self.alpha.device)
-
     def folds_identity(self, dtype: torch.dtype, wanted: bool | None) -> bool:
         """Whether the shortcut joins a merged linear path: it must read x itself; default no in bf16 and fp16."""
         return self.residual and self.norm_eps is None and (torch.finfo(dtype).bits >= 32 if wanted is None else wanted)

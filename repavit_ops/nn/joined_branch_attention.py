@@ -185,7 +185,7 @@ class JoinedBranchAttention(JoinedBranches):
             ValueError: a merged weight is not finite; names it and what to check.
         """
         self.require_joined()
-        dtype, scale = self.qkv_weight.dtype, self.merged_output_scale()
+        dtype, scale = self.qkv_weight.dtype, self.output_scale()
         join = (
             join_attention_b(self._branches()) if self.joins_scores else join_attention_a(self._branches(), self.kappa)
         )

@@ -143,7 +143,7 @@ class JoinedBranchFFN(JoinedBranches):
         merged = join_ffn(self._branches(), self.kappa, act_channels=self.act_channels)
         if (bypass := self.merged_bypass()) is not None:
             merged = merge_ffn_bypass(merged, *bypass)
-        if (scale := self.merged_output_scale()) is not None:
+        if (scale := self.output_scale()) is not None:
             merged = _scaled(merged, scale)
         dtype = self.fc1_weight.dtype
         if merged.w_merged is not None and self.folds_identity(dtype, fold_identity):
@@ -165,7 +165,7 @@ class JoinedBranchFFN(JoinedBranches):
         )
 
 
-def _scaled(merged: MergedFFN, scale: Tensor) -> MergedFFN:
+def _scaled(merged: MergedFFN, scale: Tensor | float) -> MergedFFN:
     """LayerScale or 1/λ into everything but the shortcut."""
     w_out, bias = fold_output_scale(merged.w_out, merged.bias, scale)
     w_merged = None if merged.w_merged is None else fold_output_scale(merged.w_merged, None, scale)[0]
