@@ -1,0 +1,86 @@
+"""How everything here is timed: numbers checked first, providers interleaved in one run, ratios instead of absolutes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repavit_ops import backends
+
+ABSOLUTE = 1e-6  # of the tolerance rule of the tests
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: 20th, 50th and 80th percentile over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def interleave(providers: Mapping[str, Callable[[], Any]], seconds: float = 3.0, rounds: int = 15) -> dict[str, Timing]:
+    """Time providers A B C A B C …, so that what the machine does meanwhile meets them all alike.
+
+    Each turn repeats the call for about 5 ms; rounds go on until both ``rounds`` and ``seconds`` are reached.
+    """
+    repeats = {}
+    for name, call in providers.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(5e-3 / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    began = time.perf_counter()
+    while len(next(iter(samples.values()))) < rounds or time.perf_counter() - began < seconds:
+        for name, call in providers.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def _percentiles(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    p20, p50, p80 = (ordered[min(len(ordered) - 1, int(len(ordered) * p))] for p in (0.2, 0.5, 0.8))
+    return Timing(p20, p50, p80)
+
+
+def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor, slack: float = 2.0) -> float:
+    """Error of a provider against float64; raises where it exceeds ``slack`` times eager's own, plus 1e-6."""
+    error, eagers = ((t.double() - truth).abs().max().item() for t in (ours, eager))
+    if not error <= slack * eagers + ABSOLUTE:
+        raise AssertionError(f"{name}: max error {error:.3e}, eager's {eagers:.3e}: not timed")
+    return error
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on: enough to compare, nothing that names the machine."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "isa": backends.cpu_isa() if backends.why_unavailable("cpp") is None else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def append_result(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON line, with the machine in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({**machine(), **row}) + "\n")

@@ -1,0 +1,79 @@
+"""Other runtimes on the same weights, threads and precision. What is not installed is left out, visibly."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+def compiled(function: Callable[..., Tensor], *args: Any) -> Call:
+    """torch.compile with frozen weights and max-autotune."""
+    import torch._inductor.config as inductor
+
+    class Frozen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for i, t in enumerate(args[1:]):
+                self.register_buffer(f"t{i}", t)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, *(getattr(self, f"t{i}") for i in range(len(args) - 1)))
+
+    torch._dynamo.reset()
+    with inductor.patch(freezing=True, max_autotune=True):
+        module = torch.compile(Frozen().eval(), fullgraph=True)
+        with torch.no_grad():
+            module(args[0])
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return module(args[0])
+
+    return call
+
+
+def onnx_runtime(model: bytes, x: Tensor) -> Call | None:
+    """ONNX Runtime in fp32 with torch's number of threads; None where it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {"x": np.ascontiguousarray(x.numpy())}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def openvino(model: bytes, x: Tensor, dtype: torch.dtype) -> Call | None:
+    """OpenVINO with its inference precision set to ``dtype``; None where it is not installed."""
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    import openvino as ov
+
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    config = {
+        "INFERENCE_PRECISION_HINT": hints[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = ov.Core()
+    network = core.read_model(model)
+    network.reshape(list(x.shape))
+    request = core.compile_model(network, "CPU", config).create_infer_request()
+    tensor = ov.Tensor(np.ascontiguousarray(x.float().numpy()))
+    request.set_input_tensor(tensor)
+
+    def call() -> Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return call
