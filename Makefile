@@ -1,0 +1,73 @@
+# Two commands on a machine with git, Python >= 3.10, make and a C++ compiler:  make demo  and  make test.
+#
+#   PYTHON=python3.12            the interpreter that .venv is made from
+#   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
+OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tests/test_window_rep_attention.py
+# the CPU levels below the one that this machine runs at
+LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint test-cpp test-levels test-python build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo ## set up .venv; train, merge, fuse and verify on real digits; plot and JSON in demo_out/
+	$(BIN)/repavit-ops demo --out demo_out
+
+test: lint test-cpp test-levels test-python ## set up .venv; lint, types, C++ driver, every test at every CPU level
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour and thread sanitizers
+	csrc/tests/run.sh asan
+	csrc/tests/run.sh tsan
+
+test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has
+	@for level in $$($(BIN)/python -c "$(LOWER_LEVELS)"); do \
+	    echo "REPAVIT_CPU_ISA=$$level"; \
+	    REPAVIT_CPU_ISA=$$level $(BIN)/python -m pytest $(OPERATOR_TESTS) || exit 1; \
+	done
+
+test-python: $(VENV)/.dev ## every Python test
+	$(BIN)/python -m pytest
+
+build: $(VENV)/.dev ## a wheel for this platform, in dist/
+	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove what was built; .venv and its downloads stay
+	rm -rf build dist *.egg-info repavit_ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.demo $(VENV)/.dev
+
+# --- the environment; a stamp in it says what was installed -----------------------------------------------------------
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "repavit_ops needs Python >= 3.10; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install ninja 'setuptools>=77' wheel numpy
+	$(PIP) install $(TORCH)
+	$(PIP) freeze | grep '^torch==' > $(VENV)/constraints.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e '.[demo]'
+	@touch $@
+
+# A test run without the kernels would prove little: here a build that fails is an error. timm brings torchvision, which
+# must not replace torch; where no version of it fits, the tests that need timm skip and say so.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	REPAVIT_BUILD_CPU=1 $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev,demo]'
+	$(PIP) install -c $(VENV)/constraints.txt timm || echo "timm does not fit this torch: its tests will skip"
+	@touch $@
