@@ -1,133 +1,15 @@
-// The only file that sees torch (stable ABI, one library for every torch >= 2.10): check, allocate, call.
+// Binding of partial_gelu_ffn and of the level in use. The bindings are the only files that see torch (stable ABI, one
+// library for every torch >= 2.10): check, allocate, call.
 //
-// Schemas live in repavit_ops/library.py; this file implements them for the CPU. The Python layer validates first and
+// Schemas live in repavit_ops/library.py; these files implement them for the CPU. The Python layer validates first and
 // gives better messages; the checks here are the last line of defence for callers of torch.ops.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstring>
-#include <optional>
-#include <string>
-#include <vector>
 
-#include "cpu/arena.h"
-#include "cpu/dispatch.h"
+#include "bindings_common.h"
 
 namespace {
 
-using repavit::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// ---- What every operator shares -------------------------------------------------------------------------------------
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
-  bool same = t.dim() == static_cast<int64_t>(wanted.size());
-  int64_t i = 0;
-  std::string text;
-  for (const int64_t size : wanted) {
-    same = same && t.size(i) == size;
-    text += (i++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, name, ": got shape ", shape_of(t), ", wanted [", text, "]");
-}
-
-void check_same_kind(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": is not on the CPU, but x is; move one with .to(...)");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": got ", torch::headeronly::toString(t.scalar_type()),
-                  ", but x is ", torch::headeronly::toString(x.scalar_type()), "; cast one with .to(...)");
-}
-
-DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return repavit::kFloat32;
-    case ScalarType::BFloat16:
-      return repavit::kBFloat16;
-    case ScalarType::Half:
-      return repavit::kFloat16;
-    case ScalarType::Double:
-      return repavit::kFloat64;
-    default:
-      break;
-  }
-  STD_TORCH_CHECK(false, name, ": got ", torch::headeronly::toString(t.scalar_type()),
-                  ", wanted float32, bfloat16, float16 or float64");
-}
-
-// The tensor's elements in order, copied into `copies` where they are not so already.
-const void* ordered_data(const Tensor& t, std::vector<Tensor>& copies) {
-  if (t.is_contiguous()) return t.const_data_ptr();
-  copies.push_back(torch::stable::contiguous(t));
-  return copies.back().const_data_ptr();
-}
-
-const void* ordered_data(const MaybeTensor& t, std::vector<Tensor>& copies) {
-  return t ? ordered_data(*t, copies) : nullptr;
-}
-
-// Uninitialised and contiguous, straight from the allocator: the dispatcher would cost microseconds.
-Tensor new_empty(const int64_t* sizes, int64_t dims, int32_t aoti_dtype) {
-  std::vector<int64_t> strides(static_cast<size_t>(dims));
-  int64_t stride = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[static_cast<size_t>(i)] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides.data(), aoti_dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-int32_t aoti_dtype_of(const Tensor& t) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
-void run_on_torch_pool(int64_t count, repavit::Pool::Body body, void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-repavit::Pool torch_pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_pool}; }
-
-// The tensor as rows of its last dimension at one distance from each other: itself where it has that form (contiguous,
-// or a slice of channels), else a contiguous copy.
-struct RowView {
-  Tensor owner;
-  int64_t rows = 1;
-  int64_t stride = 0;
-
-  explicit RowView(const Tensor& t) : owner(t) {
-    const int64_t last = t.dim() - 1;
-    for (int64_t i = 0; i < last; ++i) rows *= t.size(i);
-    stride = t.size(last);
-    if (t.is_contiguous() || rows == 0) return;
-    bool uniform = t.size(last) <= 1 || t.stride(last) == 1;
-    int64_t inner = 0;  // rows below the dimension at hand
-    for (int64_t i = last - 1; i >= 0 && uniform; --i) {
-      if (t.size(i) == 1) continue;
-      if (inner == 0) {
-        stride = t.stride(i);
-        inner = 1;
-      }
-      uniform = t.stride(i) == stride * inner;
-      inner *= t.size(i);
-    }
-    if (uniform) return;
-    owner = torch::stable::contiguous(t);
-    stride = t.size(last);
-  }
-};
+using namespace repavit_bindings;
 
 // ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
 
