@@ -86,6 +86,66 @@ struct PartialGeluFfnMutableWeights {
   void* w_merged;  // null unless the header says has_merged
 };
 
+// ---- rep_attention, window_rep_attention -----------------------------------------------------------------------------
+// First 64 bytes of a packed attention block. Per head follow the panels of its [w_q; w_k; w_v] (N = 2 d_qk + d_v,
+// K = C), so that one head's product is one run of panels; then those of w_proj (N = C_out, K = h d_v).
+struct PackedAttentionHeader {
+  char magic[8];  // kPackedAttentionMagic, version included
+  int32_t dtype;  // DType
+  int32_t heads;  // h
+  int64_t channels, d_qk, d_v, channels_out;
+  int64_t bytes;  // of the whole buffer
+  char reserved[8];
+};
+static_assert(sizeof(PackedAttentionHeader) == 64, "panels start at a cache line");
+constexpr char kPackedAttentionMagic[8] = {'r', 'v', 'a', 't', 't', '0', '0', '1'};
+
+struct AttentionShape {
+  int64_t channels, channels_out, heads, d_qk, d_v;  // C, C_out, h; all but the channels >= 1
+};
+
+// Weights in nn.Linear layout, contiguous: w_qkv [h d_qk + h d_qk + h d_v, C], w_proj [C_out, h d_v].
+struct AttentionWeights {
+  AttentionShape shape;
+  const void* w_qkv;
+  const void* w_proj;
+};
+
+struct AttentionMutableWeights {
+  void* w_qkv;
+  void* w_proj;
+};
+
+// Attention within (shifted) windows of a map. Index 0 is the vertical direction, 1 the horizontal.
+struct WindowGrid {
+  int64_t map[2];       // H, W; H W is the number of tokens
+  int64_t window[2];    // >= 1
+  int64_t shift[2];     // 0 <= shift < window
+  bool roll_first;      // roll the map, then pad it to whole windows; else pad, then roll
+  const void* bias;     // [h, N, N] of T, N tokens of a window, added to the scores
+  const void* padding;  // k | v of a padded token [h d_qk + h d_v] of T; null: those of a zero row of z (or of qkv)
+};
+
+// y = softmax(scale · q kᵀ + bias) v per head, projected [+ x], with q, k, v = z W_qkvᵀ + b_qkv and z = x or its
+// LayerNorm core. Without packed weights only the attention itself: x holds q | k | v, y receives o.
+struct RepAttentionArgs {
+  int64_t batch, tokens;         // B, T; any may be 0
+  AttentionShape shape;
+  const void* x;                 // [B T, C] of T, row r at x + r * x_stride; [B T, h (2 d_qk + d_v)] without weights
+  int64_t x_stride;              // elements, any value
+  const void* packed;            // PackedAttentionHeader and panels, of the same T and shape; or null
+  const void* b_qkv;             // [h (2 d_qk + d_v)] of T, or null
+  const void* b_proj;            // [C_out] of T, or null
+  const void* attn_bias;         // [B, h, T, T] of T at these strides, or null; never with windows
+  int64_t attn_bias_strides[4];  // elements; 0 where it is broadcast, the last 0 or 1
+  const WindowGrid* windows;     // null: every token attends to its whole image
+  void* y;                       // [B T, C_out] of T ([B T, h d_v] without weights), contiguous; wholly written
+  double scale;
+  double norm_eps;               // read when normalize
+  bool normalize;                // z = core(x, norm_eps)
+  bool residual;                 // add x, in the accumulator's precision
+};
+
 // One level's functions; a null entry is a dtype that no level up to this one serves.
 struct Kernels {
   void (*partial_gelu_ffn[kDTypes])(const PartialGeluFfnArgs&, const Pool&);
@@ -93,6 +153,11 @@ struct Kernels {
   // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
   void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);
   void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const PartialGeluFfnMutableWeights&, const Pool&);
+
+  void (*rep_attention[kDTypes])(const RepAttentionArgs&, const Pool&);
+  int64_t (*rep_attention_packed_bytes[kDTypes])(const AttentionShape&);
+  void (*rep_attention_pack[kDTypes])(const AttentionWeights&, void* destination, const Pool&);  // as for the FFN
+  void (*rep_attention_unpack[kDTypes])(const void* packed, const AttentionMutableWeights&, const Pool&);
 };
 
 }  // namespace repavit

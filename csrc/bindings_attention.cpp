@@ -1,0 +1,265 @@
+// Binding of rep_attention and window_rep_attention for the CPU (see bindings_common.h).
+//
+// Besides the operators of the package, their middle part without weights, for benchmarks and tests: attention_core and
+// window_attention_core, as repavit_ops/reference.py defines them.
+#include <cstring>
+
+#include "bindings_common.h"
+
+namespace {
+
+using namespace repavit_bindings;
+
+// ---- Packed weights -------------------------------------------------------------------------------------------------
+
+repavit::PackedAttentionHeader read_header(const Tensor& packed) {
+  repavit::PackedAttentionHeader header{};
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "packed: wanted a contiguous uint8 tensor on the CPU, as rep_attention_pack returns");
+  if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
+    std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
+  }
+  const bool ours = std::memcmp(header.magic, repavit::kPackedAttentionMagic, sizeof(header.magic)) == 0;
+  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
+                  "packed: this is not the result of rep_attention_pack; pack the weights again");
+  return header;
+}
+
+// Head widths from both weights; d_qk < 1: from w_qkv's rows.
+repavit::AttentionShape shape_from(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk) {
+  STD_TORCH_CHECK(w_qkv.dim() == 2 && w_proj.dim() == 2, "w_qkv, w_proj: got shapes ", shape_of(w_qkv), ", ",
+                  shape_of(w_proj), ", wanted matrices");
+  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, "num_heads: got ", heads, ", wanted at least 1");
+  STD_TORCH_CHECK(w_proj.size(1) % heads == 0, "w_proj: got shape ", shape_of(w_proj),
+                  ", wanted [C_out, num_heads * d_v] for num_heads = ", heads);
+  const int64_t d_v = w_proj.size(1) / heads;
+  if (d_qk < 1) d_qk = (w_qkv.size(0) - heads * d_v) / (2 * heads);
+  STD_TORCH_CHECK(d_qk >= 1 && w_qkv.size(0) == heads * (2 * d_qk + d_v), "w_qkv: got shape ", shape_of(w_qkv),
+                  ", wanted [num_heads * (2 * d_qk + d_v), C] for num_heads = ", heads, ", d_qk = ", d_qk,
+                  ", d_v = ", d_v);
+  return {w_qkv.size(1), w_proj.size(0), heads, d_qk, d_v};
+}
+
+Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
+  check_same_kind("w_proj", w_proj, w_qkv);
+  const DType dtype = dtype_of("w_qkv", w_qkv);
+  const repavit::Kernels& kernels = repavit::kernels();
+  const int64_t bytes = kernels.rep_attention_packed_bytes[dtype](shape);
+  Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
+  repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
+  std::vector<Tensor> copies;
+  const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
+  kernels.rep_attention_pack[dtype](weights, packed.mutable_data_ptr(), torch_pool());
+  return packed;
+}
+
+Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num_heads, int64_t d_qk) {
+  STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
+  return pack(w_qkv, w_proj, shape_from(w_qkv, w_proj, num_heads, d_qk));
+}
+
+std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
+  const repavit::PackedAttentionHeader h = read_header(packed);
+  const int32_t dtypes[repavit::kDTypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                            aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  const int64_t shapes[2][2] = {{h.heads * (2 * h.d_qk + h.d_v), h.channels}, {h.channels_out, h.heads * h.d_v}};
+  std::vector<Tensor> weights;
+  for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, dtypes[h.dtype]));
+  repavit::kernels().rep_attention_unpack[h.dtype](
+      packed.const_data_ptr(), {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr()}, torch_pool());
+  return weights;
+}
+
+// Packed weights of this call: those given, if they are of these weights, else fresh ones.
+Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv, const Tensor& w_proj,
+                  const repavit::AttentionShape& shape) {
+  if (!packed) return pack(w_qkv, w_proj, shape);
+  const repavit::PackedAttentionHeader h = read_header(*packed);
+  STD_TORCH_CHECK(h.dtype == dtype_of("x", x) && h.channels == shape.channels && h.channels_out == shape.channels_out &&
+                      h.heads == shape.heads && h.d_qk == shape.d_qk && h.d_v == shape.d_v,
+                  "packed: holds C = ", h.channels, ", num_heads = ", h.heads, ", d_qk = ", h.d_qk, ", d_v = ", h.d_v,
+                  ", C_out = ", h.channels_out,
+                  ", which is not what x, w_qkv and w_proj say; pack the weights again");
+  return *packed;
+}
+
+// ---- The operators --------------------------------------------------------------------------------------------------
+
+void check_optional(const char* name, const MaybeTensor& t, const Tensor& x, int64_t size) {
+  if (!t) return;
+  check_shape(name, *t, {size});
+  check_same_kind(name, *t, x);
+}
+
+// Runs args (all but x, y and their sizes filled in) on tokens x [B, ..., columns] → [B, ..., columns_out].
+Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out) {
+  const auto kernel = repavit::kernels().rep_attention[dtype_of("x", x)];
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns_out;
+  Tensor y = new_empty(sizes.data(), x.dim(), aoti_dtype_of(x));
+  if (y.numel() == 0) return y;
+  const RowView rows(x);
+  args.batch = x.size(0);
+  args.tokens = rows.rows / args.batch;
+  args.x = rows.owner.const_data_ptr();
+  args.x_stride = rows.stride;
+  args.y = y.mutable_data_ptr();
+  kernel(args, torch_pool());
+  return y;
+}
+
+// The block's own arguments; `copies` keeps alive what args points to.
+repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
+                                     const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
+                                     const repavit::AttentionShape& shape, std::optional<double> norm_eps,
+                                     bool residual, std::vector<Tensor>& copies) {
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
+                  shape.channels, "]");
+  check_same_kind("w_qkv", w_qkv, x);
+  check_same_kind("w_proj", w_proj, x);
+  check_optional("b_qkv", b_qkv, x, w_qkv.size(0));
+  check_optional("b_proj", b_proj, x, shape.channels_out);
+  STD_TORCH_CHECK(!residual || shape.channels == shape.channels_out, "residual: x has ", shape.channels,
+                  " channels but w_proj gives ", shape.channels_out, "; they must agree");
+  repavit::RepAttentionArgs args{};
+  args.shape = shape;
+  copies.push_back(packed_for(packed, x, w_qkv, w_proj, shape));
+  args.packed = copies.back().const_data_ptr();
+  args.b_qkv = ordered_data(b_qkv, copies);
+  args.b_proj = ordered_data(b_proj, copies);
+  args.norm_eps = norm_eps.value_or(0.0);
+  args.normalize = norm_eps.has_value();
+  args.residual = residual;
+  return args;
+}
+
+// attn_bias broadcast to [B, h, T, T]: strides of 0 where it has one element, the last 0 or 1.
+void set_attn_bias(const MaybeTensor& attn_bias, const Tensor& x, std::vector<Tensor>& copies,
+                   repavit::RepAttentionArgs& args) {
+  if (!attn_bias) return;
+  check_same_kind("attn_bias", *attn_bias, x);
+  const int64_t wanted[4] = {x.size(0), args.shape.heads, x.size(1), x.size(1)};
+  Tensor bias = *attn_bias;
+  const int64_t missing = 4 - bias.dim();
+  bool fits = missing >= 0;
+  for (int64_t i = 0; i < bias.dim() && fits; ++i) {
+    fits = bias.size(i) == 1 || bias.size(i) == wanted[missing + i];
+  }
+  STD_TORCH_CHECK(fits, "attn_bias: got shape ", shape_of(bias), ", wanted one that broadcasts to [B, h, T, T] = [",
+                  wanted[0], ", ", wanted[1], ", ", wanted[2], ", ", wanted[3], "]");
+  const int64_t last = bias.dim() - 1;
+  if (last >= 0 && bias.size(last) > 1 && bias.stride(last) > 1) {
+    copies.push_back(torch::stable::contiguous(bias));
+    bias = copies.back();
+  }
+  for (int64_t i = 0; i < bias.dim(); ++i) {
+    args.attn_bias_strides[missing + i] = bias.size(i) == 1 ? 0 : bias.stride(i);
+  }
+  args.attn_bias = bias.const_data_ptr();
+}
+
+Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv, const Tensor& w_proj,
+                     const MaybeTensor& b_proj, const MaybeTensor& attn_bias, const MaybeTensor& packed,
+                     int64_t num_heads, double scale, int64_t d_qk, std::optional<double> norm_eps, bool residual) {
+  STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
+  STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
+  const repavit::AttentionShape shape = shape_from(w_qkv, w_proj, num_heads, d_qk);
+  std::vector<Tensor> copies;
+  repavit::RepAttentionArgs args =
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
+  args.scale = scale;
+  set_attn_bias(attn_bias, x, copies, args);
+  return run(args, x, shape.channels_out);
+}
+
+repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
+                                const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
+                                std::vector<Tensor>& copies) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: got shape ", shape_of(x), ", wanted [B, H, W, C]");
+  STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2, "window, shift: wanted two numbers each");
+  repavit::WindowGrid grid{};
+  for (size_t i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(window[i] >= 1 && 0 <= shift[i] && shift[i] < window[i], "shift: got ", shift[i], " with window ",
+                    window[i], ", wanted 0 <= shift < window");
+    grid.map[i] = x.size(static_cast<int64_t>(i) + 1);
+    grid.window[i] = window[i];
+    grid.shift[i] = shift[i];
+  }
+  const int64_t tokens = window[0] * window[1];
+  check_shape("rel_bias", rel_bias, {num_heads, tokens, tokens});
+  check_same_kind("rel_bias", rel_bias, x);
+  grid.bias = ordered_data(rel_bias, copies);
+  grid.roll_first = roll_first;
+  return grid;
+}
+
+Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv, const Tensor& w_proj,
+                            const MaybeTensor& b_proj, const Tensor& rel_bias, const MaybeTensor& pad_kv,
+                            const MaybeTensor& packed, int64_t num_heads, double scale, std::vector<int64_t> window,
+                            std::vector<int64_t> shift, std::optional<double> norm_eps, bool residual,
+                            bool roll_first) {
+  const repavit::AttentionShape shape = shape_from(w_qkv, w_proj, num_heads, 0);
+  std::vector<Tensor> copies;
+  repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
+  repavit::RepAttentionArgs args =
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
+  check_optional("pad_kv", pad_kv, x, num_heads * (shape.d_qk + shape.d_v));
+  grid.padding = ordered_data(pad_kv, copies);
+  args.windows = &grid;
+  args.scale = scale;
+  return run(args, x, shape.channels_out);
+}
+
+// ---- Without weights ------------------------------------------------------------------------------------------------
+
+repavit::RepAttentionArgs core_args(const Tensor& qkv, int64_t heads, int64_t d_qk, double scale) {
+  const int64_t width = qkv.dim() > 0 ? qkv.size(qkv.dim() - 1) : 0;
+  STD_TORCH_CHECK(heads >= 1 && d_qk >= 1 && width % heads == 0 && width >= heads * 2 * d_qk, "qkv: got shape ",
+                  shape_of(qkv), ", wanted [..., num_heads * (2 * d_qk + d_v)] for num_heads = ", heads,
+                  ", d_qk = ", d_qk);
+  repavit::RepAttentionArgs args{};
+  args.shape = {width, 0, heads, d_qk, width / heads - 2 * d_qk};
+  args.scale = scale;
+  return args;
+}
+
+Tensor attention_core(const Tensor& qkv, const MaybeTensor& bias, int64_t num_heads, int64_t d_qk, double scale) {
+  STD_TORCH_CHECK(qkv.dim() == 3, "qkv: got shape ", shape_of(qkv), ", wanted [B, T, q | k | v]");
+  repavit::RepAttentionArgs args = core_args(qkv, num_heads, d_qk, scale);
+  std::vector<Tensor> copies;
+  set_attn_bias(bias, qkv, copies, args);
+  return run(args, qkv, num_heads * args.shape.d_v);
+}
+
+Tensor window_attention_core(const Tensor& qkv, const Tensor& rel_bias, const MaybeTensor& padding, int64_t num_heads,
+                             int64_t d_qk, double scale, std::vector<int64_t> window, std::vector<int64_t> shift,
+                             bool roll_first) {
+  std::vector<Tensor> copies;
+  repavit::WindowGrid grid = window_grid(qkv, num_heads, window, shift, roll_first, rel_bias, copies);
+  repavit::RepAttentionArgs args = core_args(qkv, num_heads, d_qk, scale);
+  check_optional("padding", padding, qkv, qkv.size(3));
+  if (const void* row = ordered_data(padding, copies)) {  // its q is never used
+    const size_t q_bytes = static_cast<size_t>(num_heads * d_qk * qkv.element_size());
+    grid.padding = static_cast<const char*>(row) + q_bytes;
+  }
+  args.windows = &grid;
+  return run(args, qkv, num_heads * args.shape.d_v);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(repavit_ops, m) {
+  m.def("attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor");
+  m.def(
+      "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "
+      "int[2] window, int[2] shift, bool roll_first=False) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
+  m.impl("rep_attention", TORCH_BOX(&rep_attention));
+  m.impl("window_rep_attention", TORCH_BOX(&window_rep_attention));
+  m.impl("rep_attention_pack", TORCH_BOX(&rep_attention_pack));
+  m.impl("rep_attention_unpack", TORCH_BOX(&rep_attention_unpack));
+  m.impl("attention_core", TORCH_BOX(&attention_core));
+  m.impl("window_attention_core", TORCH_BOX(&window_attention_core));
+}

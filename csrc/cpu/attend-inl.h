@@ -1,0 +1,270 @@
+// o = softmax(scale · q kᵀ + bias) v for query rows of one head, a tile of rows at a time.
+//
+// 1. A tile of queries meets all packed keys: the scores stay in L1. Up to kSinglePassKeys keys that is one softmax; more
+//    go in blocks with a running maximum and sum (online softmax), each block's o added to the rescaled sum so far.
+// 2. Scores are in units of log2: scale · log2 e is applied in the exponential's own multiplication or, with a bias (a
+//    table already in these units), in the one that adds it.
+// 3. A row's result depends on nothing but its own operands, in a fixed order: same bits in any tile, block of rows,
+//    batch and number of threads.
+#pragma once
+
+#include "gemm-inl.h"
+#include "pack_keys-inl.h"
+#include "softmax-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+constexpr ptrdiff_t kSinglePassKeys = 512, kOnlineKeys = 256;
+
+REPAVIT_INLINE ptrdiff_t keys_per_block(ptrdiff_t tokens) {
+  return tokens <= kSinglePassKeys ? tokens : kOnlineKeys;
+}
+
+// What is added to the scores of one head: one of a table, rows of T, or nothing.
+template <class T>
+struct ScoreBias {
+  const Accumulator<T>* table = nullptr;  // times log2 e, row i at table + i * table_stride, padding -Inf
+  ptrdiff_t table_stride = 0;
+  const T* rows = nullptr;                // as given: element (i, j) at rows + i * row_stride + j * column_stride
+  ptrdiff_t row_stride = 0, column_stride = 0;  // column_stride: 0 or 1
+
+  // The same from row i on.
+  REPAVIT_INLINE ScoreBias from(ptrdiff_t i) const {
+    return {table != nullptr ? table + i * table_stride : nullptr, table_stride,
+            rows != nullptr ? rows + i * row_stride : nullptr, row_stride, column_stride};
+  }
+};
+
+// row[j] = bias[j] · log2 e for j < columns, -Inf for the rest of the last vector.
+template <class T>
+void scale_bias_row(const T* bias, ptrdiff_t column_stride, ptrdiff_t columns, Accumulator<T>* row) {
+  using S = SimdOf<T>;
+  using E = Accumulator<T>;
+  const auto log2e = S::broadcast(static_cast<E>(kLog2EExact));
+  E first[S::kLanes];
+  S::store(first, S::load(bias, 1) * log2e);
+  for (ptrdiff_t j = 0; j < columns; j += S::kLanes) {
+    const int n = static_cast<int>(least(columns - j, S::kLanes));
+    if (n < S::kLanes) {
+      for (int i = n; i < S::kLanes; ++i) row[j + i] = kMasked<E>;
+    }
+    if (column_stride == 0) {
+      S::store(row + j, S::broadcast(first[0]), n);
+    } else if (n < S::kLanes) {
+      S::store(row + j, S::load(bias + j, n) * log2e, n);
+    } else {
+      S::store(row + j, S::load(bias + j) * log2e);
+    }
+  }
+}
+
+// Addends that mask the lanes from n on: load at kTailMask + kLanes - n.
+template <class E>
+struct TailMask {
+  static constexpr int kLanes = Simd<E>::kLanes;
+  E addends[2 * kLanes];
+  constexpr TailMask() : addends{} {
+    for (int i = kLanes; i < 2 * kLanes; ++i) addends[i] = kMasked<E>;
+  }
+};
+template <class E>
+constexpr TailMask<E> kTailMask{};
+
+// Store to scores: acc, or acc · factor + table, with -Inf for keys that do not exist.
+template <class E>
+struct ScoresToScratch {
+  using S = Simd<E>;
+  using V = typename S::V;
+  E* scores;
+  ptrdiff_t stride;
+  const E* table;  // of the tile's first row and the block's first key, or null
+  ptrdiff_t table_stride;
+  E factor;
+
+  template <int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
+    E* out = scores + row * stride + col;
+    REPAVIT_UNROLL
+    for (int i = 0; i < N; ++i) {
+      V v = acc[i];
+      const int n = valid - i * S::kLanes;
+      if (table != nullptr) {
+        v = S::fma(v, S::broadcast(factor), S::load(table + row * table_stride + col + i * S::kLanes));
+      } else if (n < S::kLanes) {
+        v += S::load(kTailMask<E>.addends + S::kLanes - n);
+      }
+      S::store(out + i * S::kLanes, v);
+    }
+  }
+};
+
+// Store of P V: rescaled to the rows of o (of O), or added to a sum over blocks of keys.
+template <class O>
+struct WeightedSum {
+  using S = SimdOf<O>;
+  using V = typename S::V;
+  using E = Accumulator<O>;
+  TokenRows<O> out;   // the tile's rows
+  const E* factors;   // per row: 1 / sum of the weights; with `partial`, what the sum so far is multiplied by
+  E* partial;         // [rows][stride] or null
+  ptrdiff_t stride;
+  bool fresh;         // there is no sum so far
+
+  template <int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
+    const V factor = S::broadcast(factors[row]);
+    if (partial != nullptr) {
+      E* sum = partial + row * stride + col;
+      REPAVIT_UNROLL
+      for (int i = 0; i < N; ++i) {
+        E* part = sum + i * S::kLanes;
+        S::store(part, fresh ? acc[i] : S::fma(S::load(part), factor, acc[i]));
+      }
+      return;
+    }
+    O* to = out[row];
+    if (to == nullptr) return;
+    REPAVIT_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const int n = valid - i * S::kLanes;
+      if (n >= S::kLanes) {
+        S::store(to + col + i * S::kLanes, acc[i] * factor);
+      } else if (n > 0) {
+        S::store(to + col + i * S::kLanes, acc[i] * factor, n);
+      }
+    }
+  }
+};
+
+// One thread's scratch for tiles of queries; P is stored over S where they have the same type.
+template <class E>
+struct AttendScratch {
+  using A = Accumulator<E>;
+  ptrdiff_t q_stride, score_stride, weight_stride, partial_stride;
+  E* q;
+  A* scores;
+  E* weights;
+  A* bias;     // null unless rows of a bias come as they are
+  A* partial;  // null unless the softmax is online
+  A* most;     // per row: maximum so far, sum so far, factor of the next epilogue
+  A* sum;
+  A* factor;
+
+  AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias) {
+    const ptrdiff_t keys = keys_per_block(tokens);
+    q_stride = scratch_stride<E>(d_qk);
+    score_stride = scratch_stride<A>(keys);
+    weight_stride = sizeof(E) == sizeof(A) ? score_stride : scratch_stride<E>(keys);
+    partial_stride = scratch_stride<A>(d_v);
+    q = carver.take<E>(kTileRows * q_stride);
+    scores = carver.take<A>(kTileRows * score_stride);
+    if constexpr (sizeof(E) == sizeof(A)) {
+      weights = reinterpret_cast<E*>(scores);
+    } else {
+      weights = carver.take<E>(kTileRows * weight_stride);
+    }
+    bias = raw_bias ? carver.take<A>(kTileRows * score_stride) : nullptr;
+    partial = keys < tokens ? carver.take<A>(kTileRows * partial_stride) : nullptr;
+    most = carver.take<A>(kTileRows);
+    sum = carver.take<A>(kTileRows);
+    factor = carver.take<A>(kTileRows);
+  }
+};
+
+// 2^x of one number, as the vectors compute it.
+template <class E>
+REPAVIT_INLINE E exp2_one(E x) {
+  using S = Simd<E>;
+  E lanes[S::kLanes];
+  S::store(lanes, Exp2<E, 5>::of(S::broadcast(x)));
+  return lanes[0];
+}
+
+// Softmax of one block of keys: scores → weights, running maximum and sum, and what the sum so far shrinks by.
+template <class E>
+REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t keys, Accumulator<E> unit, bool fresh) {
+  using A = Accumulator<E>;
+  const int vectors = static_cast<int>((keys + Simd<A>::kLanes - 1) / Simd<A>::kLanes);
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    const A* scores = s.scores + r * s.score_stride;
+    A most = greatest(scores, vectors);
+    if (!fresh && s.most[r] > most) most = s.most[r];
+    const A offset = most == kMasked<A> ? A{0} : most * unit;  // a row wholly -Inf: weights are zeros, not NaN
+    const A sum = exponentials(scores, s.weights + r * s.weight_stride, vectors, unit, offset);
+    if (fresh) {
+      s.sum[r] = sum;
+    } else {
+      s.factor[r] = exp2_one(s.most[r] * unit - offset);
+      s.sum[r] = s.sum[r] * s.factor[r] + sum;
+    }
+    s.most[r] = most;
+  }
+}
+
+// One tile: the first `rows` of q, bias and out, rows <= kTileRows.
+template <class T, class O, class E>
+void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
+                 const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& s) {
+  using A = Accumulator<E>;
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    E* to = s.q + r * s.q_stride;
+    __builtin_memcpy(to, q[r], sizeof(E) * static_cast<size_t>(head.d_qk));
+    for (ptrdiff_t k = head.d_qk; k % kInterleave<E> != 0; ++k) to[k] = E{};
+  }
+  const Rows<E> queries{s.q, s.q_stride, head.d_qk};
+  const bool biased = bias.table != nullptr || bias.rows != nullptr;
+  const A rest = biased ? A{1} : unit;
+
+  const ptrdiff_t block = keys_per_block(head.tokens);
+  for (ptrdiff_t key = 0; key < head.tokens; key += block) {
+    const ptrdiff_t keys = least(block, head.tokens - key);
+    const A* table = bias.table != nullptr ? bias.table + key : nullptr;
+    ptrdiff_t table_stride = bias.table_stride;
+    if (bias.rows != nullptr) {
+      for (ptrdiff_t r = 0; r < rows; ++r) {
+        const T* from = bias.rows + r * bias.row_stride + key * bias.column_stride;
+        scale_bias_row(from, bias.column_stride, keys, s.bias + r * s.score_stride);
+      }
+      table = s.bias;
+      table_stride = s.score_stride;
+    }
+    gemm(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
+         ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, unit});
+    softmax_block(s, rows, keys, rest, key == 0);
+
+    if (s.partial == nullptr) {
+      for (ptrdiff_t r = 0; r < rows; ++r) s.factor[r] = s.sum[r] == A{0} ? A{0} : A{1} / s.sum[r];
+    }
+    const Rows<E> weights{s.weights, s.weight_stride, keys};
+    gemm(&weights, 1, rows, head.values + key * kPanelColumns, head.value_stride(), head.d_v,
+         WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0});
+  }
+  if (s.partial == nullptr) return;
+
+  using S = Simd<A>;
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    O* to = out[r];
+    if (to == nullptr) continue;
+    const auto factor = S::broadcast(s.sum[r] == A{0} ? A{0} : A{1} / s.sum[r]);
+    const A* from = s.partial + r * s.partial_stride;
+    for (ptrdiff_t c = 0; c < head.d_v; c += S::kLanes) {
+      const int n = static_cast<int>(least(head.d_v - c, S::kLanes));
+      S::store(to + c, S::load(from + c) * factor, n);
+    }
+  }
+}
+
+// The first `rows` of q, bias and out. unit: scale · log2 e, positive unless there is a bias.
+template <class T, class O, class E>
+void attend(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
+            const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& scratch) {
+  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t t = 0; t < tiles; ++t) {
+    const ptrdiff_t first = rows * t / tiles, last = rows * (t + 1) / tiles;
+    attend_tile(head, q.from(first), last - first, unit, bias.from(first), out.from(first), scratch);
+  }
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

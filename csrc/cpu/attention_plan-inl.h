@@ -1,0 +1,124 @@
+// One call of (window_)rep_attention as every thread sees it: shapes, who does what, and how scratch is divided.
+//
+// A sequence is what attends to itself: an image or a window. As long as there are enough of them, a thread takes whole
+// sequences from the norm to the projection, with nothing shared ("whole"). The remaining few are split by rows
+// ("split"): first every block of rows adds its keys and values to shared panels, then every block attends and projects.
+#pragma once
+
+#include "arena.h"
+#include "rep_attention_pack-inl.h"
+#include "windows-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+template <class T>
+struct AttentionPlan {
+  using E = Operand<T>;  // of all that is kept between the products: z, q, k, v, the softmax's weights and o
+  using A = Accumulator<T>;
+
+  const RepAttentionArgs& args;
+  AttentionLayout<T> layout;
+  const T* panels;                // null: the attention alone
+  Windows<T> windows;             // read when args.windows
+  A unit;                         // scale · log2 e
+  ptrdiff_t length;               // tokens of a sequence
+  ptrdiff_t whole, split;         // sequences done whole, and by rows
+  ptrdiff_t group;                // whole sequences done together
+  ptrdiff_t blocks;               // blocks of rows of a split sequence
+  ptrdiff_t z_stride, qkv_stride, o_stride;
+
+  // Shared by the threads: bias tables per class and head, and per split sequence and head q | k | v and panels.
+  A* tables = nullptr;
+  E* qkv = nullptr;
+  E* keys = nullptr;
+  E* values = nullptr;
+
+  AttentionPlan(const RepAttentionArgs& a, int threads)
+      : args(a), layout(a.shape), panels(a.packed != nullptr ? AttentionLayout<T>::panels(a.packed) : nullptr),
+        windows(a.windows != nullptr ? *a.windows : kNoWindows),
+        unit(static_cast<A>(a.scale * kLog2EExact)),
+        length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)) {
+    z_stride = scratch_stride<E>(layout.channels);
+    qkv_stride = scratch_stride<E>(layout.head_columns);
+    o_stride = scratch_stride<E>(layout.heads * layout.d_v);
+    share_work(threads);
+  }
+
+  bool windowed() const { return args.windows != nullptr; }
+  ptrdiff_t sequences() const {
+    return static_cast<ptrdiff_t>(args.batch) * (windowed() ? windows.per_image() : 1);
+  }
+  // q, k and v are read where they stand, with no scratch of their own.
+  bool in_place() const { return panels == nullptr && IsSame<T, E>::value; }
+  // Without a bias, a scale that is not positive would make the least score the greatest.
+  bool zero_table() const { return !windowed() && args.attn_bias == nullptr && !(unit > 0); }
+
+  ptrdiff_t table_stride() const { return windowed() ? windows.table_stride : scratch_stride<A>(length); }
+  ptrdiff_t table_count() const { return windowed() ? windows.classes() * layout.heads : 0; }
+  ptrdiff_t block_begin(ptrdiff_t block) const {
+    const ptrdiff_t step = kInterleave<E>;  // keys that are interleaved in V have one owner
+    return block == blocks ? length : length * block / blocks / step * step;
+  }
+
+  HeadPanels<E> head_panels(E* k, E* v) const { return {length, layout.d_qk, layout.d_v, k, v}; }
+  ptrdiff_t key_elements() const { return HeadPanels<E>::key_elements(length, layout.d_qk); }
+  ptrdiff_t value_elements() const { return HeadPanels<E>::value_elements(length, layout.d_v); }
+
+  // Panels and q | k | v of one head of a split sequence.
+  HeadPanels<E> shared_panels(ptrdiff_t sequence, ptrdiff_t head) const {
+    const ptrdiff_t i = sequence * layout.heads + head;
+    return head_panels(keys + i * key_elements(), values + i * value_elements());
+  }
+  E* shared_qkv(ptrdiff_t sequence, ptrdiff_t head) const {
+    return qkv != nullptr ? qkv + (sequence * layout.heads + head) * length * qkv_stride : nullptr;
+  }
+
+  void carve_shared(Carver& carver) {
+    const ptrdiff_t heads = split * layout.heads;
+    tables = carver.take<A>(zero_table() ? table_stride() : table_count() * length * table_stride());
+    keys = carver.take<E>(heads * key_elements());
+    values = carver.take<E>(heads * value_elements());
+    qkv = in_place() ? nullptr : carver.take<E>(heads * length * qkv_stride);
+  }
+
+  ScoreBias<T> score_bias(ptrdiff_t sequence, ptrdiff_t head) const {
+    ScoreBias<T> bias;
+    if (windowed()) {
+      bias.table_stride = table_stride();
+      bias.table = tables + (windows.class_of(sequence) * layout.heads + head) * length * bias.table_stride;
+    } else if (args.attn_bias != nullptr) {
+      const int64_t* strides = args.attn_bias_strides;
+      bias.rows = static_cast<const T*>(args.attn_bias) + sequence * strides[0] + head * strides[1];
+      bias.row_stride = static_cast<ptrdiff_t>(strides[2]);
+      bias.column_stride = static_cast<ptrdiff_t>(strides[3]);
+    } else if (zero_table()) {
+      bias.table = tables;
+    }
+    return bias;
+  }
+
+ private:
+  static constexpr WindowGrid kNoWindows{{0, 0}, {1, 1}, {0, 0}, false, nullptr, nullptr};
+
+  void share_work(int threads) {
+    constexpr int64_t kWorkPerThread = int64_t{1} << 20;  // a fork pays from about a million operations a thread
+    constexpr ptrdiff_t kManyPerThread = 8;               // one sequence more or less is then no imbalance
+    constexpr ptrdiff_t kGroupRows = 98;                  // rows that meet each panel of weights: seven tiles of 14
+    const ptrdiff_t n = sequences();
+    const int64_t width = layout.heads * layout.head_columns;
+    const int64_t per_row = width * (layout.channels + length) + layout.channels_out * layout.heads * layout.d_v;
+    const int64_t useful = 1 + 2 * per_row * length * n / kWorkPerThread;
+    const ptrdiff_t owners = static_cast<ptrdiff_t>(useful < threads ? useful : threads);
+    split = n >= kManyPerThread * owners ? 0 : n % owners;
+    whole = n - split;
+    const ptrdiff_t each = whole / owners;
+    group = windowed() ? least(kGroupRows / length, each) : 1;
+    while (group > 1 && each < kManyPerThread && each % group != 0) --group;
+    if (group < 1) group = 1;
+    blocks = least(owners, (length + kInterleave<E> - 1) / kInterleave<E>);
+  }
+};
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

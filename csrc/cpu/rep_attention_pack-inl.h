@@ -1,0 +1,132 @@
+// The packed attention block: where its panels stand, and how they are written and read back.
+#pragma once
+
+#include "pack-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// Panels of a packed attention block; sizes in elements, offsets from the first panel.
+template <class T>
+struct AttentionLayout {
+  ptrdiff_t channels, channels_out, heads, d_qk, d_v;
+  ptrdiff_t head_columns;                // 2 d_qk + d_v: a head's q | k | v
+  ptrdiff_t head_panels, qkv_stride;     // ceil(head_columns / 32) panels of depth C per head
+  ptrdiff_t proj_panels, proj_stride;    // ceil(C_out / 32) panels of depth h d_v
+  ptrdiff_t head_stride, proj_offset;    // from head to head; of the first panel of w_proj
+
+  explicit AttentionLayout(const AttentionShape& shape)
+      : channels(static_cast<ptrdiff_t>(shape.channels)),
+        channels_out(static_cast<ptrdiff_t>(shape.channels_out)),
+        heads(static_cast<ptrdiff_t>(shape.heads)),
+        d_qk(static_cast<ptrdiff_t>(shape.d_qk)),
+        d_v(static_cast<ptrdiff_t>(shape.d_v)) {
+    head_columns = 2 * d_qk + d_v;
+    head_panels = (head_columns + kPanelColumns - 1) / kPanelColumns;
+    qkv_stride = panel_elements<T>(channels);
+    proj_panels = (channels_out + kPanelColumns - 1) / kPanelColumns;
+    proj_stride = panel_elements<T>(heads * d_v);
+    head_stride = head_panels * qkv_stride;
+    proj_offset = heads * head_stride;
+  }
+
+  int64_t bytes() const {
+    return static_cast<int64_t>(sizeof(PackedAttentionHeader)) +
+           static_cast<int64_t>(sizeof(T)) * (proj_offset + proj_panels * proj_stride);
+  }
+
+  // Row of w_qkv, or element of b_qkv, that is column `column` of a head.
+  ptrdiff_t qkv_row(ptrdiff_t head, ptrdiff_t column) const {
+    if (column < d_qk) return head * d_qk + column;
+    if (column < 2 * d_qk) return (heads + head) * d_qk + column - d_qk;
+    return 2 * heads * d_qk + head * d_v + column - 2 * d_qk;
+  }
+
+  // The rows of w that panel `panel` of w_qkv's holds.
+  template <class W>
+  void qkv_panel_rows(W* w, ptrdiff_t panel, W* (&rows)[kPanelColumns]) const {
+    const ptrdiff_t head = panel / head_panels, first = panel % head_panels * kPanelColumns;
+    for (ptrdiff_t c = 0; c < kPanelColumns; ++c) {
+      rows[c] = first + c < head_columns ? w + qkv_row(head, first + c) * channels : nullptr;
+    }
+  }
+
+  static const T* panels(const void* packed) {
+    return reinterpret_cast<const T*>(static_cast<const char*>(packed) + sizeof(PackedAttentionHeader));
+  }
+};
+
+template <class T>
+int64_t rep_attention_packed_bytes(const AttentionShape& shape) {
+  return AttentionLayout<T>(shape).bytes();
+}
+
+template <class T, int kDType>
+void rep_attention_pack(const AttentionWeights& weights, void* destination, const Pool& pool) {
+  struct Context {
+    AttentionLayout<T> layout;
+    const T *w_qkv, *w_proj;
+    T* panels;
+  } context{AttentionLayout<T>(weights.shape), static_cast<const T*>(weights.w_qkv),
+            static_cast<const T*>(weights.w_proj), const_cast<T*>(AttentionLayout<T>::panels(destination))};
+
+  PackedAttentionHeader header{};
+  __builtin_memcpy(header.magic, kPackedAttentionMagic, sizeof(header.magic));
+  header.dtype = kDType;
+  header.heads = static_cast<int32_t>(weights.shape.heads);
+  header.channels = weights.shape.channels;
+  header.d_qk = weights.shape.d_qk;
+  header.d_v = weights.shape.d_v;
+  header.channels_out = weights.shape.channels_out;
+  header.bytes = context.layout.bytes();
+  __builtin_memcpy(destination, &header, sizeof(header));
+
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(raw);
+    const AttentionLayout<T>& l = c.layout;
+    const ptrdiff_t qkv_panels = l.heads * l.head_panels;
+    for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
+      if (p < qkv_panels) {
+        const T* rows[kPanelColumns];
+        l.qkv_panel_rows(c.w_qkv, p, rows);
+        pack_rows(rows, l.channels, c.panels + p * l.qkv_stride);
+      } else {
+        pack_panel(c.w_proj, l.channels_out, l.heads * l.d_v, (p - qkv_panels) * kPanelColumns,
+                   c.panels + l.proj_offset + (p - qkv_panels) * l.proj_stride);
+      }
+    }
+  };
+  pool.run(context.layout.heads * context.layout.head_panels + context.layout.proj_panels, body, &context);
+}
+
+template <class T>
+void rep_attention_unpack(const void* packed, const AttentionMutableWeights& weights, const Pool& pool) {
+  PackedAttentionHeader header;
+  __builtin_memcpy(&header, packed, sizeof(header));
+  struct Context {
+    AttentionLayout<T> layout;
+    T *w_qkv, *w_proj;
+    const T* panels;
+  } context{AttentionLayout<T>({header.channels, header.channels_out, header.heads, header.d_qk, header.d_v}),
+            static_cast<T*>(weights.w_qkv), static_cast<T*>(weights.w_proj), AttentionLayout<T>::panels(packed)};
+
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(raw);
+    const AttentionLayout<T>& l = c.layout;
+    const ptrdiff_t qkv_panels = l.heads * l.head_panels;
+    for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
+      if (p < qkv_panels) {
+        T* rows[kPanelColumns];
+        l.qkv_panel_rows(c.w_qkv, p, rows);
+        unpack_rows(c.panels + p * l.qkv_stride, l.channels, rows);
+      } else {
+        unpack_panel(c.panels + l.proj_offset + (p - qkv_panels) * l.proj_stride, l.channels_out, l.heads * l.d_v,
+                     (p - qkv_panels) * kPanelColumns, c.w_proj);
+      }
+    }
+  };
+  pool.run(context.layout.heads * context.layout.head_panels + context.layout.proj_panels, body, &context);
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

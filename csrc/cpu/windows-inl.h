@@ -1,0 +1,83 @@
+// (Shifted) windows of a map by addressing: which token stands where in a window, and what is added to its scores.
+#pragma once
+
+#include "attend-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+constexpr double kShiftMask = -100.0;  // what Swin adds between tokens that only the roll brought together
+
+template <class T>
+struct Windows {
+  using A = Accumulator<T>;
+  const WindowGrid& grid;
+  ptrdiff_t count[2];      // windows in each direction
+  ptrdiff_t tokens;        // N, of one window
+  ptrdiff_t table_stride;  // of a row of a bias table
+
+  explicit Windows(const WindowGrid& g) : grid(g) {
+    for (int d = 0; d < 2; ++d) count[d] = static_cast<ptrdiff_t>((g.map[d] + g.window[d] - 1) / g.window[d]);
+    tokens = static_cast<ptrdiff_t>(g.window[0] * g.window[1]);
+    table_stride = scratch_stride<A>(tokens);
+  }
+
+  ptrdiff_t per_image() const { return count[0] * count[1]; }
+
+  // Windows differ in their mask by being cut by the roll vertically (2), horizontally (1), both or not at all.
+  int classes() const { return grid.shift[0] > 0 ? 4 : grid.shift[1] > 0 ? 2 : 1; }
+  int class_of(ptrdiff_t window) const {
+    const ptrdiff_t w = window % per_image();
+    const bool vertical = grid.shift[0] > 0 && w / count[1] == count[0] - 1;
+    const bool horizontal = grid.shift[1] > 0 && w % count[1] == count[1] - 1;
+    return 2 * vertical + horizontal;
+  }
+
+  // Tokens of one window in the order of its rows, counted over the whole batch; kPaddedToken where there is none.
+  void locate(ptrdiff_t window, ptrdiff_t* out) const {
+    const ptrdiff_t image = window / per_image(), w = window % per_image();
+    const ptrdiff_t height = static_cast<ptrdiff_t>(grid.map[0]), width = static_cast<ptrdiff_t>(grid.map[1]);
+    for (ptrdiff_t i = 0; i < grid.window[0]; ++i) {
+      const ptrdiff_t y = source(0, w / count[1] * static_cast<ptrdiff_t>(grid.window[0]) + i);
+      for (ptrdiff_t j = 0; j < grid.window[1]; ++j) {
+        const ptrdiff_t x = source(1, w % count[1] * static_cast<ptrdiff_t>(grid.window[1]) + j);
+        *out++ = y < 0 || x < 0 ? kPaddedToken : (image * height + y) * width + x;
+      }
+    }
+  }
+
+  // Table [N][table_stride] of a class and head: (bias + mask) · log2 e, padded with -Inf.
+  void fill_table(int window_class, ptrdiff_t head, A* table) const {
+    const T* bias = static_cast<const T*>(grid.bias) + head * tokens * tokens;
+    for (ptrdiff_t i = 0; i < tokens; ++i) {
+      A* row = table + i * table_stride;
+      scale_bias_row(bias + i * tokens, 1, tokens, row);
+      if (window_class != 0) mask_row(window_class, i, row);
+    }
+  }
+
+ private:
+  // Coordinate that position p of the rolled and padded map comes from; -1 for padding.
+  ptrdiff_t source(int d, ptrdiff_t p) const {
+    const ptrdiff_t extent = static_cast<ptrdiff_t>(grid.map[d]), shift = static_cast<ptrdiff_t>(grid.shift[d]);
+    if (grid.roll_first) return p < extent ? (p + shift) % extent : -1;
+    const ptrdiff_t from = (p + shift) % (count[d] * static_cast<ptrdiff_t>(grid.window[d]));
+    return from < extent ? from : -1;
+  }
+
+  // Tokens of a cut window see each other when they come from the same side of the roll.
+  void mask_row(int window_class, ptrdiff_t token, A* row) const {
+    const ptrdiff_t height = static_cast<ptrdiff_t>(grid.window[0]), width = static_cast<ptrdiff_t>(grid.window[1]);
+    const ptrdiff_t cut_y = window_class & 2 ? height - static_cast<ptrdiff_t>(grid.shift[0]) : height;
+    const ptrdiff_t cut_x = window_class & 1 ? width - static_cast<ptrdiff_t>(grid.shift[1]) : width;
+    const bool below = token / width >= cut_y, right = token % width >= cut_x;
+    for (ptrdiff_t y = 0; y < height; ++y) {
+      for (ptrdiff_t x = 0; x < width; ++x) {
+        if ((y >= cut_y) != below || (x >= cut_x) != right) row[y * width + x] += static_cast<A>(kShiftMask * kLog2EExact);
+      }
+    }
+  }
+};
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit
