@@ -15,6 +15,8 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+// From here on scratch takes whole huge pages: in small ones, scattered over memory, it would crowd some sets of L2.
+constexpr size_t kLargeScratch = size_t{128} << 10;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -30,7 +32,7 @@ struct Arena {
 void* thread_arena(size_t bytes) {
   thread_local Arena arena;
   if (bytes > arena.capacity) {
-    const size_t page = bytes >= kHugePage ? kHugePage : kCacheLine;
+    const size_t page = bytes >= kLargeScratch ? kHugePage : kCacheLine;
     const size_t capacity = (bytes + page - 1) / page * page;
     arena.memory.reset();  // before the new one exists: the old content is not wanted
     arena.capacity = 0;

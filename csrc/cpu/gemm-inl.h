@@ -5,41 +5,20 @@
 // conversion, any layout of the store.
 #pragma once
 
-#include "simd-inl.h"
+#include "dot-inl.h"
 #include "tile.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// One left operand: rows of `depth` elements, row r at data + r * stride (elements). Where kInterleave<T> is 2 and depth
-// is odd, one more element per row is read and must be finite (it meets a zero of the panel).
+// One left operand for panels of T: rows of `depth` elements, row r at data + r * stride (elements). Where kInterleave<T>
+// is 2 and depth is odd, one more element per row is read and must be finite (it meets a zero of the panel).
 template <class T>
 struct Rows {
-  const T* data;
+  const Operand<T>* data;
   ptrdiff_t stride;
   ptrdiff_t depth;
 };
-
-// How one group of kInterleave<T> consecutive k enters the accumulator.
-template <class T>
-struct Dot;
-
-template <class E>
-struct PlainDot {
-  using S = Simd<E>;
-  using V = typename S::V;
-  using Left = V;
-  using Right = V;
-  static REPAVIT_INLINE Left left(const E* a) { return S::broadcast(*a); }
-  static REPAVIT_INLINE Right right(const E* b) { return S::load(b); }
-  static REPAVIT_INLINE void accumulate(V& acc, Left a, Right b) { S::accumulate(acc, a, b); }
-};
-template <>
-struct Dot<float> : PlainDot<float> {};
-#if REPAVIT_ISA_LEVEL == 0
-template <>
-struct Dot<double> : PlainDot<double> {};
-#endif
 
 // Groups of k in `depth` elements.
 template <class T>
@@ -58,18 +37,19 @@ struct Tile {
   using S = SimdOf<T>;
   using V = typename S::V;
   using D = Dot<T>;
+  using A = Operand<T>;
   static constexpr int kStep = kInterleave<T>;
   static constexpr int kPanelRow = kPanelColumns * kStep;
   // Rows are addressed as base + {0, 1, 2} * stride from every third row: a pointer for each would not fit in the
   // integer registers and cost a reload per product.
   static constexpr int kBases = (kRows + 2) / 3;
   static constexpr int kUnroll = 4;
-  static constexpr int kPrefetchBytes = 4096;
+  static constexpr int kPrefetchBytes = 8192;
 
   V acc[kRows][kVectors];
 
   // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row.
-  static REPAVIT_INLINE const T* opaque(const T* p) {
+  static REPAVIT_INLINE const A* opaque(const A* p) {
     __asm__("" : "+r"(p));
     return p;
   }
@@ -83,15 +63,18 @@ struct Tile {
   }
 
   // One group of k: kRows x kVectors products, then on to the next k.
-  REPAVIT_INLINE void step(const T* (&base)[kBases], ptrdiff_t stride, const T* b) {
-    typename D::Right right[kVectors];
+  REPAVIT_INLINE void step(const A* (&base)[kBases], ptrdiff_t stride, const T* b) {
     REPAVIT_UNROLL
-    for (int v = 0; v < kVectors; ++v) right[v] = D::right(b + v * S::kLanes * kStep);
-    REPAVIT_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const typename D::Left left = D::left(base[r / 3] + (r % 3) * stride);
+    for (int part = 0; part < D::kParts; ++part) {
+      typename D::Factor right[kVectors];
       REPAVIT_UNROLL
-      for (int v = 0; v < kVectors; ++v) D::accumulate(acc[r][v], left, right[v]);
+      for (int v = 0; v < kVectors; ++v) right[v] = D::right(b + v * S::kLanes * kStep, part);
+      REPAVIT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const typename D::Factor left = D::left(base[r / 3] + (r % 3) * stride, part);
+        REPAVIT_UNROLL
+        for (int v = 0; v < kVectors; ++v) D::accumulate(acc[r][v], left, right[v]);
+      }
     }
     REPAVIT_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + kStep);
@@ -99,7 +82,7 @@ struct Tile {
 
   // Adds A B over one segment; b is the first group's panel row.
   REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b) {
-    const T* base[kBases];
+    const A* base[kBases];
     REPAVIT_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = opaque(a.data + 3 * i * a.stride);
     const ptrdiff_t groups = groups_of<T>(a.depth);

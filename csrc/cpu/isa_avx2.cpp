@@ -8,7 +8,11 @@
 namespace repavit {
 namespace avx2 {
 
-void install(Kernels& table) { table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>; }
+void install(Kernels& table) {
+  table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>;
+  table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
+  table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;
+}
 
 }  // namespace avx2
 }  // namespace repavit

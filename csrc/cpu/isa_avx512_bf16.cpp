@@ -1,13 +1,16 @@
-// Level "avx512_bf16": AVX-512 BF16's vdpbf16ps. Its fp32 entries are those of the level below.
+// Level "avx512_bf16": AVX-512 BF16's vdpbf16ps. All other entries are those of the level below.
 #define REPAVIT_ISA avx512_bf16
 #define REPAVIT_ISA_LEVEL 3
 
 #include "dispatch.h"
+#include "partial_gelu_ffn-inl.h"
 
 namespace repavit {
 namespace avx512_bf16 {
 
-void install(Kernels&) {}
+void install(Kernels& table) {
+  table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
+}
 
 }  // namespace avx512_bf16
 }  // namespace repavit

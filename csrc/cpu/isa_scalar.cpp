@@ -24,6 +24,8 @@ void install(Kernels& table) {
   install_packing<fp16, kFloat16>(table);
   install_packing<double, kFloat64>(table);
   table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>;
+  table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
+  table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;
   table.partial_gelu_ffn[kFloat64] = partial_gelu_ffn<double>;
 }
 

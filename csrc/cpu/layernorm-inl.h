@@ -1,4 +1,5 @@
-// LayerNorm without affine: out = (x - mean) / sqrt(var + eps), two passes over a row that stays in L1.
+// Rows of the input on their way into scratch: converted as they are, or as LayerNorm without affine,
+// out = (x - mean) / sqrt(var + eps), in passes over a row that stays in L1.
 #pragma once
 
 #include "simd-inl.h"
@@ -15,9 +16,27 @@ REPAVIT_INLINE void for_each_vector(const T* x, ptrdiff_t columns, const Visit& 
   if (i < columns) visit(S::load(x + i, static_cast<int>(columns - i)), i, static_cast<int>(columns - i));
 }
 
-// One row: x [columns] → out [columns]; they may be the same.
-template <class T>
-void layer_norm_row(const T* x, T* out, ptrdiff_t columns, double eps) {
+// The first n lanes; full vectors the fast way.
+template <class S, class O>
+REPAVIT_INLINE void store_some(O* out, typename S::V v, int n) {
+  if (n == S::kLanes) {
+    S::store(out, v);
+  } else {
+    S::store(out, v, n);
+  }
+}
+
+// One row converted: x [columns] of T → out [columns] of O.
+template <class T, class O>
+void convert_row(const T* x, O* out, ptrdiff_t columns) {
+  using S = SimdOf<T>;
+  for_each_vector(x, columns, [&](typename S::V v, ptrdiff_t i, int n)
+                                  __attribute__((always_inline)) { store_some<S>(out + i, v, n); });
+}
+
+// One row: x [columns] of T → out [columns] of O; they may be the same.
+template <class T, class O>
+void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps) {
   using S = SimdOf<T>;
   using V = typename S::V;
   using E = Accumulator<T>;
@@ -40,12 +59,7 @@ void layer_norm_row(const T* x, T* out, ptrdiff_t columns, double eps) {
   const V scale = S::broadcast(E{1} / static_cast<E>(__builtin_sqrt(static_cast<double>(variance) + eps)));
 
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
-    const V z = (v - mean) * scale;
-    if (n == S::kLanes) {
-      S::store(out + i, z);
-    } else {
-      S::store(out + i, z, n);
-    }
+    store_some<S>(out + i, (v - mean) * scale, n);
   });
 }
 

@@ -21,13 +21,13 @@ template <class T, bool kTanh>
 struct GeluToScratch {
   using S = SimdOf<T>;
   using V = typename S::V;
-  T* h;
+  Operand<T>* h;
   ptrdiff_t stride;
   const T* bias;  // [columns] or null
 
   template <int N>
   REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
-    T* out = h + row * stride + col;
+    Operand<T>* out = h + row * stride + col;
     REPAVIT_UNROLL
     for (int i = 0; i < N; ++i) {
       V v = acc[i];
@@ -82,21 +82,20 @@ struct FfnPlan {
   ptrdiff_t blocks;         // row blocks, of nearly equal height
   ptrdiff_t block_rows;     // height of the tallest
   ptrdiff_t h_stride;       // of H [block_rows, m] in scratch
-  ptrdiff_t z_stride;       // of z [block_rows, C] in scratch; unused where z is x itself
-  bool z_in_scratch;
+  ptrdiff_t z_stride;       // of z [block_rows, C] in scratch
 
   ptrdiff_t block_begin(ptrdiff_t block) const { return static_cast<ptrdiff_t>(args.rows) * block / blocks; }
-  size_t h_bytes() const { return sizeof(T) * static_cast<size_t>(block_rows * h_stride); }
-  size_t z_bytes() const { return z_in_scratch ? sizeof(T) * static_cast<size_t>(block_rows * z_stride) : 0; }
+  size_t h_bytes() const { return sizeof(Operand<T>) * static_cast<size_t>(block_rows * h_stride); }
+  size_t z_bytes() const { return sizeof(Operand<T>) * static_cast<size_t>(block_rows * z_stride); }
 };
 
 // Rows per block: what L2 holds beside one panel, in whole tiles.
 template <class T>
 ptrdiff_t rows_in_l2(const FfnLayout<T>& layout) {
-  const ptrdiff_t element = sizeof(T);
+  constexpr ptrdiff_t kPanelElement = sizeof(T), kRowElement = sizeof(Operand<T>);
   const ptrdiff_t widest = layout.out_stride > layout.in_stride ? layout.out_stride : layout.in_stride;
-  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 3 / 4 - widest * element;
-  const ptrdiff_t rows = room / (element * (layout.channels + layout.active));
+  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - widest * kPanelElement;
+  const ptrdiff_t rows = room / (kRowElement * (layout.channels + layout.active));
   const ptrdiff_t tiles = rows / kTileRows;
   return (tiles < 2 ? 2 : tiles) * kTileRows;
 }
@@ -106,7 +105,7 @@ FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
   PackedFfnHeader header;
   __builtin_memcpy(&header, args.packed, sizeof(header));
   FfnPlan<T> plan{args, FfnLayout<T>(args.channels, args.active, header.has_merged != 0),
-                  first_panel<T>(args.packed), 1, 0, 0, 0, false};
+                  first_panel<T>(args.packed), 1, 0, 0, 0};
 
   // A fork pays from about a million operations a thread.
   constexpr int64_t kWorkPerThread = int64_t{1} << 20;
@@ -118,27 +117,24 @@ FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
   plan.blocks = owners * rounds < rows ? owners * rounds : rows;
   plan.block_rows = (rows + plan.blocks - 1) / plan.blocks;
 
-  const bool aliases = args.x_stride * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-  const bool odd = args.channels % kInterleave<T> != 0;
-  plan.z_in_scratch = args.normalize || aliases || odd;
-  plan.h_stride = scratch_stride<T>(plan.layout.active);
-  plan.z_stride = scratch_stride<T>(plan.layout.channels);
+  plan.h_stride = scratch_stride<Operand<T>>(plan.layout.active);
+  plan.z_stride = scratch_stride<Operand<T>>(plan.layout.channels);
   return plan;
 }
 
-// z of one block: x itself, or its core or a better aligned copy in scratch.
+// z of one block in scratch. A plain x is copied too: that costs 0.3 % and buys the operand type, a stride that does not
+// alias, a whole last group of k and huge pages.
 template <class T>
-Rows<T> block_input(const FfnPlan<T>& plan, const T* x, ptrdiff_t rows, T* scratch) {
+Rows<T> block_input(const FfnPlan<T>& plan, const T* x, ptrdiff_t rows, Operand<T>* scratch) {
   const ptrdiff_t columns = plan.layout.channels, x_stride = static_cast<ptrdiff_t>(plan.args.x_stride);
-  if (!plan.z_in_scratch) return {x, x_stride, columns};
   for (ptrdiff_t r = 0; r < rows; ++r) {
-    T* z = scratch + r * plan.z_stride;
+    Operand<T>* z = scratch + r * plan.z_stride;
     if (plan.args.normalize) {
       layer_norm_row(x + r * x_stride, z, columns, plan.args.norm_eps);
     } else {
-      __builtin_memcpy(z, x + r * x_stride, sizeof(T) * static_cast<size_t>(columns));
+      convert_row(x + r * x_stride, z, columns);
     }
-    for (ptrdiff_t k = columns; k % kInterleave<T> != 0; ++k) z[k] = T{};
+    for (ptrdiff_t k = columns; k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
   }
   return {scratch, plan.z_stride, columns};
 }
@@ -151,8 +147,8 @@ void ffn_block(const FfnPlan<T>& plan, ptrdiff_t block, char* scratch) {
   const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
   const T* x = static_cast<const T*>(args.x) + begin * x_stride;
 
-  T* h = reinterpret_cast<T*>(scratch);
-  const Rows<T> z = block_input(plan, x, rows, reinterpret_cast<T*>(scratch + plan.h_bytes()));
+  Operand<T>* h = reinterpret_cast<Operand<T>*>(scratch);
+  const Rows<T> z = block_input(plan, x, rows, reinterpret_cast<Operand<T>*>(scratch + plan.h_bytes()));
   const T* b_in = static_cast<const T*>(args.b_in);
   if (args.tanh_gelu) {
     gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, GeluToScratch<T, true>{h, plan.h_stride, b_in});

@@ -7,6 +7,7 @@
 // Simd<E> holds: V (a vector of kLanes E), and static functions
 //   zero() broadcast(e)                      load(p) store(p, v)          p: E*, and for float bf16* and fp16*
 //   load(p, n) store(p, v, n)                the first n lanes only, 0 <= n <= kLanes; others are zero / untouched
+//   load_even(p) load_odd(p)                 elements 0, 2, 4, ... or 1, 3, 5, ... of 2 * kLanes bf16
 //   fma(a, b, c) = a*b + c                   fnma(a, b, c) = c - a*b
 //   accumulate(acc, a, b)                    acc += a*b in acc's own register (for the GEMM: gcc 12 otherwise overwrites
 //                                            a, moves and spills the accumulators, a third of the speed)

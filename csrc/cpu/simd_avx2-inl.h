@@ -24,6 +24,13 @@ struct Simd<float> {
   static REPAVIT_INLINE void store(bf16* p, V v) { _mm_storeu_si128((__m128i*)p, to_bf16(v)); }
   static REPAVIT_INLINE void store(bf16* p, V v, int n) { store_halves(p, to_bf16(v), n); }
 
+  static REPAVIT_INLINE V load_even(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+  }
+  static REPAVIT_INLINE V load_odd(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(-0x10000)));
+  }
+
   static REPAVIT_INLINE V load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static REPAVIT_INLINE V load(const fp16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
   static REPAVIT_INLINE void store(fp16* p, V v) { _mm_storeu_si128((__m128i*)p, to_fp16(v)); }

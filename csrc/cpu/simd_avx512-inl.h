@@ -32,6 +32,13 @@ struct Simd<float> {
   static REPAVIT_INLINE void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, to_bf16(v)); }
   static REPAVIT_INLINE void store(bf16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(v)); }
 
+  static REPAVIT_INLINE V load_even(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  static REPAVIT_INLINE V load_odd(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-0x10000)));
+  }
+
   static REPAVIT_INLINE V load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static REPAVIT_INLINE V load(const fp16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
   static REPAVIT_INLINE void store(fp16* p, V v) { _mm256_storeu_si256((__m256i*)p, to_fp16(v)); }

@@ -63,6 +63,9 @@ struct Simd<float> : PortableSimd<float, uint32_t> {
     store_halves(p, v == v ? rounded : quiet, n);
   }
 
+  static REPAVIT_INLINE V load_even(const bf16* p) { return (V)(load_pairs(p) << 16); }
+  static REPAVIT_INLINE V load_odd(const bf16* p) { return (V)(load_pairs(p) & 0xffff0000); }
+
   static REPAVIT_INLINE V load(const fp16* p) { return load(p, kLanes); }
   static REPAVIT_INLINE V load(const fp16* p, int n) { return from_fp16(load_halves(p, n)); }
   static REPAVIT_INLINE void store(fp16* p, V v) { store(p, v, kLanes); }
@@ -78,6 +81,11 @@ struct Simd<float> : PortableSimd<float, uint32_t> {
     H h{};
     __builtin_memcpy(&h, p, sizeof(uint16_t) * static_cast<size_t>(n));
     return __builtin_convertvector(h, U);
+  }
+  static REPAVIT_INLINE U load_pairs(const void* p) {  // little-endian, as every target of this library is
+    U u;
+    __builtin_memcpy(&u, p, sizeof(u));
+    return u;
   }
   static REPAVIT_INLINE void store_halves(void* p, U bits, int n) {
     const H h = __builtin_convertvector(bits, H);
