@@ -106,7 +106,7 @@ def _draw_samples(figure: SubFigure, results: Results) -> None:
     verdict = "all predictions identical" if not changed else f"{changed} predictions differ"
     figure.suptitle(f"Held-out digits: as trained → merged and fused ({verdict})", fontsize=11, color=INK)
     for axis, (image, before, after) in zip(figure.subplots(2, 5).flat, results.samples, strict=False):
-        axis.imshow(image, cmap="Greys", interpolation="nearest")
+        axis.imshow(image.numpy(), cmap="Greys", interpolation="nearest")
         axis.set_xlabel(f"{before} → {after}", fontsize=11, color=INK if before == after else "red")
         axis.set_xticks([])
         axis.set_yticks([])
@@ -158,7 +158,8 @@ def _draw_large_rates(axis: Axes, results: Results) -> None:
     axis.set_ylim(0, 1.25 * top)
     axis.axhline(1, color=INK, lw=0.8, ls=":")
     axis.set_ylabel("relative to vanilla")
-    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
+    if groups:
+        axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
     _tidy(axis, "Large models at 224 pixels, images per second above the bars")
 
 

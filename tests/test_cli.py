@@ -1,0 +1,197 @@
+"""The command line: what each command prints, writes and returns, and that mistakes are one clear line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from model_helpers import images, tiny_vit
+from typer.testing import CliRunner
+
+from repavit_ops import load_checkpoint, reparameterize, save_checkpoint
+from repavit_ops.cli import app, junit_xml
+from repavit_ops.verification import Comparison, VerificationReport
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run the command; returns (exit status, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A training checkpoint with the authors' keys and nothing else in it."""
+    path = tmp_path / "trained.pth"
+    torch.save({"model": tiny_vit().state_dict()}, path)
+    return path
+
+
+LOAD = ("--idle-ratio", "0.75", "--num-heads", "3")
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info_names_versions_and_every_backend(call):
+    status, out, _ = call("info")
+    assert status == OK
+    for word in (torch.__version__, "backend reference", "backend cpp", "backend triton", "threads", "extra timm"):
+        assert word in out
+
+
+def test_info_as_json_gives_each_backend_none_or_a_reason(call):
+    status, out, _ = call("info", "--json")
+    info = json.loads(out)
+    assert status == OK
+    assert info["backends"]["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in info["backends"].values())
+    assert (info["cpu"]["isa"] is None) == (info["backends"]["cpp"] is not None)
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "repavit_ops", "info", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["torch"] == torch.__version__
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["native", "authors"])
+def test_convert_merges_and_the_result_computes_the_same(call, trained, tmp_path, layout):
+    target = tmp_path / "deployed.safetensors"
+    status, out, err = call("convert", trained, target, *LOAD, "--layout", layout)
+    assert status == OK, err
+    assert "2 ChannelIdleFFN" in out
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (tiny_vit(), load_checkpoint(target)))
+    assert f"{before:,} → {after:,}" in out
+    expected = reparameterize(tiny_vit())(images())
+    torch.testing.assert_close(load_checkpoint(target)(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convert_rewrites_a_deployed_checkpoint(call, tmp_path):
+    source, target = tmp_path / "native.pt", tmp_path / "authors.pt"
+    save_checkpoint(reparameterize(tiny_vit()), source)
+    status, out, _ = call("convert", source, target, "--layout", "authors")
+    assert status == OK
+    assert "nothing (already in deployed form)" in out
+    assert any(key.endswith("mlp.fc3.weight") for key in torch.load(target, weights_only=True)["model"])
+
+
+def test_convert_reads_a_config_file_and_a_ratio_per_block(call, trained, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"num_heads": 3}))
+    status, _, err = call("convert", trained, tmp_path / "out.pt", "--config", config, "--idle-ratio", "0.75,0.75")
+    assert status == OK, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "absent.pth", "out.pth"], "absent.pth"),
+        (["convert", "{trained}", "out.pth", "--num-heads", "3"], "idle_ratio"),
+        (["convert", "{trained}", "out.pth", "--num-heads", "3", "--idle-ratio", "most"], "--idle-ratio"),
+        (["convert", "{trained}", "{tmp}/out.onnx", *LOAD], ".safetensors"),
+        (["convert", "{trained}", "out.pth", "--config", "{trained}"], "utf-8"),
+        (["convert", "{trained}", "out.pth", "--config", "{list}"], "wanted an object"),
+        (["verify", "repa_diet_tiny", "repa_deit_tiny"], "repa_deit_tiny"),
+        (["verify", "{trained}", "{trained}", *LOAD, "--dtype", "int4"], "bfloat16"),
+        (["verify", "vanilla_deit_tiny={trained}", "vanilla_deit_tiny"], "no checkpoint of vanilla_deit_tiny"),
+    ],
+)
+def test_a_mistake_is_a_clear_error_without_traceback(call, trained, tmp_path, arguments, words):
+    (tmp_path / "list.json").write_text("[1]")
+    places = {"trained": trained, "tmp": tmp_path, "list": tmp_path / "list.json"}
+    status, _, err = call(*(argument.format(**places) for argument in arguments))
+    assert status == USAGE
+    assert err.startswith("error: ")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_option_is_a_usage_error(call):
+    assert call("info", "--nonsense")[0] == USAGE
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["as-is", "merged", "fused"])
+def test_verify_accepts_a_checkpoint_in_every_form(call, trained, form):
+    status, out, err = call("verify", trained, trained, *LOAD, "--b", form, "--batch", "2")
+    assert status == OK, err
+    assert "PASS in float32" in out
+    assert ("fused" in out) == (form == "fused")
+
+
+def test_verify_fails_with_status_1_and_says_so_everywhere(call, trained, tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save({"model": tiny_vit(seed=1).state_dict()}, other)
+    junit = tmp_path / "report.xml"
+    status, out, err = call("verify", trained, other, *LOAD, "--json", "-", "--junit", junit)
+    assert status == FAILED
+    report = json.loads(out)
+    assert not report["passed"]
+    assert report["output"]["max_abs"] > report["output"]["bound"]
+    assert "FAIL in float32" in err
+    suite = ElementTree.parse(junit).getroot()
+    assert int(suite.attrib["failures"]) == len(suite.findall(".//failure")) > 0
+
+
+def test_verify_builds_models_by_name_with_the_same_random_weights(call, tmp_path):
+    target = tmp_path / "report.json"
+    arguments = ("repa_deit_tiny", "repa_deit_tiny", "--b", "fused", "--img-size", "32", "--batch", "1")
+    status, _, err = call("verify", *arguments, "--json", target)
+    assert status == OK, err
+    assert json.loads(target.read_text())["passed"]
+
+
+def test_verify_loads_weights_into_a_named_model(call, tmp_path):
+    from repavit_ops import create_model
+
+    torch.manual_seed(5)
+    path = tmp_path / "vanilla.pt"
+    torch.save(create_model("vanilla_deit_tiny").state_dict(), path)
+    source = f"vanilla_deit_tiny={path}"
+    assert call("verify", source, source, "--b", "fused", "--img-size", "32", "--batch", "1")[0] == OK
+    assert call("verify", source, "vanilla_deit_tiny", "--img-size", "32", "--batch", "1")[0] == FAILED
+
+
+def test_junit_counts_a_block_beyond_its_bound_as_skipped_where_the_output_holds():
+    def row(name, passed):
+        return Comparison(name, max_abs=1e-3, relative=1e-3, cosine=1.0, bound=1e-6, top1=None, passed=passed)
+
+    held = VerificationReport((row("blocks.0", False), row("blocks.1", True)), row("output", True), "float32")
+    suite = ElementTree.fromstring(junit_xml(held, "a = b").encode())
+    assert {key: suite.attrib[key] for key in ("tests", "failures", "skipped")} == {
+        "tests": "3",
+        "failures": "0",
+        "skipped": "1",
+    }
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_without_its_packages_says_what_to_install(call, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("repavit_ops.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    status, _, err = call("demo")
+    assert status == USAGE
+    assert "pip install 'repavit-ops[demo]'" in err
