@@ -38,7 +38,7 @@ def operands(c: int, m: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...
 
 def onednn(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias: Tensor) -> peers.Call:
     """oneDNN's fused linears as torch.compile reaches them: linear + GELU, linear, linear + add."""
-    packed = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), x.shape[0]) for w in (w_in, w_out, w_merged)]
+    packed = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in (w_in, w_out, w_merged)]
     pointwise = torch.ops.mkldnn._linear_pointwise
 
     def call() -> Tensor:

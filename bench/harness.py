@@ -1,4 +1,4 @@
-"""How everything here is timed: numbers checked first, providers interleaved in one run, ratios instead of absolutes."""
+"""How everything here is timed: numbers checked first, providers interleaved in one run, ratios not absolutes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from repavit_ops import backends
 
 ABSOLUTE = 1e-6  # of the tolerance rule of the tests
+SETTLE = 3e-3  # seconds; thread pools spin for a while after a call, and would take cores from the next provider
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Timing:
 def interleave(providers: Mapping[str, Callable[[], Any]], seconds: float = 3.0, rounds: int = 15) -> dict[str, Timing]:
     """Time providers A B C A B C …, so that what the machine does meanwhile meets them all alike.
 
-    Each turn repeats the call for about 5 ms; rounds go on until both ``rounds`` and ``seconds`` are reached.
+    Each turn waits until the threads of the one before have stopped spinning, calls once untimed and then for about
+    5 ms; rounds go on until both ``rounds`` and ``seconds`` are reached.
     """
     repeats = {}
     for name, call in providers.items():
@@ -43,6 +45,8 @@ def interleave(providers: Mapping[str, Callable[[], Any]], seconds: float = 3.0,
     began = time.perf_counter()
     while len(next(iter(samples.values()))) < rounds or time.perf_counter() - began < seconds:
         for name, call in providers.items():
+            time.sleep(SETTLE)
+            call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
