@@ -15,10 +15,12 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install
 
 from rich.console import Console
 
-from repavit_ops.demo import DemoFailure, Plan, Recipe, run, story
+from repavit_ops.demo import DemoFailure, Plan, Recipe, report, run, story
 from repavit_ops.demo.digits import load_digits, shifted
 from repavit_ops.demo.networks import sine_positions
-from repavit_ops.demo.throughput import measure
+from repavit_ops.demo.results import DigitsRow, LargeRow, Results
+from repavit_ops.demo.throughput import Rate, measure
+from repavit_ops.info import collect
 
 SMALL = Plan(
     recipe=Recipe(epochs=2, batch=256),
@@ -28,6 +30,8 @@ SMALL = Plan(
     least_accuracy=0.0,
     large=("deit_tiny",),
     large_size=32,
+    batch=8,
+    checked=16,
     batches=(1,),
     seconds=0.0,
 )
@@ -61,9 +65,21 @@ def test_the_demo_runs_and_writes_plot_and_json(tmp_path, console):
     assert written["digits"][0]["accuracy"] == results.digits[0].accuracy
     assert written["training"]["joined"][-1]["number"] == 2
     console.file.flush()
+    assert "RePaViT" in (tmp_path / "console.txt").read_text()
+
+
+def test_tables_fit_80_characters(tmp_path, console):
+    rate = Rate(12_345.6, 12_000.0, 12_500.0)
+    forms = ("vanilla", "merged", "fused")
+    results = Results(collect(), seed=0, held_out=360, batch=64)
+    results.large = [LargeRow("deit_small", form, 128, 22_050_664, 4_255_000_000, rate, None) for form in forms]
+    results.digits = [DigitsRow("RePaViT", "trained", 0.98765, 351_866, 5_900_000, 360, None, rate)]
+    report.show_large(results, console)
+    report.show_digits(results, console)
+    console.file.flush()
     text = (tmp_path / "console.txt").read_text()
-    assert "RePaViT" in text
-    assert "…" not in text  # no column is cut at 80 characters
+    assert "22.1→22.1" in text
+    assert "…" not in text
 
 
 def test_the_demo_fails_if_a_model_learnt_too_little(tmp_path, console):

@@ -35,7 +35,7 @@ def show_digits(results: Results, console: Console) -> None:
             "" if row.check is None else f"{row.check.output.max_abs:.0e}",
             f"{row.params:,}",
             f"{row.macs / 1e6:.2f}",
-            "" if row.rate is None else f"{row.rate.median:,.0f}",
+            "" if row.rate is None else _number(row.rate.median),
             f"[bold]{_speedup(row, base):.2f}x",
             end_section=row.form == "fused",
         )
@@ -43,8 +43,8 @@ def show_digits(results: Results, console: Console) -> None:
     for name, made_of in results.made_of.items():
         console.print(f"  {name:<8}  {made_of}", highlight=False)
     console.print(
-        "  same: predictions equal to the trained form's; error: largest of the logits, the\n"
-        "  trained form in float64 being right; speed: over the vanilla ViT as trained",
+        "  same: predictions equal to the trained form's; error: of the logits, against\n"
+        "  the trained form in float64; speed: over the vanilla ViT as trained",
         style="dim",
         highlight=False,
     )
@@ -60,10 +60,10 @@ def show_large(results: Results, console: Console) -> None:
         table.add_row(
             f"[bold]{_title(name)}",
             str(batch),
-            *(f"{r.rate.median:,.1f}" for r in (vanilla, merged, fused)),
+            *(_number(r.rate.median) for r in (vanilla, merged, fused)),
             f"[bold]{fused.rate.median / vanilla.rate.median:.2f}x",
-            f"{vanilla.params / 1e6:.1f} → {fused.params / 1e6:.1f}",
-            f"{vanilla.macs / 1e9:.2f} → {fused.macs / 1e9:.2f}",
+            f"{vanilla.params / 1e6:.1f}→{fused.params / 1e6:.1f}",
+            f"{vanilla.macs / 1e9:.2f}→{fused.macs / 1e9:.2f}",
         )
     console.print(table)
     console.print(
@@ -133,12 +133,12 @@ def _draw_digits_rates(axis: Axes, results: Results) -> None:
         value = _speedup(row, base)
         axis.barh(place, value, height=0.72, color=FORM_COLOURS[row.form])
         rate = 0.0 if row.rate is None else row.rate.median
-        axis.text(value, place, f" {value:.2f}x   {rate:,.0f}/s", va="center", fontsize=9, color=INK)
+        axis.text(value, place, f" {value:.2f}x   {_number(rate)}/s", va="center", fontsize=9, color=INK)
     axis.set_yticks(range(len(rows)), [f"{row.model}, {row.form}" for row in rows], fontsize=9.5)
     axis.set_xlim(0, 1.3 * max(_speedup(row, base) for row in rows))
     axis.axvline(1, color=INK, lw=0.8, ls=":")
     axis.set_xlabel("images per second, relative to the vanilla ViT")
-    _tidy(axis, f"Digits, one batch of {results.held_out}")
+    _tidy(axis, f"Digits, batches of {results.batch}")
 
 
 def _draw_large_rates(axis: Axes, results: Results) -> None:
@@ -151,8 +151,7 @@ def _draw_large_rates(axis: Axes, results: Results) -> None:
             rate = row[form].rate.median
             x = place + (offset - 1) * width
             axis.bar(x, rate / base, width * 0.92, color=FORM_COLOURS[form], label=form if not place else None)
-            number = f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.1f}"
-            axis.text(x, rate / base, number, ha="center", va="bottom", fontsize=9, color=INK)
+            axis.text(x, rate / base, _number(rate), ha="center", va="bottom", fontsize=9, color=INK)
             top = max(top, rate / base)
     axis.set_xticks(range(len(groups)), [f"{_title(name)}\nbatch {batch}" for name, batch in groups])
     axis.set_ylim(0, 1.25 * top)
@@ -182,6 +181,11 @@ def _large_groups(results: Results) -> dict[tuple[str, int], dict[str, LargeRow]
     for row in results.large:
         groups.setdefault((row.model, row.batch), {})[row.form] = row
     return groups
+
+
+def _number(rate: float) -> str:
+    """Three digits or more of a rate."""
+    return f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.1f}"
 
 
 def _title(name: str) -> str:

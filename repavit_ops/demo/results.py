@@ -41,11 +41,12 @@ class LargeRow:
 
 @dataclass
 class Results:
-    """Everything that tables, plot and JSON are made of."""
+    """Everything that tables, plot and JSON are made of. ``batch``: digits per timed call."""
 
     machine: dict[str, Any]
     seed: int
     held_out: int
+    batch: int
     made_of: dict[str, str] = field(default_factory=dict)
     courses: dict[str, list[Epoch]] = field(default_factory=dict)
     digits: list[DigitsRow] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Results:
             "machine": self.machine,
             "seed": self.seed,
             "held_out": self.held_out,
+            "batch": self.batch,
             "models": self.made_of,
             "training": {name: [asdict(epoch) for epoch in course] for name, course in self.courses.items()},
             "digits": [_plain(row) for row in self.digits],

@@ -35,6 +35,7 @@ class Plan:
     Attributes:
         recipe: of the training. dim, layers, branches, idle_ratio: of the small ViTs.
         least_accuracy: share of held-out digits that each of them must get right.
+        batch: digits in each timed call. checked: held-out digits that ``verify`` compares block by block.
         large: names of models timed at ``large_size`` pixels with random weights, without ``repa_`` or ``vanilla_``.
         batches: their batch sizes. seconds: spent on each timing.
     """
@@ -45,6 +46,8 @@ class Plan:
     branches: int = 4
     idle_ratio: float = 0.75
     least_accuracy: float = 0.96
+    batch: int = 64
+    checked: int = 128
     large: tuple[str, ...] = ("deit_tiny", "deit_small")
     large_size: int = 224
     batches: tuple[int, ...] = (1, 8)
@@ -62,7 +65,7 @@ def run(out: Path, *, seed: int = 0, plan: Plan | None = None, console: Console 
     out.mkdir(parents=True, exist_ok=True)
     console.rule("1  Train on real handwritten digits, merge, fuse")
     digits = load_digits(seed)
-    results = Results(collect(), seed, len(digits.test_labels))
+    results = Results(collect(), seed, len(digits.test_labels), plan.batch)
     console.print(
         f"{len(digits.train_labels):,} images of {IMAGE}x{IMAGE} to learn from, {len(digits.test_labels)} held out"
     )
@@ -70,7 +73,7 @@ def run(out: Path, *, seed: int = 0, plan: Plan | None = None, console: Console 
     results.made_of = {network.name: network.made_of for network in models}
     results.courses = _train_all(models, digits, plan, seed, console)
     forms = {network.name: _forms(network.model) for network in models}
-    results.digits = [row for name in forms for row in _digits_rows(name, forms[name], digits)]
+    results.digits = [row for name in forms for row in _digits_rows(name, forms[name], digits, plan)]
     results.samples = _samples(forms, digits)
     _time_digits(forms, digits, plan, results, console)
     report.show_digits(results, console)
@@ -138,12 +141,12 @@ def _forms(model: nn.Module) -> dict[str, nn.Module]:
     return forms
 
 
-def _digits_rows(name: str, forms: dict[str, nn.Module], digits: Digits) -> Iterator[DigitsRow]:
+def _digits_rows(name: str, forms: dict[str, nn.Module], digits: Digits, plan: Plan) -> Iterator[DigitsRow]:
     before = predict(forms["trained"], digits.test_images)
     for form, model in forms.items():
         after = predict(model, digits.test_images)
         size = complexity(model, IMAGE, in_chans=1)
-        check = None if form == "trained" else verify(forms["trained"], model, digits.test_images)
+        check = None if form == "trained" else verify(forms["trained"], model, digits.test_images[: plan.checked])
         yield DigitsRow(
             model=name,
             form=form,
@@ -167,7 +170,7 @@ def _time_digits(
 ) -> None:
     flat = {f"{name}/{form}": model for name, of in forms.items() for form, model in of.items()}
     with console.status("timing all forms in turns"):
-        rates = measure(flat, digits.test_images, plan.seconds)
+        rates = measure(flat, digits.test_images[: plan.batch], plan.seconds)
     for row in results.digits:
         row.rate = rates[f"{row.model}/{row.form}"]
 
