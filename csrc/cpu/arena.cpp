@@ -27,10 +27,7 @@ struct Arena {
   size_t capacity = 0;
 };
 
-}  // namespace
-
-void* thread_arena(size_t bytes) {
-  thread_local Arena arena;
+void* reserve(Arena& arena, size_t bytes) {
   if (bytes > arena.capacity) {
     const size_t page = bytes >= kLargeScratch ? kHugePage : kCacheLine;
     const size_t capacity = (bytes + page - 1) / page * page;
@@ -42,6 +39,18 @@ void* thread_arena(size_t bytes) {
     advise_huge_pages(arena.memory.get(), capacity);
   }
   return arena.memory.get();
+}
+
+}  // namespace
+
+void* thread_arena(size_t bytes) {
+  thread_local Arena arena;
+  return reserve(arena, bytes);
+}
+
+void* shared_arena(size_t bytes) {
+  thread_local Arena arena;
+  return reserve(arena, bytes);
 }
 
 void advise_huge_pages(void* data, size_t bytes) {

@@ -9,6 +9,10 @@ namespace repavit {
 // thread: a kernel asks once for all it needs and divides it. Throws std::bad_alloc.
 void* thread_arena(size_t bytes);
 
+// The same of another block, which stays valid while the kernel's forks use thread_arena(), also on this thread: for what
+// the caller shares with them.
+void* shared_arena(size_t bytes);
+
 // Ask for huge pages behind [data, data + bytes) where the system has them; a hint, never an error.
 void advise_huge_pages(void* data, size_t bytes);
 

@@ -4,12 +4,14 @@
 
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
+#include "rep_attention-inl.h"
 
 namespace repavit {
 namespace avx512_bf16 {
 
 void install(Kernels& table) {
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
+  table.rep_attention[kBFloat16] = rep_attention<bf16>;
 }
 
 }  // namespace avx512_bf16

@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
+#include "rep_attention-inl.h"
 
 namespace repavit {
 namespace scalar {
@@ -14,6 +15,9 @@ void install_packing(Kernels& table) {
   table.partial_gelu_ffn_packed_bytes[kDType] = partial_gelu_ffn_packed_bytes<T>;
   table.partial_gelu_ffn_pack[kDType] = partial_gelu_ffn_pack<T, kDType>;
   table.partial_gelu_ffn_unpack[kDType] = partial_gelu_ffn_unpack<T>;
+  table.rep_attention_packed_bytes[kDType] = rep_attention_packed_bytes<T>;
+  table.rep_attention_pack[kDType] = rep_attention_pack<T, kDType>;
+  table.rep_attention_unpack[kDType] = rep_attention_unpack<T>;
 }
 
 }  // namespace
@@ -27,6 +31,10 @@ void install(Kernels& table) {
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;
   table.partial_gelu_ffn[kFloat64] = partial_gelu_ffn<double>;
+  table.rep_attention[kFloat32] = rep_attention<float>;
+  table.rep_attention[kBFloat16] = rep_attention<bf16>;
+  table.rep_attention[kFloat16] = rep_attention<fp16>;
+  table.rep_attention[kFloat64] = rep_attention<double>;
 }
 
 }  // namespace scalar
