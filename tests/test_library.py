@@ -56,7 +56,8 @@ def test_opcheck_without_optional_tensors():
 def test_gradcheck(name):
     _, tensors, static = CASES[name]
     tensors = tuple(t.clone().requires_grad_() for t in tensors)
-    assert torch.autograd.gradcheck(lambda *t: registered(name)(*t, **static), tensors)
+    fast = "attention" in name  # random projections of the Jacobian: theirs is large
+    assert torch.autograd.gradcheck(lambda *t: registered(name)(*t, **static), tensors, fast_mode=fast)
 
 
 def test_second_derivatives():
