@@ -1,0 +1,115 @@
+"""What the installed package looks like, with and without its compiled library."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from repavit_ops import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "repavit_ops", "kernels", "csrc")
+LIBRARY = ROOT / "repavit_ops/_C.so"
+
+
+def copy_sources(to: Path) -> Path:
+    """The tree that a build needs, without what earlier builds left in it."""
+    to.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(source, to / name)
+    return to
+
+
+def build_wheel(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", "dist", "."]
+    return subprocess.run(
+        command, cwd=sources, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory):
+    """A source tree after a build without the C++ kernels."""
+    sources = copy_sources(tmp_path_factory.mktemp("pure") / "src")
+    done = build_wheel(sources, REPAVIT_BUILD_CPU="0")
+    assert done.returncode == 0, done.stderr
+    return sources
+
+
+def test_kernels_install_inside_the_package(pure):
+    (wheel,) = (pure / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        top_level = next(name for name in names if name.endswith("top_level.txt"))
+        assert archive.read(top_level).decode().split() == ["repavit_ops"]
+    packages = {name.rsplit("/", 1)[0] for name in names if name.endswith("/__init__.py")}
+    for package in (ROOT / "repavit_ops").rglob("__init__.py"):
+        assert package.parent.relative_to(ROOT).as_posix() in packages
+    assert not any(name.startswith(("kernels/", "csrc/", "tests/", "bench/")) for name in names)
+    for python in (ROOT / "kernels").glob("*.py"):
+        assert f"repavit_ops/kernels/{python.name}" in names
+
+
+def test_without_a_compiler_the_build_says_how_to_get_the_kernels(tmp_path):
+    sources = copy_sources(tmp_path / "src")
+    nothing = {"PATH": str(tmp_path), "CXX": ""}
+    done = build_wheel(sources, **nothing, REPAVIT_BUILD_CPU="")
+    assert done.returncode == 0, done.stderr
+    (line,) = {line.strip() for line in (done.stdout + done.stderr).splitlines() if "without C++ kernels" in line}
+    assert "no C++ compiler" in line
+    assert "pip install --no-build-isolation ." in line
+    done = build_wheel(sources, **nothing, REPAVIT_BUILD_CPU="1")
+    assert done.returncode != 0
+    assert "REPAVIT_BUILD_CPU=1, but no C++ compiler" in done.stdout + done.stderr
+
+
+def test_no_flag_ties_the_library_to_the_build_machine():
+    text = (ROOT / "setup.py").read_text() + (ROOT / "csrc/cpu/isa.flags").read_text()
+    for flag in ("-march=native", "-mtune=native", "-ffast-math", "-Ofast", "-fopenmp"):
+        assert flag not in text
+
+
+def test_every_level_has_its_source_and_flags():
+    lines = (ROOT / "csrc/cpu/isa.flags").read_text().splitlines()
+    levels = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    assert levels == list(backends.CPU_ISA)
+    for level in levels:
+        assert (ROOT / f"csrc/cpu/isa_{level}.cpp").exists()
+
+
+def test_isa_sources_see_no_header_with_shared_inline_functions():
+    """Such a function, compiled with -mavx512f, could be the copy that the linker keeps for every machine."""
+    allowed = {"stddef.h", "stdint.h", "immintrin.h"}
+    seen: set[Path] = set()
+    queue = list((ROOT / "csrc/cpu").glob("isa_*.cpp"))
+    while queue:
+        file = queue.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        text = file.read_text()
+        assert set(re.findall(r"#include <([^>]+)>", text)) <= allowed, file.name
+        queue += [file.parent / name for name in re.findall(r'#include "([^"]+)"', text)]
+    assert len(seen) > 10
+
+
+@pytest.mark.skipif(not LIBRARY.exists() or shutil.which("nm") is None, reason="needs the built library and nm")
+def test_the_library_has_no_python_symbols_and_no_machine_paths():
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    assert not re.search(r"\b_?Py[A-Z_]", symbols.stdout)
+    assert "GOMP" not in symbols.stdout
+    strings = LIBRARY.read_bytes()
+    assert str(ROOT).encode() not in strings
+    assert str(Path.home()).encode() + b"/" not in strings
