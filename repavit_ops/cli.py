@@ -165,9 +165,11 @@ def _training_forms(model: nn.Module) -> dict[str, int]:
 def verify(
     reference: Annotated[str, typer.Argument(metavar="A", help="The model that is right; see below.")],
     candidate: Annotated[str, typer.Argument(metavar="B", help="The model to check.")],
-    form: Annotated[Form, typer.Option("--b", help="Compare B as it is, merged, or merged and fused.")] = Form.as_is,
+    form: Annotated[Form, typer.Option(help="Compare B as it is, merged, or merged and fused.")] = Form.as_is,
     dtype: Annotated[str, typer.Option(help=f"Cast B: {', '.join(DTYPES)}; default its own.")] = "",
-    idle_ratio: Annotated[str | None, typer.Option(help="θ of training checkpoints, as in convert.")] = None,
+    idle_ratio: Annotated[
+        str | None, typer.Option(help="θ of training checkpoints in the authors' keys, as in convert.")
+    ] = None,
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, as in convert.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON of constructor arguments, as in convert.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Pixels of the inputs' side; default A's own size.")] = None,
@@ -180,7 +182,7 @@ def verify(
 
     A and B are each a checkpoint file, a name of the registry (random weights from --seed), or NAME=FILE: the named
     model with the weights of a file in its own keys. The truth is A in float64; B may be off by twice what A itself is
-    off in B's dtype, plus 1e-6. --b fused --dtype bfloat16 compares what would be deployed.
+    off in B's dtype, plus 1e-6. --form fused --dtype bfloat16 compares what would be deployed.
     """
     with plain_errors():
         import torch
@@ -221,6 +223,8 @@ def _model(source: str, config: dict[str, Any] | None, overrides: dict[str, Any]
     if name not in list_models():
         if not Path(source).suffix:
             create_model(name)  # raises with the names that are close
+        if "model" in read_checkpoint(source).config:  # it describes itself; the arguments are for the other one
+            return load_checkpoint(source)
         return load_checkpoint(source, config, **overrides)
     torch.manual_seed(seed)
     model = create_model(name, **{k: v for k, v in {**(config or {}), **overrides}.items() if v is not None})

@@ -132,10 +132,19 @@ def test_an_unknown_option_is_a_usage_error(call):
 
 @pytest.mark.parametrize("form", ["as-is", "merged", "fused"])
 def test_verify_accepts_a_checkpoint_in_every_form(call, trained, form):
-    status, out, err = call("verify", trained, trained, *LOAD, "--b", form, "--batch", "2")
+    status, out, err = call("verify", trained, trained, *LOAD, "--form", form, "--batch", "2")
     assert status == OK, err
     assert "PASS in float32" in out
     assert ("fused" in out) == (form == "fused")
+
+
+@pytest.mark.parametrize("layout", ["native", "authors"])
+def test_verify_compares_a_training_checkpoint_with_what_it_was_converted_to(call, trained, tmp_path, layout):
+    target = tmp_path / "deployed.safetensors"
+    call("convert", trained, target, *LOAD, "--layout", layout)
+    status, out, err = call("verify", trained, target, *LOAD)
+    assert status == OK, err
+    assert "blocks.1" in out
 
 
 def test_verify_fails_with_status_1_and_says_so_everywhere(call, trained, tmp_path):
@@ -154,7 +163,7 @@ def test_verify_fails_with_status_1_and_says_so_everywhere(call, trained, tmp_pa
 
 def test_verify_builds_models_by_name_with_the_same_random_weights(call, tmp_path):
     target = tmp_path / "report.json"
-    arguments = ("repa_deit_tiny", "repa_deit_tiny", "--b", "fused", "--img-size", "32", "--batch", "1")
+    arguments = ("repa_deit_tiny", "repa_deit_tiny", "--form", "fused", "--img-size", "32", "--batch", "1")
     status, _, err = call("verify", *arguments, "--json", target)
     assert status == OK, err
     assert json.loads(target.read_text())["passed"]
@@ -167,7 +176,7 @@ def test_verify_loads_weights_into_a_named_model(call, tmp_path):
     path = tmp_path / "vanilla.pt"
     torch.save(create_model("vanilla_deit_tiny").state_dict(), path)
     source = f"vanilla_deit_tiny={path}"
-    assert call("verify", source, source, "--b", "fused", "--img-size", "32", "--batch", "1")[0] == OK
+    assert call("verify", source, source, "--form", "fused", "--img-size", "32", "--batch", "1")[0] == OK
     assert call("verify", source, "vanilla_deit_tiny", "--img-size", "32", "--batch", "1")[0] == FAILED
 
 

@@ -49,7 +49,7 @@ def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int)
     return [
         Network("vanilla", f"{layers} layers of {dim} channels", vanilla),
         Network("RePaViT", f"{layers} layers, idle ratio θ = {idle_ratio:g}", repavit),
-        Network("joined", f"{blocks} blocks of {branches} branches, joined while it trains", joined),
+        Network("joined", f"{blocks} blocks of {branches} branches", joined),
     ]
 
 

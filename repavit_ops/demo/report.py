@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -122,7 +123,8 @@ def _draw_courses(axis: Axes, results: Results) -> None:
     axis.set_ylim(0, 103)
     axis.set_xlabel("epoch")
     axis.set_ylabel("held-out accuracy, %  (α, %)")
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(edgecolor="none", framealpha=0.9, fontsize=9, loc="lower right")
     _tidy(axis, "Training")
 
 
