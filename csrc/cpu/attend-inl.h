@@ -26,12 +26,14 @@ template <class T>
 struct ScoreBias {
   const Accumulator<T>* table = nullptr;  // times log2 e, row i at table + i * table_stride, padding -Inf
   ptrdiff_t table_stride = 0;
+  const Accumulator<T>* mask = nullptr;   // added to the table where there is one, same units and strides
   const T* rows = nullptr;                // as given: element (i, j) at rows + i * row_stride + j * column_stride
   ptrdiff_t row_stride = 0, column_stride = 0;  // column_stride: 0 or 1
 
   // The same from row i on.
   REPAVIT_INLINE ScoreBias from(ptrdiff_t i) const {
     return {table != nullptr ? table + i * table_stride : nullptr, table_stride,
+            mask != nullptr ? mask + i * table_stride : nullptr,
             rows != nullptr ? rows + i * row_stride : nullptr, row_stride, column_stride};
   }
 };
@@ -71,7 +73,7 @@ struct TailMask {
 template <class E>
 constexpr TailMask<E> kTailMask{};
 
-// Store to scores: acc, or acc · factor + table, with -Inf for keys that do not exist.
+// Store to scores: acc, or acc · factor + table [+ mask], with -Inf for keys that do not exist.
 template <class E>
 struct ScoresToScratch {
   using S = Simd<E>;
@@ -80,6 +82,7 @@ struct ScoresToScratch {
   ptrdiff_t stride;
   const E* table;  // of the tile's first row and the block's first key, or null
   ptrdiff_t table_stride;
+  const E* mask;   // same place in the mask, or null
   E factor;
 
   template <int N>
@@ -90,7 +93,9 @@ struct ScoresToScratch {
       V v = acc[i];
       const int n = valid - i * S::kLanes;
       if (table != nullptr) {
-        v = S::fma(v, S::broadcast(factor), S::load(table + row * table_stride + col + i * S::kLanes));
+        const ptrdiff_t at = row * table_stride + col + i * S::kLanes;
+        v = S::fma(v, S::broadcast(factor), S::load(table + at));
+        if (mask != nullptr) v += S::load(mask + at);
       } else if (n < S::kLanes) {
         v += S::load(kTailMask<E>.addends + S::kLanes - n);
       }
@@ -150,6 +155,7 @@ struct AttendScratch {
   A* most;     // per row: maximum so far, sum so far, factor of the next epilogue
   A* sum;
   A* factor;
+  A* lane_sums;  // per row and lane
 
   AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias) {
     const ptrdiff_t keys = keys_per_block(tokens);
@@ -169,6 +175,7 @@ struct AttendScratch {
     most = carver.take<A>(kTileRows);
     sum = carver.take<A>(kTileRows);
     factor = carver.take<A>(kTileRows);
+    lane_sums = carver.take<A>(kTileRows * Simd<A>::kLanes);
   }
 };
 
@@ -181,24 +188,33 @@ REPAVIT_INLINE E exp2_one(E x) {
   return lanes[0];
 }
 
-// Softmax of one block of keys: scores → weights, running maximum and sum, and what the sum so far shrinks by.
+// Softmax of one block of keys: scores → weights, running maximum and sum, and what the sum so far shrinks by. Each step is
+// a loop over all rows: a row is one long chain of dependencies, and the next one would wait behind it.
 template <class E>
 REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t keys, Accumulator<E> unit, bool fresh) {
   using A = Accumulator<E>;
-  const int vectors = static_cast<int>((keys + Simd<A>::kLanes - 1) / Simd<A>::kLanes);
+  using S = Simd<A>;
+  const int vectors = static_cast<int>((keys + S::kLanes - 1) / S::kLanes);
+  A offsets[kTileRows], before[kTileRows];
   for (ptrdiff_t r = 0; r < rows; ++r) {
-    const A* scores = s.scores + r * s.score_stride;
-    A most = greatest(scores, vectors);
+    A most = greatest(s.scores + r * s.score_stride, vectors);
     if (!fresh && s.most[r] > most) most = s.most[r];
-    const A offset = most == kMasked<A> ? A{0} : most * unit;  // a row wholly -Inf: weights are zeros, not NaN
-    const A sum = exponentials(scores, s.weights + r * s.weight_stride, vectors, unit, offset);
+    before[r] = s.most[r];
+    s.most[r] = most;
+    offsets[r] = most == kMasked<A> ? A{0} : most * unit;  // a row wholly -Inf: weights are zeros, not NaN
+  }
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    const auto sum = exponentials(s.scores + r * s.score_stride, s.weights + r * s.weight_stride, vectors, unit, offsets[r]);
+    S::store(s.lane_sums + r * S::kLanes, sum);
+  }
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    const A sum = S::sum(S::load(s.lane_sums + r * S::kLanes));
     if (fresh) {
       s.sum[r] = sum;
     } else {
-      s.factor[r] = exp2_one(s.most[r] * unit - offset);
+      s.factor[r] = exp2_one(before[r] * unit - offsets[r]);
       s.sum[r] = s.sum[r] * s.factor[r] + sum;
     }
-    s.most[r] = most;
   }
 }
 
@@ -209,7 +225,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
   using A = Accumulator<E>;
   for (ptrdiff_t r = 0; r < rows; ++r) {
     E* to = s.q + r * s.q_stride;
-    __builtin_memcpy(to, q[r], sizeof(E) * static_cast<size_t>(head.d_qk));
+    copy_elements(q[r], to, head.d_qk);
     for (ptrdiff_t k = head.d_qk; k % kInterleave<E> != 0; ++k) to[k] = E{};
   }
   const Rows<E> queries{s.q, s.q_stride, head.d_qk};
@@ -230,7 +246,8 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
       table_stride = s.score_stride;
     }
     gemm(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
-         ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, unit});
+         ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride,
+                            bias.mask != nullptr ? bias.mask + key : nullptr, unit});
     softmax_block(s, rows, keys, rest, key == 0);
 
     if (s.partial == nullptr) {

@@ -28,7 +28,7 @@ struct AttentionPlan {
   ptrdiff_t blocks;               // blocks of rows of a split sequence
   ptrdiff_t z_stride, qkv_stride, o_stride;
 
-  // Shared by the threads: bias tables per class and head, and per split sequence and head q | k | v and panels.
+  // Shared by the threads: bias tables and masks, and per split sequence and head q | k | v and panels.
   A* tables = nullptr;
   E* qkv = nullptr;
   E* keys = nullptr;
@@ -55,7 +55,9 @@ struct AttentionPlan {
   bool zero_table() const { return !windowed() && args.attn_bias == nullptr && !(unit > 0); }
 
   ptrdiff_t table_stride() const { return windowed() ? windows.table_stride : scratch_stride<A>(length); }
-  ptrdiff_t table_count() const { return windowed() ? windows.classes() * layout.heads : 0; }
+  // Bias tables of the heads, then masks of the classes but the first, which has none.
+  ptrdiff_t table_count() const { return windowed() ? layout.heads + windows.classes() - 1 : 0; }
+  A* table(ptrdiff_t i) const { return tables + i * length * table_stride(); }
   ptrdiff_t block_begin(ptrdiff_t block) const {
     const ptrdiff_t step = kInterleave<E>;  // keys that are interleaved in V have one owner
     return block == blocks ? length : length * block / blocks / step * step;
@@ -86,7 +88,9 @@ struct AttentionPlan {
     ScoreBias<T> bias;
     if (windowed()) {
       bias.table_stride = table_stride();
-      bias.table = tables + (windows.class_of(sequence) * layout.heads + head) * length * bias.table_stride;
+      bias.table = table(head);
+      const int window_class = windows.class_of(sequence);
+      if (window_class > 0) bias.mask = table(layout.heads + window_class - 1);
     } else if (args.attn_bias != nullptr) {
       const int64_t* strides = args.attn_bias_strides;
       bias.rows = static_cast<const T*>(args.attn_bias) + sequence * strides[0] + head * strides[1];

@@ -109,16 +109,35 @@ void pack_keys(const TokenRows<const E>& k, ptrdiff_t begin, ptrdiff_t end, cons
   }
 }
 
-// kInterleave consecutive keys of V become one row of each panel.
+// dst = src in whole cache lines where possible: a call of memcpy costs more than the few lines of one head's row.
+template <class E>
+REPAVIT_INLINE void copy_elements(const E* src, E* dst, ptrdiff_t count) {
+  constexpr ptrdiff_t kLine = 64 / sizeof(E);
+  ptrdiff_t i = 0;
+  for (; i + kLine <= count; i += kLine) __builtin_memcpy(dst + i, src + i, 64);
+  for (; i < count; ++i) dst[i] = src[i];
+}
+
+// One panel's row of V: columns of one key or, for bf16, of two keys interleaved.
 template <class E>
 REPAVIT_INLINE void interleave(const E* const (&rows)[1], ptrdiff_t columns, E* out) {
-  __builtin_memcpy(out, rows[0], sizeof(E) * static_cast<size_t>(columns));
+  copy_elements(rows[0], out, columns);
 }
-template <class E>
-REPAVIT_INLINE void interleave(const E* const (&rows)[2], ptrdiff_t columns, E* out) {
-  for (ptrdiff_t c = 0; c < columns; ++c) {
-    out[2 * c] = rows[0][c];
-    out[2 * c + 1] = rows[1] != nullptr ? rows[1][c] : E{};
+
+REPAVIT_INLINE void interleave(const bf16* const (&rows)[2], ptrdiff_t columns, bf16* out) {
+  const bf16 *even = rows[0], *odd = rows[1];
+  ptrdiff_t c = 0;
+#if REPAVIT_ISA_LEVEL >= 2
+  for (; c + 16 <= columns && odd != nullptr; c += 16) {
+    const auto pairs = [](const bf16* p) __attribute__((always_inline)) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    _mm512_storeu_si512(out + 2 * c, _mm512_or_si512(pairs(even + c), _mm512_slli_epi32(pairs(odd + c), 16)));
+  }
+#endif
+  for (; c < columns; ++c) {
+    out[2 * c] = even[c];
+    out[2 * c + 1] = odd != nullptr ? odd[c] : bf16{};
   }
 }
 
@@ -135,11 +154,7 @@ void pack_values(const TokenRows<const E>& v, ptrdiff_t begin, ptrdiff_t end, co
       const ptrdiff_t columns = least(kPanelColumns, head.d_v - c);
       const E* part[kStep];
       for (ptrdiff_t i = 0; i < kStep; ++i) part[i] = rows[i] != nullptr ? rows[i] + c : nullptr;
-      if (columns == kPanelColumns) {
-        interleave(part, kPanelColumns, out);
-      } else {
-        interleave(part, columns, out);
-      }
+      interleave(part, columns, out);
     }
   }
 }

@@ -291,8 +291,11 @@ void fill_tables(const AttentionPlan<T>& plan, const Pool& pool) {
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const AttentionPlan<T>& p = *static_cast<const AttentionPlan<T>*>(raw);
     for (ptrdiff_t i = static_cast<ptrdiff_t>(begin); i < end; ++i) {
-      const int window_class = static_cast<int>(i / p.layout.heads);
-      p.windows.fill_table(window_class, i % p.layout.heads, p.tables + i * p.length * p.table_stride());
+      if (i < p.layout.heads) {
+        p.windows.fill_table(i, p.table(i));
+      } else {
+        p.windows.fill_mask(static_cast<int>(i - p.layout.heads) + 1, p.table(i));
+      }
     }
   };
   if (plan.table_count() > 0) pool.run(plan.table_count(), body, const_cast<AttentionPlan<T>*>(&plan));

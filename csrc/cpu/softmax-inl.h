@@ -89,9 +89,9 @@ REPAVIT_INLINE E greatest(const E* scores, int vectors) {
   return S::max(S::max(S::max(most[0], most[1]), S::max(most[2], most[3])));
 }
 
-// weights = 2^(scores · factor - offset); returns their sum. In place is allowed where P is E.
+// weights = 2^(scores · factor - offset); returns their sum, still spread over the lanes. In place where P is E.
 template <class P, class E>
-REPAVIT_INLINE E exponentials(const E* scores, P* weights, int vectors, E factor, E offset) {
+REPAVIT_INLINE typename Simd<E>::V exponentials(const E* scores, P* weights, int vectors, E factor, E offset) {
   using S = Simd<E>;
   using V = typename S::V;
   constexpr int kDegree = sizeof(P) == 2 ? 3 : 5;  // a 16-bit weight keeps 8 bits
@@ -110,7 +110,7 @@ REPAVIT_INLINE E exponentials(const E* scores, P* weights, int vectors, E factor
     for (int u = 0; u < kSoftmaxUnroll; ++u) one(i + u, total[u]);
   }
   for (; i < vectors; ++i) one(i, total[0]);
-  return S::sum((total[0] + total[1]) + (total[2] + total[3]));
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 }  // namespace REPAVIT_ISA

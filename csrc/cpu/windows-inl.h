@@ -37,45 +37,52 @@ struct Windows {
   void locate(ptrdiff_t window, ptrdiff_t* out) const {
     const ptrdiff_t image = window / per_image(), w = window % per_image();
     const ptrdiff_t height = static_cast<ptrdiff_t>(grid.map[0]), width = static_cast<ptrdiff_t>(grid.map[1]);
+    const ptrdiff_t top = w / count[1] * static_cast<ptrdiff_t>(grid.window[0]);
+    const ptrdiff_t left = w % count[1] * static_cast<ptrdiff_t>(grid.window[1]);
     for (ptrdiff_t i = 0; i < grid.window[0]; ++i) {
-      const ptrdiff_t y = source(0, w / count[1] * static_cast<ptrdiff_t>(grid.window[0]) + i);
+      const ptrdiff_t y = source(0, top + i);
       for (ptrdiff_t j = 0; j < grid.window[1]; ++j) {
-        const ptrdiff_t x = source(1, w % count[1] * static_cast<ptrdiff_t>(grid.window[1]) + j);
+        const ptrdiff_t x = source(1, left + j);
         *out++ = y < 0 || x < 0 ? kPaddedToken : (image * height + y) * width + x;
       }
     }
   }
 
-  // Table [N][table_stride] of a class and head: (bias + mask) · log2 e, padded with -Inf.
-  void fill_table(int window_class, ptrdiff_t head, A* table) const {
+  // Table [N][table_stride] of a head: bias · log2 e, padded with -Inf.
+  void fill_table(ptrdiff_t head, A* table) const {
     const T* bias = static_cast<const T*>(grid.bias) + head * tokens * tokens;
-    for (ptrdiff_t i = 0; i < tokens; ++i) {
-      A* row = table + i * table_stride;
-      scale_bias_row(bias + i * tokens, 1, tokens, row);
-      if (window_class != 0) mask_row(window_class, i, row);
+    for (ptrdiff_t i = 0; i < tokens; ++i) scale_bias_row(bias + i * tokens, 1, tokens, table + i * table_stride);
+  }
+
+  // Mask [N][table_stride] of a class, times log2 e: tokens of a cut window see each other when they come from the same
+  // side of the roll.
+  void fill_mask(int window_class, A* mask) const {
+    const ptrdiff_t height = static_cast<ptrdiff_t>(grid.window[0]), width = static_cast<ptrdiff_t>(grid.window[1]);
+    const ptrdiff_t cut_y = window_class & 2 ? height - static_cast<ptrdiff_t>(grid.shift[0]) : height;
+    const ptrdiff_t cut_x = window_class & 1 ? width - static_cast<ptrdiff_t>(grid.shift[1]) : width;
+    for (ptrdiff_t i = 0; i < tokens; ++i, mask += table_stride) {
+      const bool below = i / width >= cut_y, right = i % width >= cut_x;
+      A* out = mask;
+      for (ptrdiff_t y = 0; y < height; ++y) {
+        const bool apart = (y >= cut_y) != below;
+        for (ptrdiff_t x = 0; x < width; ++x) {
+          *out++ = apart || (x >= cut_x) != right ? static_cast<A>(kShiftMask * kLog2EExact) : A{0};
+        }
+      }
+      for (; out < mask + table_stride; ++out) *out = A{0};
     }
   }
 
  private:
-  // Coordinate that position p of the rolled and padded map comes from; -1 for padding.
+  // Coordinate that position p of the rolled and padded map comes from; -1 for padding. (No division: the remainder is at
+  // most a few extents away.)
   ptrdiff_t source(int d, ptrdiff_t p) const {
     const ptrdiff_t extent = static_cast<ptrdiff_t>(grid.map[d]), shift = static_cast<ptrdiff_t>(grid.shift[d]);
-    if (grid.roll_first) return p < extent ? (p + shift) % extent : -1;
-    const ptrdiff_t from = (p + shift) % (count[d] * static_cast<ptrdiff_t>(grid.window[d]));
+    const ptrdiff_t period = grid.roll_first ? extent : count[d] * static_cast<ptrdiff_t>(grid.window[d]);
+    if (p >= period) return -1;
+    ptrdiff_t from = p + shift;
+    while (from >= period) from -= period;
     return from < extent ? from : -1;
-  }
-
-  // Tokens of a cut window see each other when they come from the same side of the roll.
-  void mask_row(int window_class, ptrdiff_t token, A* row) const {
-    const ptrdiff_t height = static_cast<ptrdiff_t>(grid.window[0]), width = static_cast<ptrdiff_t>(grid.window[1]);
-    const ptrdiff_t cut_y = window_class & 2 ? height - static_cast<ptrdiff_t>(grid.shift[0]) : height;
-    const ptrdiff_t cut_x = window_class & 1 ? width - static_cast<ptrdiff_t>(grid.shift[1]) : width;
-    const bool below = token / width >= cut_y, right = token % width >= cut_x;
-    for (ptrdiff_t y = 0; y < height; ++y) {
-      for (ptrdiff_t x = 0; x < width; ++x) {
-        if ((y >= cut_y) != below || (x >= cut_x) != right) row[y * width + x] += static_cast<A>(kShiftMask * kLog2EExact);
-      }
-    }
   }
 };
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "test_partial_gelu_ffn.h"
+#include "test_rep_attention.h"
 
 namespace {
 
@@ -37,6 +38,10 @@ int main(int argc, char** argv) {
     driver::test_ffn<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
     driver::test_ffn<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
     driver::test_ffn<double>(kernels, repavit::kFloat64, name, thorough);
+    driver::test_attention<float>(kernels, repavit::kFloat32, name, thorough);
+    driver::test_attention<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
+    driver::test_attention<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
+    driver::test_attention<double>(kernels, repavit::kFloat64, name, thorough);
     std::printf("%s: %d checks, %d failures\n", name, driver::checks, driver::failures);
   }
   return driver::failures ? 1 : 0;

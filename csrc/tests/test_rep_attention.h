@@ -1,0 +1,152 @@
+// rep_attention and window_rep_attention at one level and dtype against double, over hostile shapes.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "driver.h"
+#include "reference_attention.h"
+#include "test_partial_gelu_ffn.h"
+
+namespace driver {
+
+struct AttentionCase {
+  int64_t batch, tokens, channels, channels_out, heads, d_qk, d_v, gap;  // gap: elements between the rows of x
+  bool b_qkv, b_proj, bias, normalize, residual;
+  const repavit::WindowGrid* windows;  // its bias and padding are drawn here; tokens is then that of the map
+  bool padding;
+
+  std::string name(const char* level) const {
+    std::string text(level);
+    for (const auto& [key, value] : {std::pair(" B=", batch), {" T=", tokens}, {" C=", channels}, {" C_out=", channels_out},
+                                     {" h=", heads}, {" d_qk=", d_qk}, {" d_v=", d_v}, {" gap=", gap}}) {
+      text += key + std::to_string(value);
+    }
+    for (const auto& [on, flag] : {std::pair(b_qkv, " b_qkv"), {b_proj, " b_proj"}, {bias, " bias"}, {normalize, " norm"},
+                                   {residual, " residual"}, {windows != nullptr, " windows"}, {padding, " padding"}}) {
+      if (on) text += flag;
+    }
+    return text;
+  }
+};
+
+template <class T>
+void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t, const char* level) {
+  const std::string name = t.name(level);
+  const auto size = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
+  const int64_t width = t.heads * (2 * t.d_qk + t.d_v), stride = t.channels + t.gap;
+  Random random(static_cast<uint64_t>(t.tokens * 7919 + t.channels * 104729 + t.heads * t.d_qk));
+  reference::Attention truth{};
+  truth.batch = t.batch, truth.tokens = t.tokens, truth.channels = t.channels, truth.channels_out = t.channels_out;
+  truth.heads = t.heads, truth.d_qk = t.d_qk, truth.d_v = t.d_v;
+  truth.scale = 1.0 / std::sqrt(static_cast<double>(t.d_qk));
+  truth.norm_eps = 1e-6, truth.normalize = t.normalize, truth.residual = t.residual;
+
+  std::vector<double> unused;
+  const double fan_in = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(t.channels, 1)));
+  auto dense_x = draw<T>(random, size(t.batch * t.tokens, t.channels), 1.0, truth.x);
+  auto w_qkv = draw<T>(random, size(width, t.channels), fan_in, truth.w_qkv);
+  auto b_qkv = draw<T>(random, size(width, 1), 0.5, t.b_qkv ? truth.b_qkv : unused);
+  auto w_proj = draw<T>(random, size(t.channels_out, t.heads * t.d_v), 0.5, truth.w_proj);
+  auto b_proj = draw<T>(random, size(t.channels_out, 1), 1.0, t.b_proj ? truth.b_proj : unused);
+  auto bias = draw<T>(random, t.bias ? size(t.batch * t.heads, t.tokens * t.tokens) : 0, 1.0, truth.bias);
+
+  repavit::WindowGrid grid{};
+  const int64_t n = t.windows != nullptr ? t.windows->window[0] * t.windows->window[1] : 0;
+  auto rel_bias = draw<T>(random, size(t.heads * n, n), 1.0, truth.rel_bias);
+  auto padding = draw<T>(random, size(t.heads, t.d_qk + t.d_v), 1.0, t.padding ? truth.padding : unused);
+  if (t.windows != nullptr) {
+    grid = *t.windows;
+    grid.bias = rel_bias.data(), grid.padding = t.padding ? padding.data() : nullptr;
+    truth.windows = &grid;
+  }
+
+  const int64_t rows = t.batch * t.tokens;  // strided: what lies between the rows is NaN and must not be read
+  Guarded<T> x(rows > 0 ? size(rows - 1, stride) + size(t.channels, 1) : 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < t.channels; ++i) x[size(r, stride) + size(i, 1)] = dense_x[size(r, t.channels) + size(i, 1)];
+  }
+
+  const repavit::AttentionShape shape{t.channels, t.channels_out, t.heads, t.d_qk, t.d_v};
+  Guarded<T> packed(static_cast<size_t>(kernels.rep_attention_packed_bytes[dtype](shape)) / sizeof(T));
+  kernels.rep_attention_pack[dtype]({shape, w_qkv.data(), w_proj.data()}, packed.data(), kThreaded);
+  expect(packed.intact(), "packing wrote outside its buffer", name.c_str());
+  Guarded<T> back_qkv(w_qkv.size()), back_proj(w_proj.size());
+  kernels.rep_attention_unpack[dtype](packed.data(), {back_qkv.data(), back_proj.data()}, kSerial);
+  const auto same = [](Guarded<T>& a, Guarded<T>& b) {
+    return b.intact() && std::memcmp(a.data(), b.data(), b.size() * sizeof(T)) == 0;
+  };
+  expect(same(w_qkv, back_qkv) && same(w_proj, back_proj), "unpack is not pack's inverse", name.c_str());
+  if (kernels.rep_attention[dtype] == nullptr) return;
+
+  Guarded<T> y(size(rows, t.channels_out)), again(size(rows, t.channels_out));
+  repavit::RepAttentionArgs args{};
+  args.batch = t.batch, args.tokens = t.tokens, args.shape = shape;
+  args.x = x.data(), args.x_stride = stride, args.packed = packed.data();
+  args.b_qkv = t.b_qkv ? b_qkv.data() : nullptr, args.b_proj = t.b_proj ? b_proj.data() : nullptr;
+  args.attn_bias = t.bias ? bias.data() : nullptr;
+  const int64_t strides[4] = {t.heads * t.tokens * t.tokens, t.tokens * t.tokens, t.tokens, 1};
+  std::copy(strides, strides + 4, args.attn_bias_strides);
+  args.windows = truth.windows, args.y = y.data();
+  args.scale = truth.scale, args.norm_eps = truth.norm_eps;
+  args.normalize = t.normalize, args.residual = t.residual;
+  kernels.rep_attention[dtype](args, kThreaded);
+  expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
+  args.y = again.data();
+  kernels.rep_attention[dtype](args, kSerial);
+  expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
+
+  // Every product's operands are rounded to T once; sums of random sign are in fp32 (or double).
+  const std::vector<double> wanted = reference::rep_attention(truth);
+  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
+  double worst = 0.0, largest = 1.0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const double error = std::fabs(Convert<T>::to_double(y[i]) - wanted[i]);
+    worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
+    largest = std::max(largest, std::fabs(wanted[i]));
+  }
+  const double sums = static_cast<double>(t.channels + t.heads * t.d_v + t.d_qk + t.tokens);
+  const double bound = largest * (16 * Tolerance<T>::kRounding + 8 * sums * accumulation);
+  if (!expect(worst <= bound, "differs from double", name.c_str())) {
+    std::printf("       error %.3g, bound %.3g\n", worst, bound);
+  }
+}
+
+template <class T>
+void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const char* level, bool thorough) {
+  int flags = 0;
+  const auto bit = [&](int i) { return (flags >> i & 1) != 0; };
+  const auto next = [&] { flags = (flags + 37) % 64; };  // every combination comes by: 37 is coprime to 64
+  for (const int64_t tokens : thorough ? std::vector<int64_t>{1, 2, 5, 15, 16, 17, 31, 33, 49, 67}
+                                       : std::vector<int64_t>{1, 5, 17, 33}) {
+    for (const auto& [d_qk, d_v] : {std::pair<int64_t, int64_t>(1, 1), {7, 5}, {16, 32}, {33, 16}, {8, 40}}) {
+      for (const int64_t batch : {1, 2, 4}) {
+        next();
+        const int64_t c = 13 + 4 * tokens % 29;
+        test_attention_case<T>(kernels, dtype,
+                               {batch, tokens, c, bit(4) ? c : c + 6, 1 + tokens % 3, d_qk, d_v, bit(5) ? 3 : 0, bit(0),
+                                bit(1), bit(2), bit(3), bit(4), nullptr, false},
+                               level);
+      }
+    }
+  }
+  test_attention_case<T>(kernels, dtype, {1, 523, 8, 8, 1, 4, 3, 0, true, true, true, false, true, nullptr, false}, level);
+
+  const repavit::WindowGrid grids[] = {
+      {{8, 12}, {4, 4}, {2, 2}, false, nullptr, nullptr}, {{10, 13}, {4, 4}, {2, 1}, false, nullptr, nullptr},
+      {{10, 13}, {4, 4}, {2, 1}, true, nullptr, nullptr}, {{3, 5}, {7, 7}, {0, 3}, true, nullptr, nullptr},
+      {{9, 7}, {3, 5}, {1, 0}, false, nullptr, nullptr},  {{7, 7}, {7, 7}, {0, 0}, false, nullptr, nullptr},
+      {{4, 3}, {1, 1}, {0, 0}, false, nullptr, nullptr},
+  };
+  for (const repavit::WindowGrid& grid : grids) {
+    for (const int64_t batch : {1, 3}) {
+      next();
+      test_attention_case<T>(kernels, dtype,
+                             {batch, grid.map[0] * grid.map[1], 19, 19, 2, 9, 16, bit(5) ? 1 : 0, bit(0), bit(1), false,
+                              bit(3), bit(4), &grid, bit(2)},
+                             level);
+    }
+  }
+}
+
+}  // namespace driver
