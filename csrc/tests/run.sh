@@ -30,11 +30,16 @@ case $mode in
 esac
 if [ "$mode" != aarch64 ] && [ "$(uname -m)" != x86_64 ]; then levels=scalar; fi
 
+compile() {
+  # shellcheck disable=SC2046,SC2086
+  $cxx $flags $(sed -n "s/^$1  *//p" cpu/isa.flags) -c "cpu/isa_$1.cpp" -o "$out/isa_$1.o"
+}
+jobs=
 for level in $levels; do
-  isa=$(sed -n "s/^$level  *//p" cpu/isa.flags)
-  # shellcheck disable=SC2086
-  $cxx $flags $isa -c "cpu/isa_$level.cpp" -o "$out/isa_$level.o"
+  compile "$level" &
+  jobs="$jobs $!"
 done
+for job in $jobs; do wait "$job"; done
 objects=$(for level in $levels; do echo "$out/isa_$level.o"; done)
 # shellcheck disable=SC2086
 $cxx $flags tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
