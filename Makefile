@@ -31,7 +31,8 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour and thread sanitizers
-	@csrc/tests/run.sh asan & asan=$$!; csrc/tests/run.sh tsan && wait $$asan
+	csrc/tests/run.sh asan
+	csrc/tests/run.sh tsan
 
 test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has
 	@for level in $$($(BIN)/python -c "$(LOWER_LEVELS)"); do \
