@@ -38,6 +38,7 @@ struct Tile {
   using V = typename S::V;
   using D = Dot<T>;
   using A = Operand<T>;
+  using E = Accumulator<T>;
   static constexpr int kStep = kInterleave<T>;
   static constexpr int kPanelRow = kPanelColumns * kStep;
   // Rows are addressed as base + {0, 1, 2} * stride from every third row: a pointer for each would not fit in the
@@ -47,14 +48,17 @@ struct Tile {
   static constexpr int kPrefetchBytes = 8192;
   // Products added one by one before the sum moves to `total`: a longer chain in fp32 loses digits that peers, which block
   // K, still have. Sums of 16-bit products have none to lose.
-  static constexpr ptrdiff_t kChain = sizeof(T) == 4 ? 256 : PTRDIFF_MAX;
+  static constexpr bool kChains = sizeof(T) == 4;
+  static constexpr ptrdiff_t kChain = kChains ? 256 : PTRDIFF_MAX;
 
   V acc[kRows][kVectors];
-  V total[kRows][kVectors];  // in memory, and only touched where K is longer than a chain
+  alignas(64) E total[kChains ? kRows * kVectors * S::kLanes : 1];  // in memory; only touched where K is longer than a chain
   bool has_total = false;
 
-  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row.
-  static REPAVIT_INLINE const A* opaque(const A* p) {
+  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row; and
+  // it would warn of a `total` without value, not seeing that has_total guards it.
+  template <class P>
+  static REPAVIT_INLINE P opaque(P p) {
     __asm__("" : "+r"(p));
     return p;
   }
@@ -69,17 +73,23 @@ struct Tile {
 
   // Ends a chain: acc += total, and, when more is to come, total = acc.
   REPAVIT_INLINE void end_chain(bool last) {
-    if (last && !has_total) return;
-    REPAVIT_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    if constexpr (kChains) {
+      if (last && !has_total) return;
+      E* stored = opaque(&total[0]);
       REPAVIT_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        if (has_total) acc[r][v] += total[r][v];
-        if (!last) total[r][v] = acc[r][v];
+      for (int r = 0; r < kRows; ++r) {
+        REPAVIT_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          E* at = stored + (r * kVectors + v) * S::kLanes;
+          if (has_total) acc[r][v] += S::load(at);
+          if (!last) S::store(at, acc[r][v]);
+        }
       }
+      has_total = true;
+      if (!last) clear();
+    } else {
+      (void)last;
     }
-    has_total = true;
-    if (!last) clear();
   }
 
   // One group of k: kRows x kVectors products, then on to the next k.
