@@ -191,7 +191,8 @@ REPAVIT_INLINE E exp2_one(E x) {
 // Softmax of one block of keys: scores → weights, running maximum and sum, and what the sum so far shrinks by. Each step is
 // a loop over all rows: a row is one long chain of dependencies, and the next one would wait behind it.
 template <class E>
-REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t keys, Accumulator<E> unit, bool fresh) {
+REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t keys, Accumulator<E> unit,
+                                  bool fresh) {
   using A = Accumulator<E>;
   using S = Simd<A>;
   const int vectors = static_cast<int>((keys + S::kLanes - 1) / S::kLanes);
@@ -204,8 +205,9 @@ REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t
     offsets[r] = most == kMasked<A> ? A{0} : most * unit;  // a row wholly -Inf: weights are zeros, not NaN
   }
   for (ptrdiff_t r = 0; r < rows; ++r) {
-    const auto sum = exponentials(s.scores + r * s.score_stride, s.weights + r * s.weight_stride, vectors, unit, offsets[r]);
-    S::store(s.lane_sums + r * S::kLanes, sum);
+    const A* scores = s.scores + r * s.score_stride;
+    E* weights = s.weights + r * s.weight_stride;
+    S::store(s.lane_sums + r * S::kLanes, exponentials(scores, weights, vectors, unit, offsets[r]));
   }
   for (ptrdiff_t r = 0; r < rows; ++r) {
     const A sum = S::sum(S::load(s.lane_sums + r * S::kLanes));

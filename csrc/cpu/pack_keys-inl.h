@@ -79,7 +79,8 @@ REPAVIT_INLINE ptrdiff_t transpose_16_rows(const E* const (&)[kKeysAtOnce], ptrd
 
 #endif
 
-// Packs keys [begin, end), the rows of k [end - begin, d_qk]; whoever packs the last key also fills up its panel with zeros.
+// Packs keys [begin, end), the rows of k [end - begin, d_qk]; whoever packs the last key also fills up its panel with
+// zeros.
 template <class E>
 void pack_keys(const TokenRows<const E>& k, ptrdiff_t begin, ptrdiff_t end, const HeadPanels<E>& head) {
   ptrdiff_t key = begin;
@@ -141,8 +142,8 @@ REPAVIT_INLINE void interleave(const bf16* const (&rows)[2], ptrdiff_t columns, 
   }
 }
 
-// Packs keys [begin, end), the rows of v [end - begin, d_v]; begin is a multiple of kInterleave. Columns beyond d_v stay undefined: no
-// result comes from them.
+// Packs keys [begin, end), the rows of v [end - begin, d_v]; begin is a multiple of kInterleave. Columns beyond d_v stay
+// undefined: no result comes from them.
 template <class E>
 void pack_values(const TokenRows<const E>& v, ptrdiff_t begin, ptrdiff_t end, const HeadPanels<E>& head) {
   constexpr ptrdiff_t kStep = kInterleave<E>;

@@ -242,7 +242,8 @@ void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t co
       const ptrdiff_t first = i * plan.length;
       pack_keys(rows.k.from(first), 0, plan.length, panels);
       pack_values(rows.v.from(first), 0, plan.length, panels);
-      attend_rows(plan, head, panels, rows.q.from(first), plan.length, plan.score_bias(sequence + i, head), at, first, s);
+      const ScoreBias<T> bias = plan.score_bias(sequence + i, head);
+      attend_rows(plan, head, panels, rows.q.from(first), plan.length, bias, at, first, s);
     }
   }
   project_output(plan, at, s.o);

@@ -89,7 +89,8 @@ inline std::vector<double> windowed(const Attention& p, const double* image) {
         int64_t region = 0;
         for (int d = 0; d < 2; ++d) {
           const int64_t extent = (g.map[d] + g.window[d] - 1) / g.window[d] * g.window[d];
-          region = 3 * region + (g.shift[d] == 0 ? 0 : (at[d] >= extent - g.window[d]) + (at[d] >= extent - g.shift[d]));
+          const int part = (at[d] >= extent - g.window[d]) + (at[d] >= extent - g.shift[d]);
+          region = 3 * region + (g.shift[d] == 0 ? 0 : part);
         }
         tokens.push_back(rolled_token(g, at[0], at[1]));
         regions.push_back(region);

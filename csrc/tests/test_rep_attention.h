@@ -18,12 +18,14 @@ struct AttentionCase {
 
   std::string name(const char* level) const {
     std::string text(level);
-    for (const auto& [key, value] : {std::pair(" B=", batch), {" T=", tokens}, {" C=", channels}, {" C_out=", channels_out},
-                                     {" h=", heads}, {" d_qk=", d_qk}, {" d_v=", d_v}, {" gap=", gap}}) {
+    for (const auto& [key, value] : {std::pair(" B=", batch), {" T=", tokens}, {" C=", channels},
+                                     {" C_out=", channels_out}, {" h=", heads}, {" d_qk=", d_qk}, {" d_v=", d_v},
+                                     {" gap=", gap}}) {
       text += key + std::to_string(value);
     }
-    for (const auto& [on, flag] : {std::pair(b_qkv, " b_qkv"), {b_proj, " b_proj"}, {bias, " bias"}, {normalize, " norm"},
-                                   {residual, " residual"}, {windows != nullptr, " windows"}, {padding, " padding"}}) {
+    for (const auto& [on, flag] : {std::pair(b_qkv, " b_qkv"), {b_proj, " b_proj"}, {bias, " bias"},
+                                   {normalize, " norm"}, {residual, " residual"}, {windows != nullptr, " windows"},
+                                   {padding, " padding"}}) {
       if (on) text += flag;
     }
     return text;
@@ -31,7 +33,8 @@ struct AttentionCase {
 };
 
 template <class T>
-void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t, const char* level) {
+void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t,
+                         const char* level) {
   const std::string name = t.name(level);
   const auto size = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
   const int64_t width = t.heads * (2 * t.d_qk + t.d_v), stride = t.channels + t.gap;
@@ -64,7 +67,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   const int64_t rows = t.batch * t.tokens;  // strided: what lies between the rows is NaN and must not be read
   Guarded<T> x(rows > 0 ? size(rows - 1, stride) + size(t.channels, 1) : 0);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < t.channels; ++i) x[size(r, stride) + size(i, 1)] = dense_x[size(r, t.channels) + size(i, 1)];
+    std::copy_n(dense_x.data() + r * t.channels, t.channels, x.data() + r * stride);
   }
 
   const repavit::AttentionShape shape{t.channels, t.channels_out, t.heads, t.d_qk, t.d_v};
@@ -130,7 +133,8 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
       }
     }
   }
-  test_attention_case<T>(kernels, dtype, {1, 523, 8, 8, 1, 4, 3, 0, true, true, true, false, true, nullptr, false}, level);
+  test_attention_case<T>(kernels, dtype, {1, 523, 8, 8, 1, 4, 3, 0, true, true, true, false, true, nullptr, false},
+                         level);  // online softmax
 
   const repavit::WindowGrid grids[] = {
       {{8, 12}, {4, 4}, {2, 2}, false, nullptr, nullptr}, {{10, 13}, {4, 4}, {2, 1}, false, nullptr, nullptr},
