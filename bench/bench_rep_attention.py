@@ -105,7 +105,7 @@ def onnx_block(w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, tok
     from onnx import TensorProto, helper, numpy_helper
 
     def constant(name: str, value: np.ndarray) -> onnx.TensorProto:
-        return numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return numpy_helper.from_array(value.copy(order="C"), name)  # keeps a scalar a scalar
 
     c = w_proj.shape[0]
     d = c // heads
