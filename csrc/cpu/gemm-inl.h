@@ -46,19 +46,14 @@ struct Tile {
   static constexpr int kBases = (kRows + 2) / 3;
   static constexpr int kUnroll = 4;
   static constexpr int kPrefetchBytes = 8192;
-  // Products added one by one before the sum moves to `total`: a longer chain in fp32 loses digits that peers, which block
+  // Products added one by one before the sum moves to memory: a longer chain in fp32 loses digits that peers, which block
   // K, still have. Sums of 16-bit products have none to lose.
   static constexpr bool kChains = sizeof(T) == 4;
   static constexpr ptrdiff_t kChain = kChains ? 256 : PTRDIFF_MAX;
 
   V acc[kRows][kVectors];
-  alignas(64) E total[kChains ? kRows * kVectors * S::kLanes : 1];  // in memory; only touched where K is longer than a chain
-  bool has_total = false;
-
-  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row; and
-  // it would warn of a `total` without value, not seeing that has_total guards it.
-  template <class P>
-  static REPAVIT_INLINE P opaque(P p) {
+  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row.
+  static REPAVIT_INLINE const A* opaque(const A* p) {
     __asm__("" : "+r"(p));
     return p;
   }
@@ -71,25 +66,19 @@ struct Tile {
     }
   }
 
-  // Ends a chain: acc += total, and, when more is to come, total = acc.
-  REPAVIT_INLINE void end_chain(bool last) {
-    if constexpr (kChains) {
-      if (last && !has_total) return;
-      E* stored = opaque(&total[0]);
+  // Ends a chain: acc += total unless it is the first, total = acc unless it is the last. total is no member: its address
+  // escapes, and acc must stay in registers.
+  REPAVIT_INLINE void end_chain(E* total, bool first, bool last) {
+    REPAVIT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
       REPAVIT_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        REPAVIT_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          E* at = stored + (r * kVectors + v) * S::kLanes;
-          if (has_total) acc[r][v] += S::load(at);
-          if (!last) S::store(at, acc[r][v]);
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        E* at = total + (r * kVectors + v) * S::kLanes;
+        if (!first) acc[r][v] += S::load(at);
+        if (!last) S::store(at, acc[r][v]);
       }
-      has_total = true;
-      if (!last) clear();
-    } else {
-      (void)last;
     }
+    if (!last) clear();
   }
 
   // One group of k: kRows x kVectors products, then on to the next k.
@@ -136,21 +125,25 @@ struct Tile {
 template <int kRows, int kVectors, class T, class Epilogue>
 __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, const T* panel, ptrdiff_t row, ptrdiff_t col,
                                         int valid, const Epilogue& epilogue) {
-  Tile<T, kRows, kVectors> tile;
+  using TileOf = Tile<T, kRows, kVectors>;
+  TileOf tile;
   tile.clear();
-  bool first = true;
+  alignas(64) typename TileOf::E storage[TileOf::kChains ? kRows * kVectors * TileOf::S::kLanes : 1];
+  auto* total = &storage[0];
+  __asm__("" : "+r"(total));  // or gcc warns of values that `chains` guards
+  int chains = 0;
   for (int s = 0; s < count; ++s) {
     const Rows<T>& segment = segments[s];
-    for (ptrdiff_t k = 0; k < segment.depth; k += tile.kChain) {
-      if (!first) tile.end_chain(false);
-      first = false;
-      const ptrdiff_t depth = segment.depth - k < tile.kChain ? segment.depth - k : tile.kChain;
+    for (ptrdiff_t k = 0; k < segment.depth; k += TileOf::kChain) {
+      if (TileOf::kChains && chains > 0) tile.end_chain(total, chains == 1, false);
+      ++chains;
+      const ptrdiff_t left = segment.depth - k, depth = left < TileOf::kChain ? left : TileOf::kChain;
       tile.accumulate({segment.data + row * segment.stride + k, segment.stride, depth}, panel);
       panel += panel_elements<T>(depth);
-      if (depth < tile.kChain) break;
+      if (depth == left) break;
     }
   }
-  tile.end_chain(true);
+  if (TileOf::kChains && chains > 1) tile.end_chain(total, false, true);
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
 }
