@@ -1,3 +1,25 @@
-"""Triton GPU kernels, installed as ``repavit_ops.kernels``. Importing this asks for neither a GPU nor triton."""
+"""Triton GPU kernels, installed as ``repavit_ops.kernels``. Importing this asks for neither a GPU nor triton.
 
-OPERATORS: tuple[str, ...] = ()  # operators that have a Triton kernel; CUDA tensors of the others run in plain PyTorch
+device_math   pure functions of registers: GELU
+tile          pure functions of tiles: order, load, product, epilogue
+linear, …     one kernel and its launcher each: no autograd, no nn
+chips, tuning what a GPU offers, and which tile is taken for which product on it
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+from torch import Tensor
+
+# Operator → "module:launcher". CUDA tensors of operators that are not here run in plain PyTorch.
+OPERATORS: dict[str, str] = {}
+
+
+@functools.cache
+def launcher(operator: str) -> Callable[..., Tensor]:
+    """The launcher of an operator, imported (and triton with it) at the first call."""
+    module, function = OPERATORS[operator].split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), function)

@@ -7,9 +7,12 @@ CUDA tensor arrives.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -56,13 +59,31 @@ def has_cpu_kernel(operator: str) -> bool:
 
 
 def _triton_failure() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed: pip install triton (Linux only)"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    from . import kernels  # type: ignore[attr-defined]  # maps to the top-level folder
+    return None
 
-    return None if kernels.OPERATORS else "this version of repavit_ops has no Triton kernels"
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def has_triton_kernel(operator: str) -> bool:
+    """Whether CUDA tensors of this operator go to a Triton kernel."""
+    return _triton_installed() and operator in _kernels().OPERATORS
+
+
+def triton_launcher(operator: str) -> Callable[..., torch.Tensor]:
+    """The Triton launcher of an operator, imported at its first call."""
+    return _kernels().launcher(operator)
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module(".kernels", __package__)  # the top-level folder, mapped to this name
 
 
 def cpu_isa() -> str:

@@ -1,0 +1,50 @@
+"""LayerNorm core, (x - mean) / √(variance + eps) over the last dimension: one launch, in front of a product.
+
+Shapes: x [M, K] rows of any stride → [M, K] contiguous, x's dtype, moments in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import load_tile, row_moments
+
+ELEMENTS = 4096  # of one program, about: 8 to 32 KiB in registers
+
+
+@triton.jit(do_not_specialize=["M"])
+def layer_norm_core_kernel(
+    x,  # [M, K]
+    x_stride,
+    out,  # [M, K]
+    M,
+    K,
+    eps,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row0 = tl.program_id(0) * BM
+    mean, rstd = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, False)
+    row = row0 + tl.arange(0, BM)
+    for k in range(0, K, BK):
+        col = k + tl.arange(0, BK)
+        chunk = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False).to(tl.float32)
+        core = (chunk - mean[:, None]) * rstd[:, None]
+        at = out + row.to(tl.int64)[:, None] * K + col[None, :]
+        tl.store(at, core.to(out.dtype.element_ty), mask=(row < M)[:, None] & (col < K)[None, :])
+
+
+def layer_norm_core(x: Tensor, eps: float) -> Tensor:
+    """Core of the rows of x [M, K], whose columns have stride 1."""
+    m, k = x.shape
+    out = torch.empty(m, k, dtype=x.dtype, device=x.device)
+    if out.numel():
+        bk = min(triton.next_power_of_2(k), ELEMENTS)
+        bm = ELEMENTS // bk
+        grid = (triton.cdiv(m, bm),)
+        layer_norm_core_kernel[grid](x, x.stride(0), out, m, k, eps, bm, bk, k % bk == 0, num_warps=4)
+    return out

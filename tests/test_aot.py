@@ -1,0 +1,42 @@
+"""Every GEMM kernel compiles for every chip without one: memory, spills, matrix instructions (make aot: every tile)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aot_helpers import assert_products, compiled, every_chip, meta
+
+from repavit_ops.kernels.linear import linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ROWS = 128 * 197
+
+
+@every_chip
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_linear(chip, dtype):
+    def call():
+        x, w, b = meta(ROWS, 768, dtype=dtype), meta(768, 768, dtype=dtype), meta(768, dtype=dtype)
+        linear(x, w, b, activation="gelu", residual=x)
+
+    kernels = compiled(chip, call)
+    assert_products(kernels["linear_kernel"], chip, none=dtype == FP32)
+
+
+@every_chip
+def test_few_rows_normalise_in_the_prologue(chip):
+    kernels = compiled(chip, lambda: linear(meta(197, 192), meta(576, 192), meta(576), norm_eps=1e-6))
+    assert list(kernels) == ["linear_kernel"]
+    assert_products(kernels["linear_kernel"], chip, small=True)
+
+
+@every_chip
+def test_many_rows_normalise_in_front(chip):
+    kernels = compiled(chip, lambda: linear(meta(ROWS, 192), meta(576, 192), meta(576), norm_eps=1e-6))
+    assert list(kernels) == ["layer_norm_core_kernel", "linear_kernel"]
+
+
+def test_misaligned_rows_take_pointers():
+    """Descriptors need strides of 16 bytes; 771 channels of bf16 have none."""
+    kernels = compiled("sm_90", lambda: linear(meta(ROWS, 771), meta(768, 771)))
+    assert "cp.async.bulk.tensor" not in kernels["linear_kernel"].code
