@@ -75,13 +75,17 @@ Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_in
   return *packed;
 }
 
-Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
-                        const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
-                        std::optional<double> norm_eps, bool residual, std::string approximate) {
+}  // namespace
+
+namespace repavit_bindings {
+
+repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
+                                     const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
+                                     std::optional<double> norm_eps, bool residual, bool tanh_gelu,
+                                     std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.dim() >= 1 && w_in.dim() == 2, "x, w_in: got shapes ", shape_of(x), ", ", shape_of(w_in),
                   ", wanted [..., C] and [m, C]");
   const int64_t active = w_in.size(0), channels = w_in.size(1);
-  const DType dtype = dtype_of("x", x);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x: got shape ", shape_of(x), ", wanted [..., ", channels, "]");
   check_shape("w_out", w_out, {channels, active});
   check_same_kind("w_in", w_in, x);
@@ -94,32 +98,40 @@ Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& 
   check_optional("b_in", b_in, {active});
   check_optional("w_merged", w_merged, {channels, channels});
   check_optional("bias", bias, {channels});
-  STD_TORCH_CHECK(approximate == "none" || approximate == "tanh", "approximate: got '", approximate,
-                  "', wanted 'none' or 'tanh'");
-  const auto kernel = repavit::kernels().partial_gelu_ffn[dtype];
-  STD_TORCH_CHECK(kernel != nullptr, "x: the C++ kernel partial_gelu_ffn has no ",
-                  torch::headeronly::toString(x.scalar_type()), " yet; use float32 or backend='reference'");
-
-  Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
-  if (x.numel() == 0) return y;
-  const RowView rows(x);
-  const Tensor weights = packed_for(packed, x, w_in, w_out, w_merged);
-  std::vector<Tensor> copies;
+  copies.push_back(packed_for(packed, x, w_in, w_out, w_merged));
   repavit::PartialGeluFfnArgs args{};
-  args.rows = rows.rows;
   args.channels = channels;
   args.active = active;
-  args.x = rows.owner.const_data_ptr();
-  args.x_stride = rows.stride;
-  args.packed = weights.const_data_ptr();
+  args.packed = copies.back().const_data_ptr();
   args.b_in = ordered_data(b_in, copies);
   args.bias = ordered_data(bias, copies);
-  args.y = y.mutable_data_ptr();
   args.norm_eps = norm_eps.value_or(0.0);
   args.normalize = norm_eps.has_value();
   args.residual = residual;
-  args.tanh_gelu = approximate == "tanh";
-  kernel(args, torch_pool());
+  args.tanh_gelu = tanh_gelu;
+  return args;
+}
+
+}  // namespace repavit_bindings
+
+namespace {
+
+Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
+                        const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
+                        std::optional<double> norm_eps, bool residual, std::string approximate) {
+  STD_TORCH_CHECK(approximate == "none" || approximate == "tanh", "approximate: got '", approximate,
+                  "', wanted 'none' or 'tanh'");
+  std::vector<Tensor> copies;
+  repavit::PartialGeluFfnArgs args =
+      ffn_args(x, w_in, b_in, w_out, w_merged, bias, packed, norm_eps, residual, approximate == "tanh", copies);
+  Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
+  if (x.numel() == 0) return y;
+  const RowView rows(x);
+  args.rows = rows.rows;
+  args.x = rows.owner.const_data_ptr();
+  args.x_stride = rows.stride;
+  args.y = y.mutable_data_ptr();
+  repavit::kernels().partial_gelu_ffn[dtype_of("x", x)](args, torch_pool());
   return y;
 }
 

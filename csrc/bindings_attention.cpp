@@ -6,6 +6,24 @@
 
 #include "bindings_common.h"
 
+namespace repavit_bindings {
+
+repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk) {
+  STD_TORCH_CHECK(w_qkv.dim() == 2 && w_proj.dim() == 2, "w_qkv, w_proj: got shapes ", shape_of(w_qkv), ", ",
+                  shape_of(w_proj), ", wanted matrices");
+  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, "num_heads: got ", heads, ", wanted at least 1");
+  STD_TORCH_CHECK(w_proj.size(1) % heads == 0, "w_proj: got shape ", shape_of(w_proj),
+                  ", wanted [C_out, num_heads * d_v] for num_heads = ", heads);
+  const int64_t d_v = w_proj.size(1) / heads;
+  if (d_qk < 1) d_qk = (w_qkv.size(0) - heads * d_v) / (2 * heads);
+  STD_TORCH_CHECK(d_qk >= 1 && w_qkv.size(0) == heads * (2 * d_qk + d_v), "w_qkv: got shape ", shape_of(w_qkv),
+                  ", wanted [num_heads * (2 * d_qk + d_v), C] for num_heads = ", heads, ", d_qk = ", d_qk,
+                  ", d_v = ", d_v);
+  return {w_qkv.size(1), w_proj.size(0), heads, d_qk, d_v};
+}
+
+}  // namespace repavit_bindings
+
 namespace {
 
 using namespace repavit_bindings;
@@ -25,21 +43,6 @@ repavit::PackedAttentionHeader read_header(const Tensor& packed) {
   return header;
 }
 
-// Head widths from both weights; d_qk < 1: from w_qkv's rows.
-repavit::AttentionShape shape_from(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk) {
-  STD_TORCH_CHECK(w_qkv.dim() == 2 && w_proj.dim() == 2, "w_qkv, w_proj: got shapes ", shape_of(w_qkv), ", ",
-                  shape_of(w_proj), ", wanted matrices");
-  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, "num_heads: got ", heads, ", wanted at least 1");
-  STD_TORCH_CHECK(w_proj.size(1) % heads == 0, "w_proj: got shape ", shape_of(w_proj),
-                  ", wanted [C_out, num_heads * d_v] for num_heads = ", heads);
-  const int64_t d_v = w_proj.size(1) / heads;
-  if (d_qk < 1) d_qk = (w_qkv.size(0) - heads * d_v) / (2 * heads);
-  STD_TORCH_CHECK(d_qk >= 1 && w_qkv.size(0) == heads * (2 * d_qk + d_v), "w_qkv: got shape ", shape_of(w_qkv),
-                  ", wanted [num_heads * (2 * d_qk + d_v), C] for num_heads = ", heads, ", d_qk = ", d_qk,
-                  ", d_v = ", d_v);
-  return {w_qkv.size(1), w_proj.size(0), heads, d_qk, d_v};
-}
-
 Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
   check_same_kind("w_proj", w_proj, w_qkv);
   const DType dtype = dtype_of("w_qkv", w_qkv);
@@ -55,7 +58,7 @@ Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionS
 
 Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num_heads, int64_t d_qk) {
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
-  return pack(w_qkv, w_proj, shape_from(w_qkv, w_proj, num_heads, d_qk));
+  return pack(w_qkv, w_proj, attention_shape(w_qkv, w_proj, num_heads, d_qk));
 }
 
 std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
@@ -91,24 +94,10 @@ void check_optional(const char* name, const MaybeTensor& t, const Tensor& x, int
   check_same_kind(name, *t, x);
 }
 
-// Runs args (all but x, y and their sizes filled in) on tokens x [B, ..., columns] → [B, ..., columns_out].
-Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out) {
-  const auto kernel = repavit::kernels().rep_attention[dtype_of("x", x)];
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = columns_out;
-  Tensor y = new_empty(sizes.data(), x.dim(), aoti_dtype_of(x));
-  if (y.numel() == 0) return y;
-  const RowView rows(x);
-  args.batch = x.size(0);
-  args.tokens = rows.rows / args.batch;
-  args.x = rows.owner.const_data_ptr();
-  args.x_stride = rows.stride;
-  args.y = y.mutable_data_ptr();
-  kernel(args, torch_pool());
-  return y;
-}
+}  // namespace
 
-// The block's own arguments; `copies` keeps alive what args points to.
+namespace repavit_bindings {
+
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, std::optional<double> norm_eps,
@@ -131,6 +120,48 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
   args.normalize = norm_eps.has_value();
   args.residual = residual;
   return args;
+}
+
+repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
+                                const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
+                                std::vector<Tensor>& copies) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: got shape ", shape_of(x), ", wanted [B, H, W, C]");
+  STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2, "window, shift: wanted two numbers each");
+  repavit::WindowGrid grid{};
+  for (size_t i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(window[i] >= 1 && 0 <= shift[i] && shift[i] < window[i], "shift: got ", shift[i], " with window ",
+                    window[i], ", wanted 0 <= shift < window");
+    grid.map[i] = x.size(static_cast<int64_t>(i) + 1);
+    grid.window[i] = window[i];
+    grid.shift[i] = shift[i];
+  }
+  const int64_t tokens = window[0] * window[1];
+  check_shape("rel_bias", rel_bias, {num_heads, tokens, tokens});
+  check_same_kind("rel_bias", rel_bias, x);
+  grid.bias = ordered_data(rel_bias, copies);
+  grid.roll_first = roll_first;
+  return grid;
+}
+
+}  // namespace repavit_bindings
+
+namespace {
+
+// Runs args (all but x, y and their sizes filled in) on tokens x [B, ..., columns] → [B, ..., columns_out].
+Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out) {
+  const auto kernel = repavit::kernels().rep_attention[dtype_of("x", x)];
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns_out;
+  Tensor y = new_empty(sizes.data(), x.dim(), aoti_dtype_of(x));
+  if (y.numel() == 0) return y;
+  const RowView rows(x);
+  args.batch = x.size(0);
+  args.tokens = rows.rows / args.batch;
+  args.x = rows.owner.const_data_ptr();
+  args.x_stride = rows.stride;
+  args.y = y.mutable_data_ptr();
+  kernel(args, torch_pool());
+  return y;
 }
 
 // attn_bias broadcast to [B, h, T, T]: strides of 0 where it has one element, the last 0 or 1.
@@ -163,7 +194,7 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
                      int64_t num_heads, double scale, int64_t d_qk, std::optional<double> norm_eps, bool residual) {
   STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
-  const repavit::AttentionShape shape = shape_from(w_qkv, w_proj, num_heads, d_qk);
+  const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
   std::vector<Tensor> copies;
   repavit::RepAttentionArgs args =
       block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
@@ -172,33 +203,12 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
   return run(args, x, shape.channels_out);
 }
 
-repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
-                                const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
-                                std::vector<Tensor>& copies) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: got shape ", shape_of(x), ", wanted [B, H, W, C]");
-  STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2, "window, shift: wanted two numbers each");
-  repavit::WindowGrid grid{};
-  for (size_t i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(window[i] >= 1 && 0 <= shift[i] && shift[i] < window[i], "shift: got ", shift[i], " with window ",
-                    window[i], ", wanted 0 <= shift < window");
-    grid.map[i] = x.size(static_cast<int64_t>(i) + 1);
-    grid.window[i] = window[i];
-    grid.shift[i] = shift[i];
-  }
-  const int64_t tokens = window[0] * window[1];
-  check_shape("rel_bias", rel_bias, {num_heads, tokens, tokens});
-  check_same_kind("rel_bias", rel_bias, x);
-  grid.bias = ordered_data(rel_bias, copies);
-  grid.roll_first = roll_first;
-  return grid;
-}
-
 Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv, const Tensor& w_proj,
                             const MaybeTensor& b_proj, const Tensor& rel_bias, const MaybeTensor& pad_kv,
                             const MaybeTensor& packed, int64_t num_heads, double scale, std::vector<int64_t> window,
                             std::vector<int64_t> shift, std::optional<double> norm_eps, bool residual,
                             bool roll_first) {
-  const repavit::AttentionShape shape = shape_from(w_qkv, w_proj, num_heads, 0);
+  const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, 0);
   std::vector<Tensor> copies;
   repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
   repavit::RepAttentionArgs args =
@@ -247,13 +257,6 @@ Tensor window_attention_core(const Tensor& qkv, const Tensor& rel_bias, const Ma
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(repavit_ops, m) {
-  m.def("attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor");
-  m.def(
-      "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "
-      "int[2] window, int[2] shift, bool roll_first=False) -> Tensor");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
   m.impl("rep_attention", TORCH_BOX(&rep_attention));

@@ -126,4 +126,23 @@ struct RowView {
   }
 };
 
+// ---- Arguments of one operator, all but x, y and their sizes: what a call of its own and a stack of blocks share. They
+// check every tensor against x; `copies` keeps alive what the result points to.
+
+// bindings.cpp
+repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
+                                     const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
+                                     std::optional<double> norm_eps, bool residual, bool tanh_gelu,
+                                     std::vector<Tensor>& copies);
+
+// bindings_attention.cpp. Head widths from both weights; d_qk < 1: from w_qkv's rows.
+repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk);
+repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
+                                     const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
+                                     const repavit::AttentionShape& shape, std::optional<double> norm_eps,
+                                     bool residual, std::vector<Tensor>& copies);
+repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
+                                const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
+                                std::vector<Tensor>& copies);
+
 }  // namespace repavit_bindings

@@ -15,6 +15,7 @@ from .nn import (
     Attention,
     ChannelIdleFFN,
     DeployedShapeFFN,
+    FusedStack,
     JoinedBranchAttention,
     JoinedBranchFFN,
     PartialGELUFFN,
@@ -61,6 +62,7 @@ def fuse(
     """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
 
     Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
+    Runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them.
     What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
 
     Args:
@@ -106,7 +108,7 @@ def fuse(
     model = _swap(model if inplace else copy.deepcopy(model), merged)
     if strict:
         _require_fusible(model, wanted)
-    model = _swap(model, fused)
+    model = _swap(_swap(model, fused), _stacked)
     if dtype is not None:
         _cast(model, dtype)
     for module in model.modules():
@@ -133,6 +135,13 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
     if type(module) is Attention and isinstance(module.norm, TokenBatchNorm):
         return fold_batchnorm(module)
     return module
+
+
+def _stacked(module: nn.Module, name: str) -> nn.Module:
+    if type(module) is not nn.Sequential:
+        return module
+    stack = FusedStack.replacing(module)
+    return module if stack.has_no_run() else stack
 
 
 def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> nn.Module:

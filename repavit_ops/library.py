@@ -41,12 +41,17 @@ class Operator:
         return self.arguments.split("Tensor? packed")[0].count("Tensor")
 
 
-def _same_shape(x: Tensor, *_: Any) -> list[int]:
+def _same_shape(x: Tensor, *_: Any, **__: Any) -> list[int]:
     return list(x.shape)
 
 
-def _projected_shape(x: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, w_proj: Tensor, *_: Any) -> list[int]:
+def _projected_shape(x: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, w_proj: Tensor, *_: Any, **__: Any) -> list[int]:
     return [*x.shape[:-1], w_proj.shape[0]]
+
+
+def _grid_shape(x: Tensor, weight: Tensor, *_: Any, patch: list[int], channels_last: bool, **__: Any) -> list[int]:
+    h, w = x.shape[1:3] if channels_last else x.shape[2:4]
+    return [x.shape[0], h // patch[0], w // patch[1], weight.shape[0]]
 
 
 OPERATORS = (
@@ -72,14 +77,27 @@ OPERATORS = (
         reference.window_rep_attention,
         _projected_shape,
     ),
+    Operator(
+        "patch_projection",
+        "Tensor x, Tensor weight, Tensor? bias, Tensor? packed=None, *, "
+        "int[2] patch, bool channels_last, float? norm_eps=None",
+        reference.patch_projection,
+        _grid_shape,
+    ),
 )
 
-# Not differentiable, CPU only, implemented by the C++ library alone (csrc/bindings.cpp).
+# Not differentiable, CPU only, implemented by the C++ library alone (csrc/bindings*.cpp).
 CPU_TOOLS = (
     "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged) -> Tensor",
     "partial_gelu_ffn_unpack(Tensor packed) -> Tensor[]",
     "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk) -> Tensor",
     "rep_attention_unpack(Tensor packed) -> Tensor[]",
+    "patch_projection_pack(Tensor weight) -> Tensor",
+    "patch_projection_unpack(Tensor packed) -> Tensor[]",
+    # the attention itself, without weights: for benchmarks and tests
+    "attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor",
+    "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "
+    "int[2] window, int[2] shift, bool roll_first=False) -> Tensor",
     "cpu_isa() -> int",
 )
 
@@ -92,7 +110,7 @@ def _register(operator: Operator) -> None:
         return operator.reference(*tensors[: operator.inputs], **static)
 
     def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
-        return x.new_empty(operator.result_shape(x, *others))
+        return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
@@ -138,8 +156,29 @@ def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
     return run
 
 
+def _register_fused_blocks() -> None:
+    """The run of operators: inference only. Where a gradient is wanted its steps run apart, differentiable."""
+    name = "fused_blocks"
+    _LIBRARY.define(f"{name}(Tensor x, Tensor?[] weights, *, int[] plan, float[] scalars) -> Tensor")
+
+    def fake(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def autograd(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
+        tensors = [x, *(w for w in weights if w is not None)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
+
+    _LIBRARY.impl(name, reference.fused_blocks, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+
 for _operator in OPERATORS:
     _register(_operator)
+_register_fused_blocks()
 for _schema in CPU_TOOLS:
     _LIBRARY.define(_schema)
 backends.load_cpp()

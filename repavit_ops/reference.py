@@ -6,11 +6,13 @@ benchmarks. Nothing here is tuned; every line is the formula.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import stack_plan
 
 SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, instead of -inf
 
@@ -92,6 +94,41 @@ def window_rep_attention(
     if residual:
         y = y + x
     return y.contiguous()
+
+
+def patch_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    patch: Sequence[int],
+    channels_last: bool,
+    norm_eps: float | None = None,
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.patch_projection`, differentiable by plain autograd."""
+    ph, pw = patch
+    if channels_last:
+        b, h, w, c = x.shape[0], x.shape[1] // ph, x.shape[2] // pw, x.shape[3]
+        z = x[:, : h * ph, : w * pw].reshape(b, h, ph, w, pw, c).permute(0, 1, 3, 2, 4, 5)
+    else:
+        b, c, h, w = x.shape[0], x.shape[1], x.shape[2] // ph, x.shape[3] // pw
+        z = x[:, :, : h * ph, : w * pw].reshape(b, c, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5)
+    z = z.reshape(b, h, w, c * ph * pw)
+    return F.linear(z if norm_eps is None else layer_norm_core(z, norm_eps), weight, bias)
+
+
+def fused_blocks(
+    x: Tensor, weights: Sequence[Tensor | None], *, plan: Sequence[int], scalars: Sequence[float]
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.fused_blocks`: its steps one after the other."""
+    operators: dict[str, Callable[..., Tensor]] = {
+        "partial_gelu_ffn": partial_gelu_ffn,
+        "rep_attention": rep_attention,
+        "window_rep_attention": window_rep_attention,
+    }
+    for step in stack_plan.decode(weights, plan, scalars):
+        x = operators[step.operator](x, *step.tensors, **step.static)
+    return x
 
 
 def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, scale: float) -> Tensor:

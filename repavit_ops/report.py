@@ -11,10 +11,10 @@ from torch import nn
 from . import backends, reparam
 from .folding import can_fuse, rule_of
 from .fusing import TRAINING_FORMS
-from .nn import PartialGELUFFN
+from .nn import FusedStack, PartialGELUFFN
 from .nn.packed_weights import PackedWeights
 
-Status = Literal["fused", "merged", "skipped"]
+Status = Literal["fused", "merged", "skipped", "stacked", "apart"]
 TOLERANCE = "max|fused - fp64| <= 2 max|eager - fp64| + 1e-6, both in the model's dtype (repavit_ops.verify checks it)"
 
 
@@ -43,7 +43,7 @@ class FusionReport:
     tolerance: str = TOLERANCE
 
     def with_status(self, status: Status) -> tuple[ReportEntry, ...]:
-        """The entries of one status: "fused" (kernels), "merged" (plain PyTorch) or "skipped"."""
+        """The entries of one status: fused (kernels), merged (plain PyTorch), skipped; of containers stacked, apart."""
         return tuple(entry for entry in self.entries if entry.status == status)
 
     @property
@@ -77,6 +77,10 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
     if isinstance(module, TRAINING_FORMS):
         note = "training form, slower than the vanilla block: call reparameterize() or fuse()"
         return ReportEntry(name, type(module).__name__, "skipped", note)
+    if isinstance(module, FusedStack):
+        apart = module.why_apart()
+        note = f"{len(module)} blocks in one call; one by one under gradients or autocast"
+        return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
     rule = rule_of(module)
     if rule is None:
         return None

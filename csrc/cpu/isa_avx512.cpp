@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
+#include "patch_projection-inl.h"
 #include "rep_attention-inl.h"
 
 namespace repavit {
@@ -13,6 +14,9 @@ void install(Kernels& table) {
   table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>;
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;
+  table.patch_projection[kFloat32] = patch_projection<float>;
+  table.patch_projection[kBFloat16] = patch_projection<bf16>;
+  table.patch_projection[kFloat16] = patch_projection<fp16>;
   table.rep_attention[kFloat32] = rep_attention<float>;
   table.rep_attention[kBFloat16] = rep_attention<bf16>;
   table.rep_attention[kFloat16] = rep_attention<fp16>;

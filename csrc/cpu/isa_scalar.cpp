@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
+#include "patch_projection-inl.h"
 #include "rep_attention-inl.h"
 
 namespace repavit {
@@ -15,6 +16,9 @@ void install_packing(Kernels& table) {
   table.partial_gelu_ffn_packed_bytes[kDType] = partial_gelu_ffn_packed_bytes<T>;
   table.partial_gelu_ffn_pack[kDType] = partial_gelu_ffn_pack<T, kDType>;
   table.partial_gelu_ffn_unpack[kDType] = partial_gelu_ffn_unpack<T>;
+  table.matrix_packed_bytes[kDType] = matrix_packed_bytes<T>;
+  table.matrix_pack[kDType] = matrix_pack<T, kDType>;
+  table.matrix_unpack[kDType] = matrix_unpack<T>;
   table.rep_attention_packed_bytes[kDType] = rep_attention_packed_bytes<T>;
   table.rep_attention_pack[kDType] = rep_attention_pack<T, kDType>;
   table.rep_attention_unpack[kDType] = rep_attention_unpack<T>;
@@ -31,6 +35,10 @@ void install(Kernels& table) {
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;
   table.partial_gelu_ffn[kFloat64] = partial_gelu_ffn<double>;
+  table.patch_projection[kFloat32] = patch_projection<float>;
+  table.patch_projection[kBFloat16] = patch_projection<bf16>;
+  table.patch_projection[kFloat16] = patch_projection<fp16>;
+  table.patch_projection[kFloat64] = patch_projection<double>;
   table.rep_attention[kFloat32] = rep_attention<float>;
   table.rep_attention[kBFloat16] = rep_attention<bf16>;
   table.rep_attention[kFloat16] = rep_attention<fp16>;

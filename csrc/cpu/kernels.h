@@ -1,7 +1,8 @@
 // The CPU kernels as plain C++: argument structs, packed layouts and the table of function pointers.
 //
 // No torch, no STL: this header is seen by every per-ISA file, by the binding and by the sanitizer driver.
-// Sizes and strides count elements; pointers need the alignment of their element only; outputs alias no input.
+// Sizes and strides count elements; pointers need the alignment of their element only. Outputs alias no input, but for one
+// case that a stack of blocks uses: y may be x itself, at the same stride.
 #pragma once
 
 #include <stddef.h>
@@ -86,6 +87,35 @@ struct PartialGeluFfnMutableWeights {
   void* w_merged;  // null unless the header says has_merged
 };
 
+// ---- patch_projection -----------------------------------------------------------------------------------------------
+// First 64 bytes of a packed matrix W [N, K]; its panels follow.
+struct PackedMatrixHeader {
+  char magic[8];  // kPackedMatrixMagic, version included
+  int32_t dtype;  // DType
+  int32_t reserved0;
+  int64_t outputs;  // N
+  int64_t depth;    // K
+  int64_t bytes;    // of the whole buffer
+  char reserved[24];
+};
+static_assert(sizeof(PackedMatrixHeader) == 64, "panels start at a cache line");
+constexpr char kPackedMatrixMagic[8] = {'r', 'v', 'm', 'a', 't', '0', '0', '1'};
+
+// y = z Wᵀ [+ bias] for every patch of every map, z = the patch's elements or their LayerNorm core. A patch is planes x
+// lines runs of consecutive elements: channels x rows x pixels of an image, or rows x channels-last pixels of a map.
+struct PatchProjectionArgs {
+  int64_t batch, grid[2];     // B; patches down and across; any may be 0
+  int64_t planes, lines, run; // K = planes lines run
+  int64_t outputs;            // N
+  const void* x;              // of T
+  int64_t strides[5];         // elements: map, patch down, patch across, plane, line
+  const void* packed;         // PackedMatrixHeader and panels, of the same T, N and K
+  const void* bias;           // [N] of T, or null
+  void* y;                    // [B, grid, N] of T, contiguous; every element is written
+  double norm_eps;            // read when normalize
+  bool normalize;             // z = core(patch, norm_eps)
+};
+
 // ---- rep_attention, window_rep_attention -----------------------------------------------------------------------------
 // First 64 bytes of a packed attention block. Per head follow the panels of its [w_q; w_k; w_v] (N = 2 d_qk + d_v,
 // K = C), so that one head's product is one run of panels; then those of w_proj (N = C_out, K = h d_v).
@@ -146,6 +176,24 @@ struct RepAttentionArgs {
   bool residual;                 // add x, in the accumulator's precision
 };
 
+// ---- fused_blocks ----------------------------------------------------------------------------------------------------
+// One half of a block: exactly one of the two is set. Its x, y, rows and batch are filled in by the stack.
+struct StackStep {
+  RepAttentionArgs attention;  // packed null: this is an FFN
+  PartialGeluFfnArgs ffn;
+};
+
+// Steps one after the other, each from and to [B, T, C].
+struct StackArgs {
+  DType dtype;
+  int64_t batch, tokens, channels;  // B, T, C
+  const StackStep* steps;
+  int64_t count;                    // of steps, >= 1
+  const void* x;                    // [B T, C], row r at x + r * x_stride
+  int64_t x_stride;                 // elements, any value
+  void* y;                          // [B T, C], contiguous
+};
+
 // One level's functions; a null entry is a dtype that no level up to this one serves.
 struct Kernels {
   void (*partial_gelu_ffn[kDTypes])(const PartialGeluFfnArgs&, const Pool&);
@@ -153,6 +201,11 @@ struct Kernels {
   // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
   void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);
   void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const PartialGeluFfnMutableWeights&, const Pool&);
+
+  void (*patch_projection[kDTypes])(const PatchProjectionArgs&, const Pool&);
+  int64_t (*matrix_packed_bytes[kDTypes])(int64_t outputs, int64_t depth);
+  void (*matrix_pack[kDTypes])(const void* w, int64_t outputs, int64_t depth, void* destination, const Pool&);
+  void (*matrix_unpack[kDTypes])(const void* packed, void* w, const Pool&);
 
   void (*rep_attention[kDTypes])(const RepAttentionArgs&, const Pool&);
   int64_t (*rep_attention_packed_bytes[kDTypes])(const AttentionShape&);

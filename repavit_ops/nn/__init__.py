@@ -5,11 +5,13 @@ from .block import Block
 from .channel_idle_ffn import ChannelIdleFFN
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
+from .fused_stack import FusedStack
 from .join import set_join
 from .joined_branch_attention import JoinedBranchAttention
 from .joined_branch_ffn import JoinedBranchFFN
 from .norm import RepBN, TokenBatchNorm
 from .partial_gelu_ffn import PartialGELUFFN
+from .patch_projection import PatchProjection
 from .recalibrate import recalibrate_bn
 from .rep_attention import RepAttention
 from .window_rep_attention import WindowRepAttention
@@ -20,9 +22,11 @@ __all__ = [
     "Block",
     "ChannelIdleFFN",
     "DeployedShapeFFN",
+    "FusedStack",
     "JoinedBranchAttention",
     "JoinedBranchFFN",
     "PartialGELUFFN",
+    "PatchProjection",
     "RepAttention",
     "RepBN",
     "TokenBatchNorm",

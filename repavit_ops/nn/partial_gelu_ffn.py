@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
 from ..reparam import MergedFFN, cast
+from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
 
@@ -130,12 +134,18 @@ class PartialGELUFFN(PackedWeights):
             self.w_out,
             self.w_merged,
             self.bias,
-            norm_eps=self.norm_eps,
-            residual=self.residual,
-            approximate=self.approximate,
+            **self._static(),
             packed=self.packed(),
             backend=self.backend,
         )
+
+    def step(self, size: Sequence[int] = ()) -> Step:
+        """This module's call as a step of :func:`repavit_ops.ops.fused_blocks`."""
+        weights = (self.w_in, self.b_in, self.w_out, self.w_merged, self.bias)
+        return Step(self.operator, weights, self._static(), self.packed())
+
+    def _static(self) -> dict[str, Any]:
+        return {"norm_eps": self.norm_eps, "residual": self.residual, "approximate": self.approximate}
 
     def extra_repr(self) -> str:
         return (

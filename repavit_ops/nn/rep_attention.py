@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
 
@@ -95,15 +99,24 @@ class RepAttention(PackedWeights):
             self.b_qkv,
             self.w_proj,
             self.b_proj,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            d_qk=self.d_qk,
             attn_bias=attn_bias,
-            norm_eps=self.norm_eps,
-            residual=self.residual,
+            **self._static(),
             packed=self.packed(),
             backend=self.backend,
         )
+
+    def step(self, size: Sequence[int] = ()) -> Step:
+        """This module's call without attn_bias as a step of :func:`repavit_ops.ops.fused_blocks`."""
+        return Step(self.operator, (self.w_qkv, self.b_qkv, self.w_proj, self.b_proj), self._static(), self.packed())
+
+    def _static(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "d_qk": self.d_qk,
+            "norm_eps": self.norm_eps,
+            "residual": self.residual,
+        }
 
     def extra_repr(self) -> str:
         return (

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..stack_plan import Step
 from .rep_attention import RepAttention
 
 
@@ -78,31 +82,39 @@ class WindowRepAttention(RepAttention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         self.check_trainable(x)
-        size = (x.shape[1], x.shape[2])
-        shift = self.shift if self.static_shift else effective_shift(size, self.window, self.shift)
         return ops.window_rep_attention(
             x,
             self.w_qkv,
             self.b_qkv,
             self.w_proj,
             self.b_proj,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            window=self.window,
-            shift=shift,
             rel_bias=self.rel_bias,
             pad_kv=self.pad_kv,
-            norm_eps=self.norm_eps,
-            residual=self.residual,
-            roll_first=self.roll_first,
+            **self._window_static(x.shape[1:3]),
             packed=self.packed(),
             backend=self.backend,
         )
+
+    def step(self, size: Sequence[int] = ()) -> Step:
+        """This module's call on maps of ``size`` (H, W) as a step of :func:`repavit_ops.ops.fused_blocks`."""
+        weights = (self.w_qkv, self.b_qkv, self.w_proj, self.b_proj, self.rel_bias, self.pad_kv)
+        return Step("window_rep_attention", weights, self._window_static(size), self.packed())
+
+    def _window_static(self, size: Sequence[int]) -> dict[str, Any]:
+        return {
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "window": self.window,
+            "shift": self.shift if self.static_shift else effective_shift(size, self.window, self.shift),
+            "norm_eps": self.norm_eps,
+            "residual": self.residual,
+            "roll_first": self.roll_first,
+        }
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, shift={self.shift}, roll_first={self.roll_first}"
 
 
-def effective_shift(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+def effective_shift(size: Sequence[int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
     """The shift that a map of this size gets: none once the window covers it in some direction (Swin's rule)."""
     return (0, 0) if min(size) <= min(window) else shift

@@ -1,0 +1,105 @@
+// Binding of fused_blocks for the CPU: reads the plan that repavit_ops/stack_plan.py writes (see bindings_common.h).
+#include <deque>
+
+#include "bindings_common.h"
+#include "cpu/fused_blocks.h"
+
+namespace {
+
+using namespace repavit_bindings;
+
+// One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
+struct Step {
+  static constexpr size_t kTensors = 7, kIntegers = 9, kScalars = 2;
+  enum Kind : int64_t { kFfn, kAttention, kWindowAttention };
+  const MaybeTensor* tensors;
+  const int64_t* integers;
+  const double* scalars;
+
+  int64_t kind() const { return integers[0]; }
+  bool residual() const { return integers[1] != 0; }
+  bool flag() const { return integers[2] != 0; }  // an FFN's: GELU by tanh; of windows: roll first
+  int64_t heads() const { return integers[3]; }
+  int64_t d_qk() const { return integers[4]; }
+  std::vector<int64_t> window() const { return {integers[5], integers[6]}; }
+  std::vector<int64_t> shift() const { return {integers[7], integers[8]}; }
+  double scale() const { return scalars[0]; }
+  std::optional<double> norm_eps() const { return scalars[1] < 0 ? std::nullopt : std::optional<double>(scalars[1]); }
+
+  const Tensor& tensor(int i, const char* name) const {
+    STD_TORCH_CHECK(tensors[i].has_value(), "weights: a step of fused_blocks has no ", name);
+    return *tensors[i];
+  }
+};
+
+// The steps' arguments and what they point to.
+struct Steps {
+  std::vector<repavit::StackStep> list;
+  std::vector<Tensor> copies;
+  std::deque<repavit::WindowGrid> grids;  // does not move them
+
+  void add(const Step& step, const Tensor& x) {
+    repavit::StackStep to{};
+    if (step.kind() == Step::kFfn) {
+      to.ffn = ffn_args(x, step.tensor(0, "w_in"), step.tensors[1], step.tensor(2, "w_out"), step.tensors[3],
+                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.flag(), copies);
+      list.push_back(to);
+      return;
+    }
+    const bool windowed = step.kind() == Step::kWindowAttention;
+    STD_TORCH_CHECK(windowed || step.kind() == Step::kAttention, "plan: got a step of kind ", step.kind(),
+                    ", wanted 0 (FFN), 1 (attention) or 2 (window attention)");
+    STD_TORCH_CHECK(x.dim() == (windowed ? 4 : 3), "x: got shape ", shape_of(x), ", wanted ",
+                    windowed ? "[B, H, W, C]" : "[B, T, C]", " for this kind of attention");
+    const Tensor &w_qkv = step.tensor(0, "w_qkv"), &w_proj = step.tensor(2, "w_proj");
+    const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, step.heads(), step.d_qk());
+    STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
+                    shape.channels, "; a stack needs them equal");
+    to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
+                              step.norm_eps(), step.residual(), copies);
+    to.attention.scale = step.scale();
+    if (windowed) {
+      grids.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
+                                  step.tensor(5, "rel_bias"), copies));
+      if (const MaybeTensor& pad_kv = step.tensors[6]) {
+        check_shape("pad_kv", *pad_kv, {step.heads() * (shape.d_qk + shape.d_v)});
+        check_same_kind("pad_kv", *pad_kv, x);
+        grids.back().padding = ordered_data(*pad_kv, copies);
+      }
+      to.attention.windows = &grids.back();
+    }
+    list.push_back(to);
+  }
+};
+
+Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vector<int64_t> plan,
+                    std::vector<double> scalars) {
+  const size_t count = plan.size() / Step::kIntegers;
+  STD_TORCH_CHECK(count > 0 && plan.size() == count * Step::kIntegers && weights.size() == count * Step::kTensors &&
+                      scalars.size() == count * Step::kScalars,
+                  "plan: got ", plan.size(), " integers, ", weights.size(), " weights and ", scalars.size(),
+                  " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars, " for each step");
+  Steps steps;
+  for (size_t i = 0; i < count; ++i) {
+    steps.add({&weights[i * Step::kTensors], &plan[i * Step::kIntegers], &scalars[i * Step::kScalars]}, x);
+  }
+  Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
+  if (x.numel() == 0) return y;
+  const RowView rows(x);
+  repavit::StackArgs args{};
+  args.dtype = dtype_of("x", x);
+  args.batch = x.dim() > 2 ? x.size(0) : 1;
+  args.tokens = rows.rows / args.batch;
+  args.channels = x.size(x.dim() - 1);
+  args.steps = steps.list.data();
+  args.count = static_cast<int64_t>(count);
+  args.x = rows.owner.const_data_ptr();
+  args.x_stride = rows.stride;
+  args.y = y.mutable_data_ptr();
+  repavit::fused_blocks(args, repavit::kernels(), torch_pool());
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) { m.impl("fused_blocks", TORCH_BOX(&fused_blocks)); }
