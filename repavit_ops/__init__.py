@@ -12,13 +12,14 @@ from .folding import can_fuse
 from .fusing import fuse, reparameterize
 from .models import create_model, list_models
 from .models.checkpoints import load_checkpoint, save_checkpoint
-from .nn import set_join
+from .nn import JoinSchedule, recalibrate_bn, set_join
 from .report import FusionReport, fusion_report
 from .verification import VerificationReport, verify
 from .version import __version__
 
 __all__ = [
     "FusionReport",
+    "JoinSchedule",
     "VerificationReport",
     "__version__",
     "can_fuse",
@@ -30,6 +31,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "recalibrate_bn",
     "reparam",
     "reparameterize",
     "save_checkpoint",

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install
 
 from rich.console import Console
 
-from repavit_ops.demo import DemoFailure, Plan, Recipe, report, run, story
+from repavit_ops.demo import DemoFailure, Plan, Recipe, report, run, story, training
 from repavit_ops.demo.digits import load_digits, shifted
 from repavit_ops.demo.networks import sine_positions
 from repavit_ops.demo.results import DigitsRow, LargeRow, Results
@@ -40,7 +40,7 @@ SMALL = Plan(
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny models wait for each other's threads more than they compute."""
-    with story.one_thread():
+    with training.one_thread():
         yield
 
 
@@ -64,6 +64,7 @@ def test_the_demo_runs_and_writes_plot_and_json(tmp_path, console):
     written = json.loads(data.read_text())
     assert written["digits"][0]["accuracy"] == results.digits[0].accuracy
     assert written["training"]["joined"][-1]["number"] == 2
+    assert written["training"]["joined"][-1]["alpha"] == 1.0
     console.file.flush()
     assert "RePaViT" in (tmp_path / "console.txt").read_text()
 
@@ -107,25 +108,23 @@ def test_digits_are_split_by_class_and_seed():
     assert torch.equal(a.test_images, b.test_images)
     assert not torch.equal(a.test_images, other.test_images)
     assert torch.bincount(a.test_labels).min() >= 34
-    assert (a.train_images == a.blank).any()
-    assert a.train_images.min() == pytest.approx(a.blank)
+    assert (a.train_images == a.augment.keywords["blank"]).any()
+    assert a.train_images.min() == pytest.approx(a.augment.keywords["blank"])
 
 
 def test_shifting_moves_images_by_at_most_one_pixel_and_keeps_others():
     images = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1) + 1
     generator = torch.Generator().manual_seed(0)
-    moved = shifted(images, blank=0.0, probability=0.5, generator=generator)
+    moved = shifted(images, generator, blank=0.0, probability=0.5)
     padded = torch.nn.functional.pad(images[:1], (1, 1, 1, 1))
     windows = [padded[0, 0, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
     seen = {next(i for i, window in enumerate(windows) if torch.equal(image[0], window)) for image in moved}
     assert seen == set(range(9))
-    assert torch.equal(shifted(images, 0.0, 0.0, generator), images)
+    assert torch.equal(shifted(images, generator, blank=0.0, probability=0.0), images)
 
 
-def test_alpha_rises_to_one_and_holds_and_the_rate_ends_at_zero():
+def test_the_rate_ends_at_zero():
     recipe = Recipe()
-    assert [recipe.join(p) for p in (0.0, 0.1, 0.6, 0.99)] == [0.0, 0.0, 1.0, 1.0]
-    assert recipe.join(0.35) == pytest.approx(0.5)
     assert recipe.learning_rate(1.0) == 0.0
     assert max(recipe.learning_rate(p / 100) for p in range(101)) <= recipe.lr
 

@@ -1,4 +1,4 @@
-"""The three small ViTs of the demo: one size of block, 12 layers each or 12 layers' worth of branches."""
+"""Small ViTs that learn from little: of the demo, one size of block, 12 layers or 12 layers' worth of branches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import JoinedVisionTransformer, VisionTransformer
+from .digits import IMAGE, PATCH
 
-IMAGE, PATCH = 8, 2  # pixels: 16 patches and the class token
 STEM_CHANNELS = 32
 
 
@@ -43,9 +43,10 @@ class Network(NamedTuple):
 def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int) -> list[Network]:
     """The vanilla twin of both methods, RePaViT of as many layers, and the joined ViT of fewer blocks."""
     blocks = layers // branches
-    vanilla = _build(VisionTransformer, dim, seed, depth=layers)
-    repavit = _build(VisionTransformer, dim, seed, depth=layers, idle_ratio=idle_ratio)
-    joined = _build(JoinedVisionTransformer, dim, seed, depth=blocks, branches=branches)
+    size: dict[str, Any] = {"image": IMAGE, "patch": PATCH, "classes": 10, "dim": dim}
+    vanilla = small_vit(VisionTransformer, seed, **size, depth=layers)
+    repavit = small_vit(VisionTransformer, seed, **size, depth=layers, idle_ratio=idle_ratio)
+    joined = small_vit(JoinedVisionTransformer, seed, **size, depth=blocks, branches=branches)
     return [
         Network("vanilla", f"{layers} layers of {dim} channels", vanilla),
         Network("RePaViT", f"{layers} layers, idle ratio θ = {idle_ratio:g}", repavit),
@@ -53,13 +54,16 @@ def networks(dim: int, layers: int, branches: int, idle_ratio: float, seed: int)
     ]
 
 
-def _build(family: Any, dim: int, seed: int, **config: Any) -> VisionTransformer:
+def small_vit(
+    family: Any, seed: int, *, image: int, patch: int, classes: int, dim: int, **config: Any
+) -> VisionTransformer:
+    """A ViT of 4 heads for grey images of ``image`` pixels a side, initialised for a short training."""
     torch.manual_seed(seed)
     model: VisionTransformer = family(
-        img_size=IMAGE,
-        patch_size=PATCH,
+        img_size=image,
+        patch_size=patch,
         in_chans=1,
-        num_classes=10,
+        num_classes=classes,
         embed_dim=dim,
         num_heads=4,
         pre_norm=False,
@@ -67,16 +71,16 @@ def _build(family: Any, dim: int, seed: int, **config: Any) -> VisionTransformer
         embed_layer=ConvStem,
         **config,
     )
-    _init_for_short_training(model)
+    _init_for_short_training(model, image // patch)
     return model
 
 
 @torch.no_grad()
-def _init_for_short_training(model: VisionTransformer) -> None:
+def _init_for_short_training(model: VisionTransformer, side: int) -> None:
     """Start where a few hundred steps suffice: matrices at unit gain (the usual 0.02 is for 300 epochs), 2-D waves."""
     for linear in (module for module in model.blocks.modules() if isinstance(module, nn.Linear)):
         nn.init.xavier_uniform_(linear.weight)
-    model.pos_embed[:, 1:] = sine_positions(IMAGE // PATCH, model.embed_dim)
+    model.pos_embed[:, 1:] = sine_positions(side, model.embed_dim)
 
 
 def sine_positions(side: int, dim: int) -> Tensor:

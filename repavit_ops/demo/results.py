@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..verification import VerificationReport
-from .digits import Epoch
 from .throughput import Rate
+from .training import Epoch
 
 
 @dataclass

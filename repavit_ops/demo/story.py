@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from ..info import collect
 from ..models import complexity, create_model
 from ..verification import verify
 from . import report
-from .digits import Digits, Epoch, Recipe, accuracy_of, load_digits, predict, train
-from .networks import IMAGE, Network, networks
+from .digits import IMAGE, load_digits
+from .networks import Network, networks
 from .results import DigitsRow, LargeRow, Results
 from .throughput import measure
+from .training import Epoch, ImageSet, Recipe, accuracy_of, one_thread, predict, train
 
 
 class DemoFailure(Exception):
@@ -96,7 +96,7 @@ def run(out: Path, *, seed: int = 0, plan: Plan | None = None, console: Console 
 
 
 def _train_all(
-    models: list[Network], digits: Digits, plan: Plan, seed: int, console: Console
+    models: list[Network], digits: ImageSet, plan: Plan, seed: int, console: Console
 ) -> dict[str, list[Epoch]]:
     """Train one after the other under progress bars; name → course."""
     courses = {}
@@ -121,17 +121,6 @@ def _train_all(
     return courses
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more threads, and lose much where other programs want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _forms(model: nn.Module) -> dict[str, nn.Module]:
     """Form → model: as trained, merged (where there is something to merge) and fused."""
     merged = reparameterize(model)
@@ -141,7 +130,7 @@ def _forms(model: nn.Module) -> dict[str, nn.Module]:
     return forms
 
 
-def _digits_rows(name: str, forms: dict[str, nn.Module], digits: Digits, plan: Plan) -> Iterator[DigitsRow]:
+def _digits_rows(name: str, forms: dict[str, nn.Module], digits: ImageSet, plan: Plan) -> Iterator[DigitsRow]:
     before = predict(forms["trained"], digits.test_images)
     for form, model in forms.items():
         after = predict(model, digits.test_images)
@@ -158,7 +147,9 @@ def _digits_rows(name: str, forms: dict[str, nn.Module], digits: Digits, plan: P
         )
 
 
-def _samples(forms: dict[str, dict[str, nn.Module]], digits: Digits, count: int = 10) -> list[tuple[Tensor, int, int]]:
+def _samples(
+    forms: dict[str, dict[str, nn.Module]], digits: ImageSet, count: int = 10
+) -> list[tuple[Tensor, int, int]]:
     """Some held-out images, and what RePaViT says of each as trained and as fused."""
     images = digits.test_images[:count]
     before, after = (predict(forms["RePaViT"][form], images) for form in ("trained", "fused"))
@@ -166,7 +157,7 @@ def _samples(forms: dict[str, dict[str, nn.Module]], digits: Digits, count: int 
 
 
 def _time_digits(
-    forms: dict[str, dict[str, nn.Module]], digits: Digits, plan: Plan, results: Results, console: Console
+    forms: dict[str, dict[str, nn.Module]], digits: ImageSet, plan: Plan, results: Results, console: Console
 ) -> None:
     flat = {f"{name}/{form}": model for name, of in forms.items() for form, model in of.items()}
     with console.status("timing all forms in turns"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +176,12 @@ def _image(module: VisionTransformer) -> list[int]:
     return [side * module.patch_size for side in module.grid_size]
 
 
+def _join_curve(module: JoinedVisionTransformer) -> Arguments:
+    """Arguments of a model that raises α by itself."""
+    curve = module.join_curve
+    return {} if curve is None else {f"join_{name}": value for name, value in asdict(curve).items()}
+
+
 def _bare(cls: type[VisionTransformer]) -> Callable[..., nn.Module]:
     """Build without blocks: they are described children."""
     return lambda **arguments: cls(depth=0, **arguments)
@@ -322,7 +329,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     VisionTransformer: Kind(_plain_vit, VIT_CHILDREN, build=_bare(VisionTransformer)),
     LVViT: Kind(_plain_vit, (*VIT_CHILDREN, "aux_head"), build=_bare(LVViT)),
     JoinedVisionTransformer: Kind(
-        lambda module: _plain_vit(module) | {"branches": module.branches},
+        lambda module: _plain_vit(module) | {"branches": module.branches} | _join_curve(module),
         VIT_CHILDREN,
         build=_bare(JoinedVisionTransformer),
     ),

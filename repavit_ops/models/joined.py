@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..nn import Block, JoinedBranchAttention, JoinedBranchFFN
+from ..nn import Block, JoinedBranchAttention, JoinedBranchFFN, set_join
+from ..nn.join import JoinedBranches
+from ..nn.join_schedule import JoinCurve, Shape
 from .feed_forward import Form
 from .vit import VisionTransformer
 
@@ -39,11 +43,55 @@ class JoinedVisionTransformer(VisionTransformer):
     Merged at α = 1, each block costs what one branch costs ("Rethinking Vision Transformer Depth via Structural
     Reparameterization", arXiv 2511.19718): a 12-block ViT becomes 12 / B blocks.
 
+    A loop of your own steps a :class:`repavit_ops.nn.JoinSchedule`. For a loop that cannot be changed, such as timm's
+    ``train.py``, ``join_steps`` lets the model do so: every forward in training mode sets its α and is counted in the
+    buffer ``join_step``, so that a resumed training goes on where it stopped.
+
     Args:
         branches: B.
+        join_steps: forwards of the whole training, in one process: epochs · batches per epoch (with gradient
+            accumulation, of the small batches). None: α moves only when it is set.
+        join_shape, join_warmup, join_hold: of :class:`repavit_ops.nn.join_schedule.JoinCurve`.
         config: of :class:`VisionTransformer`; form is "training" and idle channels need no join.
     """
 
-    def __init__(self, *, branches: int, **config: Any) -> None:
+    join_step: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        branches: int,
+        join_steps: int | None = None,
+        join_shape: Shape = "linear",
+        join_warmup: float = 0.1,
+        join_hold: float = 0.4,
+        **config: Any,
+    ) -> None:
         super().__init__(block=partial(joined_block, branches=branches), **config)
         self.branches = branches
+        self.join_curve = None if join_steps is None else JoinCurve(join_steps, join_shape, join_warmup, join_hold)
+        self.register_buffer("join_step", None if join_steps is None else torch.zeros((), dtype=torch.int64))
+        self._join_step = 0  # the same in Python: a forward waits for no device
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images → tokens [B, 1 + h·w, C] after the final norm, the class token first."""
+        if self.training and self.join_step is not None:
+            self._advance(self.join_step)
+        return super().forward_features(x)
+
+    @torch.compiler.disable  # it changes what later calls compute
+    def _advance(self, counter: Tensor) -> None:
+        """Set α of this forward and count it. Once merged there is none to set."""
+        if self.join_curve is not None and any(isinstance(module, JoinedBranches) for module in self.modules()):
+            set_join(self, self.join_curve(self._join_step))
+            self._join_step += 1
+            counter.add_(1)
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        # whether a model counts its steps is no part of what it computes: checkpoints with and without fit both
+        key = prefix + "join_step"
+        if self.join_step is None:
+            state_dict.pop(key, None)
+        else:
+            self._join_step = int(state_dict.setdefault(key, self.join_step))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -7,6 +7,7 @@ from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
 from .fused_stack import FusedStack
 from .join import set_join
+from .join_schedule import JoinSchedule
 from .joined_branch_attention import JoinedBranchAttention
 from .joined_branch_ffn import JoinedBranchFFN
 from .norm import RepBN, TokenBatchNorm
@@ -23,6 +24,7 @@ __all__ = [
     "ChannelIdleFFN",
     "DeployedShapeFFN",
     "FusedStack",
+    "JoinSchedule",
     "JoinedBranchAttention",
     "JoinedBranchFFN",
     "PartialGELUFFN",
