@@ -8,12 +8,12 @@ is available and why the rest is not.
 """
 
 from . import models, nn, ops, reparam
-from .folding import can_fuse
 from .fusing import fuse, reparameterize
 from .models import create_model, list_models
 from .models.checkpoints import load_checkpoint, save_checkpoint
 from .nn import JoinSchedule, recalibrate_bn, set_join
 from .report import FusionReport, fusion_report
+from .rules import can_fuse
 from .verification import VerificationReport, verify
 from .version import __version__
 

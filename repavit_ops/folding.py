@@ -1,12 +1,11 @@
-"""One sub-block in, one fused module out: which folds each kind of sub-block takes, and why one cannot be fused.
+"""The parts of a sub-block in, one fused module out: which folds each kind takes, and why one cannot be fused.
 
-A rule reads the parts of a module class (norm, matrices, scales); what can be fused and how is then the same for every
-family. New families register a rule in ``RULES``; nothing else knows them.
+A rule (:mod:`repavit_ops.rules`) reads the parts of a module class: norm, matrices, scales. What can be fused and how
+is then the same for every family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 
 from . import reparam
 from .backends import Backend
-from .models.swin import SwinBlock
-from .nn import FFN, Attention, Block, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
+from .nn import Attention, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
 from .nn.channel_idle_ffn import affine_of
-from .nn.packed_weights import PackedWeights
 from .reparam import Affine, AttentionWeights
 
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """``x + output_scale · proj(softmax(scale · q kᵀ + bias) v)`` with q, k, v = qkv(norm(x)); head-major rows."""
+    """``x + output_scale · proj(softmax(scale · q kᵀ + bias) v)`` with q, k, v = qkv(norm(x)); head-major rows.
+
+    ``keep_v_bias`` where callers may mask a row wholly: its output is then proj(0), without the V bias.
+    """
 
     norm: nn.Module
     qkv: nn.Module
@@ -34,6 +34,7 @@ class AttentionParts:
     scale: float
     output_scale: Tensor | float | None = None
     residual: bool = True
+    keep_v_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,6 @@ class FFNParts:
     residual: bool = True
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How one class of sub-block is fused: ``can_fuse`` gives None or a reason, ``fold`` the fused module."""
-
-    kind: str
-    can_fuse: Callable[[Any], str | None]
-    fold: Callable[[Any, Backend], nn.Module]
-
-
 # --- what cannot be folded, and why -----------------------------------------------------------------------------------
 
 
@@ -79,20 +71,21 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     for part in (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (parts.qkv, parts.proj):
         if type(part) is not nn.Linear:
             return f"a projection is {type(part).__name__}, wanted nn.Linear (merge adapters or dequantise first)"
-    if not isinstance(parts.norm, nn.Identity | nn.LayerNorm):
+    if type(parts.norm) not in (nn.Identity, nn.LayerNorm):
         return f"its norm {type(parts.norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
     if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:
         return f"its LayerNorm spans {len(parts.norm.normalized_shape)} dimensions; only the last can be fused"
     if isinstance(parts, FFNParts) and gelu_variant(parts.act) is None:
         return f"its activation is {type(parts.act).__name__}; only GELU (erf or tanh) can be fused"
+    dim, dim_out = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (parts.qkv, parts.proj)
+    if dim.in_features != dim_out.out_features and (parts.residual or isinstance(parts, FFNParts)):
+        return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
     return None
 
 
 def gelu_variant(act: nn.Module) -> str | None:
-    """ "none" for erf GELU, "tanh" for its tanh form, None for any other activation (timm's own classes included)."""
-    if isinstance(act, nn.GELU):
-        return act.approximate
-    return {"GELUTanh": "tanh"}.get(type(act).__name__)
+    """ "none" for erf GELU, "tanh" for its tanh form, None for any other activation, subclasses included."""
+    return act.approximate if type(act) is nn.GELU else None
 
 
 # --- parts → fused module ---------------------------------------------------------------------------------------------
@@ -101,7 +94,7 @@ def gelu_variant(act: nn.Module) -> str | None:
 def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention:
     """Every fold of the attention algebra; the LayerNorm core and the shortcut stay, inside the operator."""
     affine, norm_eps = _norm_fold(parts.norm)
-    weights = _folded(_weights_of(parts), affine, parts.output_scale)
+    weights = _folded(_weights_of(parts), affine, parts.output_scale, parts.keep_v_bias)
     fused = RepAttention(
         weights.w_qkv.shape[1],
         weights.num_heads,
@@ -189,11 +182,14 @@ def _weights_of(parts: AttentionParts) -> AttentionWeights:
     )
 
 
-def _folded(weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | float | None) -> AttentionWeights:
+def _folded(
+    weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | float | None, keep_v_bias: bool = False
+) -> AttentionWeights:
     """All attention folds, in the one order that is exact."""
     if affine is not None:
         weights = reparam.fold_input_affine(weights, affine)
-    weights = reparam.fold_scale(reparam.move_v_bias(reparam.drop_k_bias(weights)))
+    weights = reparam.drop_k_bias(weights)
+    weights = reparam.fold_scale(weights if keep_v_bias else reparam.move_v_bias(weights))
     return weights if output_scale is None else reparam.fold_attention_output_scale(weights, output_scale)
 
 
@@ -207,10 +203,11 @@ def _dtype_of(linear: nn.Module) -> torch.dtype:
     return next(linear.parameters()).dtype
 
 
-# --- our modules ------------------------------------------------------------------------------------------------------
+# --- BatchNorm in front of attention ----------------------------------------------------------------------------------
 
 
-def _attention_parts(module: Attention) -> AttentionParts:
+def attention_parts(module: Attention) -> AttentionParts:
+    """The parts of our training form."""
     return AttentionParts(
         module.norm,
         module.qkv,
@@ -221,66 +218,6 @@ def _attention_parts(module: Attention) -> AttentionParts:
         module.output_scale(),
         module.residual,
     )
-
-
-def _ffn_parts(module: FFN) -> FFNParts:
-    return FFNParts(module.norm, module.fc1, module.fc2, module.act, module.output_scale(), module.residual)
-
-
-def _swin_parts(block: SwinBlock) -> WindowParts:
-    attn: Any = block.attn
-    attention = AttentionParts(
-        block.norm1, attn.qkv, attn.proj, attn.num_heads, attn.d_qk, attn.scale, block.output_scale(), block.residual
-    )
-    return WindowParts(attention, attn.rel_bias(), attn.window, attn.shift)
-
-
-def _set_backend(module: PackedWeights, backend: Backend) -> nn.Module:
-    if backend == "reference":
-        module.restore_unpacked()
-    module.backend = backend
-    return module
-
-
-def _fusible(_: nn.Module) -> None:
-    return None
-
-
-RULES: dict[type[nn.Module], Rule] = {
-    Attention: Rule(
-        "rep_attention",
-        lambda m: reason_against(_attention_parts(m)),
-        lambda m, backend: fold_attention(_attention_parts(m), backend),
-    ),
-    FFN: Rule(
-        "partial_gelu_ffn",
-        lambda m: reason_against(_ffn_parts(m)),
-        lambda m, backend: fold_ffn(_ffn_parts(m), backend),
-    ),
-    SwinBlock: Rule(
-        "window_rep_attention",
-        lambda m: reason_against(_swin_parts(m)),
-        lambda m, backend: Block(fold_window_attention(_swin_parts(m), backend), m.mlp),
-    ),
-    PartialGELUFFN: Rule("partial_gelu_ffn", _fusible, _set_backend),
-    RepAttention: Rule("rep_attention", _fusible, _set_backend),
-    WindowRepAttention: Rule("window_rep_attention", _fusible, _set_backend),
-}
-
-
-def rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a module of exactly this class; None for modules that are no sub-block of a known family."""
-    return RULES.get(type(module))
-
-
-def can_fuse(module: nn.Module) -> str | None:
-    """None if :func:`repavit_ops.fuse` can fuse this sub-block, else the reason in one line."""
-    rule = rule_of(module)
-    if rule is None:
-        return f"{type(module).__name__} is no sub-block that repavit_ops knows"
-    if rule.fold is not _set_backend and any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
-        return "it has forward hooks, which a fused module would not call; remove them first"
-    return rule.can_fuse(module)
 
 
 def fold_batchnorm(module: Attention) -> Attention:
@@ -294,7 +231,7 @@ def fold_batchnorm(module: Attention) -> Attention:
     affine = affine_of(norm)
     if isinstance(norm, RepBN):
         affine = reparam.repbn_affine(affine, norm.alpha)
-    weights = reparam.fold_input_affine(_weights_of(_attention_parts(module)), affine)
+    weights = reparam.fold_input_affine(_weights_of(attention_parts(module)), affine)
     merged = Attention(
         module.dim,
         module.num_heads,

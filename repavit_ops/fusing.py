@@ -10,7 +10,7 @@ from torch import nn
 
 from . import reparam
 from .backends import BACKENDS, Backend, why_unavailable
-from .folding import can_fuse, fold_batchnorm, rule_of
+from .folding import fold_batchnorm
 from .nn import (
     Attention,
     ChannelIdleFFN,
@@ -23,6 +23,7 @@ from .nn import (
 )
 from .nn.mode import require_eval
 from .nn.packed_weights import PackedWeights
+from .rules import can_fuse, rule_of
 
 TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from . import backends, reparam
-from .folding import can_fuse, rule_of
 from .fusing import TRAINING_FORMS
 from .nn import FusedStack, PartialGELUFFN
+from .nn.foreign_block import MaskedAttention, OpenBranch
 from .nn.packed_weights import PackedWeights
+from .rules import can_fuse, rule_of
 
 Status = Literal["fused", "merged", "skipped", "stacked", "apart"]
 TOLERANCE = "max|fused - fp64| <= 2 max|eager - fp64| + 1e-6, both in the model's dtype (repavit_ops.verify checks it)"
@@ -67,9 +68,23 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
     Works on any model, before or after :func:`repavit_ops.fuse`; it reads the modules and keeps no record.
     """
-    entries = [entry for name, module in model.named_modules() if (entry := _entry(name, module)) is not None]
+    modules = dict(model.named_modules())
+    told = {name for name, module in modules.items() for name in _told_elsewhere(name, module)}
+    entries = [e for name, m in modules.items() if name not in told and (e := _entry(name, m)) is not None]
     devices = sorted({p.device.type for p in model.parameters()})
     return FusionReport(tuple(entries), "; ".join(_runs_on(d) for d in devices) or "no parameters")
+
+
+def _told_elsewhere(name: str, module: nn.Module) -> list[str]:
+    """Names that would say what another entry says: the body of an unfused half, a block whose halves speak."""
+    if isinstance(module, OpenBranch):
+        return [f"{name}.body"] if can_fuse(module.body) is not None else []
+    rule = rule_of(module)
+    if rule is None or not rule.keeps_children:
+        return []
+    closes = rule.can_fuse(module) is None
+    bodies_alone = any(isinstance(body, MaskedAttention) or can_fuse(body) is None for body in module.children())
+    return [] if bodies_alone and not closes else [name]
 
 
 def _entry(name: str, module: nn.Module) -> ReportEntry | None:
@@ -87,7 +102,8 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
     if isinstance(module, PackedWeights):
         status: Status = "merged" if module.backend == "reference" else "fused"
         return ReportEntry(name, rule.kind, status, _note(module))
-    return ReportEntry(name, type(module).__name__, "skipped", can_fuse(module) or "not fused: call fuse()")
+    source = module.body if isinstance(module, OpenBranch) else module
+    return ReportEntry(name, type(source).__name__, "skipped", can_fuse(module) or "not fused: call fuse()")
 
 
 def _note(module: PackedWeights) -> str:
