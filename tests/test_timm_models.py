@@ -14,11 +14,16 @@ import pytest
 import torch
 from model_helpers import images, randomise, relative
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import repavit_ops
-from repavit_ops.nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
+from repavit_ops import backends
+from repavit_ops.nn import Block, FusedStack, PartialGELUFFN, RepAttention, WindowRepAttention
 from repavit_ops.nn.foreign_block import MaskedAttention
 
+needs_cpp = pytest.mark.skipif(
+    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
+)
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
 XCIT = {"depth": 2, "img_size": 64, "num_classes": 5}
@@ -60,6 +65,19 @@ FAMILIES = {
     "mobilevit_xxs": ({"num_classes": 5}, 64, 9, ("SiLU",)),
     "convnext_tiny": ({"depths": (1, 1, 1, 1), "dims": (24, 32, 48, 64), "num_classes": 5}, 64, 4, ()),
 }
+
+
+class Recorder(TorchDispatchMode):
+    """Names of this library's operators in the order of their calls."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "repavit_ops":
+            self.calls.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
 
 
 def build(timm, name="vit_base_patch16_224", **overrides):
@@ -123,6 +141,19 @@ def test_a_fused_block_holds_two_operators_and_nothing_else(timm):
         assert block.mlp.residual
         assert block.attn.norm_eps == 1e-6
     assert not any(isinstance(m, nn.LayerNorm) for m in fused.blocks.modules())
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224"])
+def test_the_blocks_run_in_one_call(timm, name):
+    model, x = build(timm, name), images(2, FAMILIES[name][1])
+    fused = repavit_ops.fuse(model)
+    stacks = [m for m in fused.modules() if isinstance(m, FusedStack)]
+    assert len(stacks) == (2 if "swin" in name else 1)
+    calls = []
+    with torch.no_grad(), Recorder(calls):
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls == ["fused_blocks"] * len(stacks)
 
 
 def test_the_core_never_imports_timm():

@@ -12,17 +12,19 @@ from torch.nn.modules import module as nn_module
 
 from .. import backends, stack_plan
 from .block import Block
+from .foreign_block import FixedWindowBlock, MaskedBlock
 from .packed_weights import PACKABLE, PackedWeights
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
 from .window_rep_attention import WindowRepAttention
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
+BLOCKS = (Block, MaskedBlock, FixedWindowBlock)  # mlp(attn(x)), called with x alone
 
 
 def steps_of(block: nn.Module) -> list[Any] | None:
     """The sub-blocks that a child of a stack consists of, in order; None if it is anything else."""
-    parts = [block.attn, block.mlp] if type(block) is Block else [block]
+    parts = [block.attn, block.mlp] if type(block) in BLOCKS else [block]
     return parts if all(type(part) in STEPS for part in parts) else None
 
 
