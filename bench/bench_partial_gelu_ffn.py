@@ -10,7 +10,7 @@ import numpy as np
 import peers
 import pytest
 import torch
-from harness import check, interleave
+from harness import check, interleave, peak_provider, split_peak
 from torch import Tensor
 
 from repavit_ops import ops, reference
@@ -101,7 +101,7 @@ def test_partial_gelu_ffn(benchmark, report, c, batch, mu, dtype):
         check("repavit_ops", calls["repavit_ops"](), eager, truth)
         for name in calls:
             check(name, calls[name](), eager, truth, slack=8.0)
-        times = interleave(calls)
+        times, peak = split_peak(interleave(calls | peak_provider(dtype)), dtype)
         benchmark.pedantic(calls["repavit_ops"], rounds=10, warmup_rounds=2)
     ours = times["repavit_ops"].p50
     ratios = {name: t.p50 / ours for name, t in times.items() if name != "repavit_ops"}
@@ -112,6 +112,7 @@ def test_partial_gelu_ffn(benchmark, report, c, batch, mu, dtype):
         ratio=min(ratios.values()),
         ratios=ratios,
         gflops=flop / ours / 1e9,
+        share_of_peak=None if peak is None else flop / ours / peak,
         seconds={name: [t.p20, t.p50, t.p80] for name, t in times.items()},
     )
     benchmark.extra_info.update(ratios)

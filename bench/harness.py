@@ -68,6 +68,26 @@ def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor, slack: float = 
     return error
 
 
+PEAK = "peak"  # name of the provider that measures the machine's own limit
+PEAK_ITERATIONS = 1 << 16
+
+
+def peak_provider(dtype: torch.dtype) -> dict[str, Callable[[], int]]:
+    """Products of this dtype in registers, to be interleaved with the rest; none where the C++ library is missing."""
+    if backends.why_unavailable("cpp") is not None:
+        return {}
+    like = torch.empty(0, dtype=dtype)
+    return {PEAK: lambda: torch.ops.repavit_ops.product_peak(like, PEAK_ITERATIONS)}
+
+
+def split_peak(times: dict[str, Timing], dtype: torch.dtype) -> tuple[dict[str, Timing], float | None]:
+    """The other providers' times, and the peak in FLOP/s that was measured among them."""
+    rest = {name: timing for name, timing in times.items() if name != PEAK}
+    if PEAK not in times:
+        return rest, None
+    return rest, peak_provider(dtype)[PEAK]() / times[PEAK].p50
+
+
 def machine() -> dict[str, Any]:
     """What a result was measured on: enough to compare, nothing that names the machine."""
     model = platform.processor()

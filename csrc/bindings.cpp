@@ -135,6 +135,11 @@ Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& 
   return y;
 }
 
+// Runs products in registers on all threads; returns the operations done. The caller takes the time.
+int64_t product_peak(const Tensor& like, int64_t iterations) {
+  return repavit::kernels().product_peak[dtype_of("like", like)](iterations, torch_pool());
+}
+
 int64_t cpu_isa() { return repavit::isa_level(); }
 
 }  // namespace
@@ -143,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
   m.impl("partial_gelu_ffn", TORCH_BOX(&partial_gelu_ffn));
   m.impl("partial_gelu_ffn_pack", TORCH_BOX(&partial_gelu_ffn_pack));
   m.impl("partial_gelu_ffn_unpack", TORCH_BOX(&partial_gelu_ffn_unpack));
+  m.impl("product_peak", TORCH_BOX(&product_peak));
 }
 
 // Takes no tensor, so no device chooses it: this key also serves calls without one.

@@ -94,6 +94,8 @@ CPU_TOOLS = (
     "rep_attention_unpack(Tensor packed) -> Tensor[]",
     "patch_projection_pack(Tensor weight) -> Tensor",
     "patch_projection_unpack(Tensor packed) -> Tensor[]",
+    # for benchmarks: products of like's dtype in registers, on all threads; returns how many operations that was
+    "product_peak(Tensor like, int iterations) -> int",
     # the attention itself, without weights: for benchmarks and tests
     "attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor",
     "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "

@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
+#include "peak-inl.h"
 #include "rep_attention-inl.h"
 
 namespace repavit {
@@ -13,6 +14,7 @@ namespace avx512_bf16 {
 void install(Kernels& table) {
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.patch_projection[kBFloat16] = patch_projection<bf16>;
+  table.product_peak[kBFloat16] = product_peak<bf16>;
   table.rep_attention[kBFloat16] = rep_attention<bf16>;
 }
 

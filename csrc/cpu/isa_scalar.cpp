@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
+#include "peak-inl.h"
 #include "rep_attention-inl.h"
 
 namespace repavit {
@@ -39,6 +40,10 @@ void install(Kernels& table) {
   table.patch_projection[kBFloat16] = patch_projection<bf16>;
   table.patch_projection[kFloat16] = patch_projection<fp16>;
   table.patch_projection[kFloat64] = patch_projection<double>;
+  table.product_peak[kFloat32] = product_peak<float>;
+  table.product_peak[kBFloat16] = product_peak<bf16>;
+  table.product_peak[kFloat16] = product_peak<fp16>;
+  table.product_peak[kFloat64] = product_peak<double>;
   table.rep_attention[kFloat32] = rep_attention<float>;
   table.rep_attention[kBFloat16] = rep_attention<bf16>;
   table.rep_attention[kFloat16] = rep_attention<fp16>;

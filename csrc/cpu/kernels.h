@@ -202,6 +202,8 @@ struct Kernels {
   void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);
   void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const PartialGeluFfnMutableWeights&, const Pool&);
 
+  int64_t (*product_peak[kDTypes])(int64_t iterations, const Pool&);  // see peak-inl.h
+
   void (*patch_projection[kDTypes])(const PatchProjectionArgs&, const Pool&);
   int64_t (*matrix_packed_bytes[kDTypes])(int64_t outputs, int64_t depth);
   void (*matrix_pack[kDTypes])(const void* w, int64_t outputs, int64_t depth, void* destination, const Pool&);
