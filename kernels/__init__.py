@@ -15,7 +15,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 # Operator → "module:launcher". CUDA tensors of operators that are not here run in plain PyTorch.
-OPERATORS: dict[str, str] = {}
+OPERATORS: dict[str, str] = {
+    "partial_gelu_ffn": "partial_gelu_ffn:partial_gelu_ffn",
+}
 
 
 @functools.cache

@@ -13,18 +13,17 @@ Design:
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .chips import Chip, chip_of
+from .chips import chip_of
 from .layer_norm import layer_norm_core
+from .operands import are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, row_moments, tile_corner
 from .tuning import Config
-
-ALIGNMENT = 16  # bytes
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -91,69 +90,39 @@ def linear(
         activation: "none", "gelu" (erf) or "gelu_tanh".
         config: the tile to take instead of the table's (tests, tuner).
     """
-    rows = as_rows(x)
-    weight = as_rows(weight)
+    rows, weight = as_rows(x), as_rows(weight)
     (m, k), n = rows.shape, weight.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if out.numel():
-        chip, aligned = chip_of(x.device), are_aligned(rows, weight, out)
-        config = config or tuning.choose(chip, x.dtype, m, n, k, aligned)
-        if norm_eps is not None and not config.norm_prologue:
-            rows, norm_eps = layer_norm_core(rows, norm_eps), None
-        extra = None if residual is None else as_rows(residual)
-        descriptors = config.tma and aligned and k > 0
-        linear_kernel[grid_of(config, chip, m, n)](
-            describe(rows, config.bm, config.bk) if descriptors else rows,
-            rows.stride(0),
-            describe(weight, config.bn, config.bk) if descriptors else weight,
-            weight.stride(0),
-            bias if bias is None else bias.contiguous(),
-            extra,
-            0 if extra is None else extra.stride(0),
-            describe(out, config.bm, config.bn // 2 if config.split else config.bn) if descriptors else out,
-            out.stride(0),
-            m,
-            n,
-            k,
-            norm_eps or 0.0,
-            config.bm,
-            config.bn,
-            config.bk,
-            activation,
-            norm_eps is not None,
-            k % config.bk == 0,
-            descriptors,
-            config.split,
-            x.dtype == torch.float32,
-            product_precision(),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    if not out.numel():
+        return out.view(*x.shape[:-1], n)
+
+    chip, aligned = chip_of(x.device), are_aligned(rows, weight, out)
+    kind = "linear" if activation == "none" else "linear_gelu"
+    config = config or tuning.choose(kind, chip, x.dtype, m, n, k, aligned)
+    if norm_eps is not None and not config.norm_prologue:
+        rows, norm_eps = layer_norm_core(rows, norm_eps), None
+    shortcut = None if residual is None else as_rows(residual)
+    if config.vendor:
+        return vendor_linear(rows, weight, bias, activation, shortcut).view(*x.shape[:-1], n)
+
+    tma = config.tma and aligned and k > 0
+    matrices = (rows, weight, out)
+    blocks = ((config.bm, config.bk), (config.bn, config.bk), (config.bm, config.stored_columns))
+    x_, weight_, out_ = describe(matrices, blocks) if tma else matrices
+    linear_kernel[config.grid(chip, m, n)](
+        x_, rows.stride(0), weight_, weight.stride(0), as_vector(bias),
+        shortcut, 0 if shortcut is None else shortcut.stride(0), out_, n,
+        m, n, k, norm_eps or 0.0,
+        config.bm, config.bn, config.bk, activation, norm_eps is not None and k > 0, k % config.bk == 0,
+        tma, config.split, x.dtype == torch.float32, product_precision(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """[..., K] as a matrix whose columns have stride 1: a view where the strides allow one, else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def are_aligned(*matrices: Tensor) -> bool:
-    """Whether bases and row strides are multiples of 16 bytes: descriptors need it, pointers are slow without."""
-    return all(t.data_ptr() % ALIGNMENT == 0 and t.stride(0) * t.itemsize % ALIGNMENT == 0 for t in matrices)
-
-
-def describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Descriptor of a matrix in blocks of [rows, cols]."""
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, cols])
-
-
-def grid_of(config: Config, chip: Chip, m: int, n: int) -> tuple[int]:
-    """One program for every tile, or as many as run at once."""
-    tiles = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
-    return (min(tiles, chip.processors) if config.persistent else tiles,)
-
-
-def product_precision() -> str:
-    """How fp32 products are taken: as PyTorch's own switch says for cuBLAS."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """The same by PyTorch's own products: where a table found them faster."""
+    y = F.linear(x, weight, bias)
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else y.add_(residual)

@@ -72,6 +72,14 @@ def row_moments(
 
 
 @triton.jit
+def normalise(x, mean, rstd, NORM: tl.constexpr):
+    """(x - mean) * rstd by rows, rounded to x's dtype; x itself without NORM."""
+    if NORM:
+        x = ((x.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(x.dtype)
+    return x
+
+
+@triton.jit
 def accumulate(
     total,  # [BM, BN] fp32, what was summed so far
     a,  # [M, K]
@@ -97,9 +105,7 @@ def accumulate(
     for k in range(0, K, BK):
         left = load_tile(a, a_stride, row0, M, k, K, BM, BK, EVEN, TMA)
         right = load_tile(w, w_stride, col0, N, k, K, BN, BK, EVEN, TMA)
-        if NORM:
-            left = ((left.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(left.dtype)
-        total = tl.dot(left, right.T, total, input_precision=PRECISION)
+        total = tl.dot(normalise(left, mean, rstd, NORM), right.T, total, input_precision=PRECISION)
     return total
 
 

@@ -7,6 +7,7 @@ import torch
 from aot_helpers import assert_products, compiled, every_chip, meta
 
 from repavit_ops.kernels.linear import linear
+from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS = 128 * 197
@@ -40,3 +41,26 @@ def test_misaligned_rows_take_pointers():
     """Descriptors need strides of 16 bytes; 771 channels of bf16 have none."""
     kernels = compiled("sm_90", lambda: linear(meta(ROWS, 771), meta(768, 771)))
     assert "cp.async.bulk.tensor" not in kernels["linear_kernel"].code
+
+
+def ffn(c, m, dtype=BF16, **static):
+    tensors = meta(ROWS, c), meta(m, c), meta(m), meta(c, m), meta(c, c), meta(c)
+    return partial_gelu_ffn(*(t.to(dtype) for t in tensors), **static)
+
+
+@every_chip
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_ffn_is_two_launches(chip, dtype):
+    kernels = compiled(chip, lambda: ffn(768, 768, dtype))
+    assert list(kernels) == ["linear_kernel", "two_source_kernel"]
+    assert_products(kernels["two_source_kernel"], chip, none=dtype == FP32)
+
+
+@every_chip
+def test_narrow_ffn_is_one_launch(chip):
+    kernels = compiled(chip, lambda: ffn(192, 192, norm_eps=1e-6, residual=True))
+    if chip in ("sm_80", "gfx942"):  # too few registers, too little shared memory
+        assert "on_chip_kernel" not in kernels
+        return
+    assert list(kernels) == ["on_chip_kernel"]
+    assert_products(kernels["on_chip_kernel"], chip)
