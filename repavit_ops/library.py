@@ -115,10 +115,24 @@ def _register(operator: Operator) -> None:
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator.name, _triton(operator), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, _backward(operator), setup_context=_save_inputs, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):
         _LIBRARY.impl(operator.name, _autocast(operator, device_type), f"Autocast{device_type.upper()}")
+
+
+def _triton(operator: Operator) -> Callable[..., Tensor]:
+    """The CUDA implementation: the Triton launcher, or the reference where there is none and for float64."""
+
+    def run(x: Tensor, *tensors: Tensor | None, **static: Any) -> Tensor:
+        inputs = (x, *tensors)[: operator.inputs]
+        if x.dtype == torch.float64 or not backends.has_triton_kernel(operator.name):
+            return operator.reference(*inputs, **static)
+        with torch.cuda.device(x.device):
+            return backends.triton_launcher(operator.name)(*inputs, **static)
+
+    return run
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
