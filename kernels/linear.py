@@ -97,7 +97,7 @@ def linear(
         return out.view(*x.shape[:-1], n)
 
     chip, aligned = chip_of(x.device), are_aligned(rows, weight, out)
-    kind = "linear" if activation == "none" else "linear_gelu"
+    kind = "linear" + ("_norm" if norm_eps is not None else "") + ("_gelu" if activation != "none" else "")
     config = config or tuning.choose(kind, chip, x.dtype, m, n, k, aligned)
     if norm_eps is not None and not config.norm_prologue:
         rows, norm_eps = layer_norm_core(rows, norm_eps), None

@@ -88,19 +88,31 @@ def partial_gelu_ffn(
     activation = "gelu_tanh" if approximate == "tanh" else "gelu"
     (m, c), hidden = rows.shape, w_in.shape[0]
     config = tuning.choose_on_chip(chip_of(x.device), x.dtype, m, c, hidden)
-    if config is not None:
-        return on_chip_ffn(rows, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation, config).view(
-            x.shape
-        )
+    operands = (rows, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation)
+    y = two_launches(*operands) if config is None else on_chip_ffn(*operands, config)
+    return y.view(x.shape)
 
-    z = rows
+
+def two_launches(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float | None,
+    residual: bool,
+    activation: str,
+) -> Tensor:
+    """K1 and K2 on the rows of x [M, C], whose columns have stride 1."""
+    z = x
     if w_merged is not None and norm_eps is not None:  # both launches read it
-        z, norm_eps = layer_norm_core(rows, norm_eps), None
+        z, norm_eps = layer_norm_core(x, norm_eps), None
     h = linear(z, w_in, b_in, activation=activation, norm_eps=norm_eps)
-    shortcut = rows if residual else None
+    shortcut = x if residual else None
     if w_merged is None:
-        return linear(h, w_out, bias, residual=shortcut).view(x.shape)
-    return two_source(z, w_merged, h, w_out, bias, shortcut).view(x.shape)
+        return linear(h, w_out, bias, residual=shortcut)
+    return two_source(z, w_merged, h, w_out, bias, shortcut)
 
 
 def two_source(

@@ -98,7 +98,7 @@ ON_CHIP_ROWS = 4096  # below, two launches of many small tiles fill more process
 
 
 def choose(kind: str, chip: Chip, dtype: torch.dtype, m: int, n: int, k: int, aligned: bool = True) -> Config:
-    """Tile of a product of this kind: "linear", "linear_gelu", "two_source".
+    """Tile of a product of this kind: "linear", with "_norm" and "_gelu" where it has them, or "two_source".
 
     aligned: bases and row strides of all matrices are multiples of 16 bytes; tables hold only such products.
     """
