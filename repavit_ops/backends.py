@@ -93,26 +93,32 @@ def cpu_isa() -> str:
     return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
 
 
-def select(backend: str, device: torch.device) -> None:
-    """Check that ``backend`` may run on ``device``: "auto" warns once where it falls back, a forced one raises.
+def select(backend: str, x: torch.Tensor, operator: str) -> None:
+    """Check that ``backend`` may run ``operator`` on x: "auto" warns once where it falls back, a forced one raises.
 
     Raises:
-        ValueError: an unknown backend, or one for another kind of device.
+        ValueError: an unknown backend, or one for another kind of device or dtype.
         RuntimeError: the forced backend is not available here; the message says why.
     """
     if torch.compiler.is_compiling():
         return
+    kind = x.device.type
     if backend == "auto":
-        kernels = KERNELS_OF.get(device.type)
+        kernels = KERNELS_OF.get(kind)
         if kernels is not None and (reason := why_unavailable(kernels)) is not None:
             _warn_once(kernels, reason)
         return
     reason = why_unavailable(backend)
-    if KERNELS_OF.get(device.type) != backend:
+    if KERNELS_OF.get(kind) != backend:
         wanted = next(kind for kind, name in KERNELS_OF.items() if name == backend)
-        raise ValueError(f"backend: {backend!r} runs on {wanted} tensors, got x on {device}; use backend='auto'")
+        raise ValueError(f"backend: {backend!r} runs on {wanted} tensors, got x on {x.device}; use backend='auto'")
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if backend == "triton":
+        if not has_triton_kernel(operator):
+            raise RuntimeError(f"backend 'triton' has no kernel for {operator}; use backend='auto'")
+        if x.dtype == torch.float64:
+            raise ValueError("x: got float64, which backend='triton' does not compute; use backend='auto' or a cast")
 
 
 @functools.cache

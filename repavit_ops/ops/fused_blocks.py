@@ -38,5 +38,5 @@ def fused_blocks(x: Tensor, steps: Sequence[Step], *, backend: Backend = "auto")
     weights, plan, scalars = stack_plan.encode(steps)
     if backend == "reference":
         return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
-    backends.select(backend, x.device)
+    backends.select(backend, x, "fused_blocks")
     return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)

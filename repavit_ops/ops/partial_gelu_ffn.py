@@ -66,7 +66,7 @@ def partial_gelu_ffn(
     weights = (w_in, b_in, w_out, w_merged, bias)
     if backend == "reference":
         return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, residual=residual, approximate=approximate)
-    backends.select(backend, x.device)
+    backends.select(backend, x, "partial_gelu_ffn")
     return torch.ops.repavit_ops.partial_gelu_ffn(
         x, *weights, packed, norm_eps=norm_eps, residual=residual, approximate=approximate
     )

@@ -58,7 +58,7 @@ def patch_projection(
         return reference.patch_projection(
             x, weight, bias, patch=(ph, pw), channels_last=channels_last, norm_eps=norm_eps
         )
-    backends.select(backend, x.device)
+    backends.select(backend, x, "patch_projection")
     return torch.ops.repavit_ops.patch_projection(
         x, weight, bias, packed, patch=[ph, pw], channels_last=channels_last, norm_eps=norm_eps
     )

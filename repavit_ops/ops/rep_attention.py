@@ -69,7 +69,7 @@ def rep_attention(
         return reference.rep_attention(
             *tensors, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
         )
-    backends.select(backend, x.device)
+    backends.select(backend, x, "rep_attention")
     return torch.ops.repavit_ops.rep_attention(
         *tensors, packed, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
     )

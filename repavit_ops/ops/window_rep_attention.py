@@ -92,7 +92,7 @@ def window_rep_attention(
     }
     if backend == "reference":
         return reference.window_rep_attention(*tensors, **static)
-    backends.select(backend, x.device)
+    backends.select(backend, x, "window_rep_attention")
     return torch.ops.repavit_ops.window_rep_attention(*tensors, packed, **static)
 
 
