@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 # timm imports torchvision, whose wheels for other torch builds lack the operators that this module describes
 TORCHVISION_STUB = "torchvision._meta_registrations"
@@ -19,3 +20,11 @@ def timm() -> types.ModuleType:
         pytest.skip("timm is not installed: pip install timm")
     sys.modules.setdefault(TORCHVISION_STUB, types.ModuleType(TORCHVISION_STUB))
     return importlib.import_module("timm")
+
+
+@pytest.fixture
+def float64_default():
+    """float64 for every tensor that does not ask for another dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

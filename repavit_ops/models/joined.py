@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Block, JoinedBranchAttention, JoinedBranchFFN, set_join
-from ..nn.join import JoinedBranches
+from ..nn.join import JoinedBranches, Kappa, Norm
 from ..nn.join_schedule import JoinCurve, Shape
+from ..nn.joined_branch_attention import Join
 from .feed_forward import Form
 from .vit import VisionTransformer
 
@@ -23,17 +24,17 @@ def joined_block(
     act_channels: int | None,
     form: Form,
     *,
-    branches: int,
+    join: Join,
     norm_eps: float,
     qkv_bias: bool,
     **branch: Any,
 ) -> nn.Module:
-    """One block of ``branches`` attention branches, then as many FFN branches; arguments as ``vit_block``."""
+    """One block of B attention branches, then B FFN branches; arguments as ``vit_block``, and those of the branches."""
     if form != "training":
         raise ValueError(f"form: got {form!r}, wanted 'training' for joined branches; merge with reparameterize(model)")
     return Block(
-        JoinedBranchAttention(dim, num_heads, branches, norm_eps=norm_eps, qkv_bias=qkv_bias, **branch),
-        JoinedBranchFFN(dim, hidden, branches, act_channels=act_channels, norm_eps=norm_eps, **branch),
+        JoinedBranchAttention(dim, num_heads, join=join, norm_eps=norm_eps, qkv_bias=qkv_bias, **branch),
+        JoinedBranchFFN(dim, hidden, act_channels=act_channels, norm_eps=norm_eps, **branch),
     )
 
 
@@ -49,6 +50,8 @@ class JoinedVisionTransformer(VisionTransformer):
 
     Args:
         branches: B.
+        join: "a" (queries, keys and values) or "b" (scores; merged heads are B times as wide) of every attention.
+        kappa, norm, bypass: of every sub-block, as :class:`repavit_ops.nn.JoinedBranchFFN`.
         join_steps: forwards of the whole training, in one process: epochs · batches per epoch (with gradient
             accumulation, of the small batches). None: α moves only when it is set.
         join_shape, join_warmup, join_hold: of :class:`repavit_ops.nn.join_schedule.JoinCurve`.
@@ -61,13 +64,18 @@ class JoinedVisionTransformer(VisionTransformer):
         self,
         *,
         branches: int,
+        join: Join = "a",
+        kappa: Kappa = "mean",
+        norm: Norm | None = "layernorm",
+        bypass: bool = False,
         join_steps: int | None = None,
         join_shape: Shape = "linear",
         join_warmup: float = 0.1,
         join_hold: float = 0.4,
         **config: Any,
     ) -> None:
-        super().__init__(block=partial(joined_block, branches=branches), **config)
+        options: dict[str, Any] = {"branches": branches, "join": join, "kappa": kappa, "norm": norm, "bypass": bypass}
+        super().__init__(block=partial(joined_block, **options), **config)
         self.branches = branches
         self.join_curve = None if join_steps is None else JoinCurve(join_steps, join_shape, join_warmup, join_hold)
         self.register_buffer("join_step", None if join_steps is None else torch.zeros((), dtype=torch.int64))

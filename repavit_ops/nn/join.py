@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -120,14 +121,19 @@ class JoinedBranches(ResidualBranch):
         """``W_b diag(γ_b)`` and ``bias_b + W_b β_b`` for stacked weight [B, out, dim] and bias [B, out]."""
         if self.norm_weight is None or self.norm_bias is None:
             return weight, bias
-        return weight * self.norm_weight.unsqueeze(1), bias + (weight @ self.norm_bias.unsqueeze(-1)).squeeze(-1)
+        # branch by branch: a batch of matrix-vector products would run as a batch of GEMMs, five times as slow
+        shift = torch.stack([w @ b for w, b in zip(weight, self.norm_bias, strict=True)])
+        return weight * self.norm_weight.unsqueeze(1), bias + shift
 
     def mix(self, t: Tensor) -> Tensor:
-        """``(1 - α) t_b + α κ Σ t`` of a stack [B, ...]."""
+        """``(1 - α) t_b + α κ Σ t`` of a stack [B, ...], as one product over the branches: one pass, not four."""
         alpha = self.join
         if alpha == 0:
             return t
-        return (1 - alpha) * t + (alpha * self.kappa) * t.sum(0, keepdim=True)
+        mixing = (1 - alpha) * torch.eye(self.branches, dtype=t.dtype, device=t.device) + alpha * self.kappa
+        device = t.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return (mixing @ t.flatten(1)).view(t.shape)  # weights stay in float32 until they are used
 
     # --- merging ------------------------------------------------------------------------------------------------------
 

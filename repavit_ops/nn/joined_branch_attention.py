@@ -23,6 +23,9 @@ from .attention import Attention
 from .init import linear_init_
 from .join import JoinedBranches, Kappa, Norm
 
+Join = Literal["a", "b"]
+SCORES_IN_CACHE = 1 << 19  # of joined scores, from their product to the softmax and back: 2 MiB in fp32
+
 
 class Operands(NamedTuple):
     """What one call of the attention core takes: the branches laid out as heads."""
@@ -73,7 +76,7 @@ class JoinedBranchAttention(JoinedBranches):
         num_heads: int,
         branches: int,
         *,
-        join: Literal["a", "b"] = "a",
+        join: Join = "a",
         kappa: Kappa = "mean",
         norm: Norm | None = "layernorm",
         norm_eps: float = 1e-6,
@@ -151,11 +154,22 @@ class JoinedBranchAttention(JoinedBranches):
         return t.unflatten(1, (3, self.num_heads, self.d_qk))
 
     def _attend_by_joined_scores(self, qkv: Tensor, attn_bias: Tensor | None) -> Tensor:
-        """Join B for 0 < α < 1: [N, T, q | k | v] of B·h heads → [N, T, B·h·d].
+        """Join B for 0 < α < 1: [N, T, q | k | v] of B·h heads → [N, T, B·h·d], a few images at a time.
 
         One fused attention could do it on concatenated heads (``[c_bb' k_b']``, d_qk = B·d), with B times the work in
         q kᵀ and, as d_qk ≠ d_v, no flash kernel on a CPU: twice as slow at B = 4 as mixing the scores.
         """
+        images = count = qkv.shape[0]
+        if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = max(1, SCORES_IN_CACHE // max(1, self.branches * self.num_heads * qkv.shape[1] ** 2))
+        if count >= images:
+            return self._attend(qkv, attn_bias)
+        chunks = qkv.split(count)
+        per_image = attn_bias is not None and attn_bias.dim() == 4 and attn_bias.shape[0] > 1
+        biases = attn_bias.split(count) if attn_bias is not None and per_image else [attn_bias] * len(chunks)
+        return torch.cat([self._attend(chunk, bias) for chunk, bias in zip(chunks, biases, strict=True)])
+
+    def _attend(self, qkv: Tensor, attn_bias: Tensor | None) -> Tensor:
         heads = qkv.unflatten(-1, (3, self.branches, self.num_heads, self.d_qk))
         q, k, v = heads.permute(2, 3, 0, 4, 1, 5)  # [B, N, h, T, d] each
         scores = self.mix((self.scale * q) @ k.transpose(-1, -2))
