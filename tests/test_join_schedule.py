@@ -171,10 +171,15 @@ def test_saving_keeps_the_curve_and_the_step(tmp_path, merged):
     assert int(loaded.join_step) == 8 + (not merged)
 
 
-def test_a_compiled_model_raises_alpha_too():
-    model, x = self_joining(), images(1, 16)
-    compiled = torch.compile(model, backend="eager")
+def test_a_compiled_model_raises_alpha_too_without_compiling_every_step():
+    model, x, graphs = self_joining(join_steps=40), images(1, 16), []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
     for _ in range(4):
         compiled(x)
-    assert alpha_of(model) == pytest.approx(0.6)
+    assert alpha_of(model) == pytest.approx(3 / 20)
+    count = len(graphs)
+    for _ in range(6):
+        compiled(x)
+    assert alpha_of(model) == pytest.approx(9 / 20)
+    assert len(graphs) == count
     assert relative(compiled.eval()(x), model.eval()(x)) < 1e-6
