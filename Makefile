@@ -16,7 +16,7 @@ OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tes
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-levels test-python build clean
+.PHONY: help demo test lint test-cpp test-levels test-python aot build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that t
 
 test-python: $(VENV)/.dev ## every Python test
 	$(BIN)/python -m pytest
+
+aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80, sm_90, sm_100 and gfx942; no GPU needed
+	REPAVIT_AOT=all $(BIN)/python -m pytest tests/test_aot*.py
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

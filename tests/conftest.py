@@ -13,6 +13,15 @@ import torch
 TORCHVISION_STUB = "torchvision._meta_registrations"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` skip, and say so, where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def timm() -> types.ModuleType:
     """timm with a torchvision that imports without its compiled operators; skips where timm is not installed."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aot_helpers import assert_products, compiled, every_chip, meta
+from aot_helpers import EVERYTHING, assert_products, compiled, every_chip, meta
 
+from repavit_ops.kernels import tuner
+from repavit_ops.kernels.chips import KNOWN
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
 
@@ -64,3 +66,26 @@ def test_narrow_ffn_is_one_launch(chip):
         return
     assert list(kernels) == ["on_chip_kernel"]
     assert_products(kernels["on_chip_kernel"], chip)
+
+
+# --- make aot ---------------------------------------------------------------------------------------------------------
+
+
+def choices(chip, product):
+    """The tuner's first choices on a chip, and what it varies of each."""
+    kind = tuner.KINDS[product.kind]
+    first = kind.choices(KNOWN[chip], product)
+    return first + [variant for choice in first for variant in kind.variants(KNOWN[chip], product, choice)]
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="every tile of the tuner: make aot")
+@every_chip
+@pytest.mark.parametrize("kind", ["linear_gelu", "linear_norm", "two_source", "on_chip"])
+@pytest.mark.parametrize("rows", [197, ROWS])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_every_choice_of_the_tuner(chip, kind, rows, dtype, subtests):
+    product = tuner.Product(kind, dtype, rows, 192, 384 if kind == "two_source" else 192)
+    operands = tuner.KINDS[kind].operands(product, torch.device("meta"))
+    for choice in choices(chip, product):
+        with subtests.test(choice=choice):
+            compiled(chip, lambda choice=choice: tuner.KINDS[kind].run(product, operands, choice))
