@@ -21,7 +21,15 @@ from reparam_helpers import EXACT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repavit_ops.nn import FFN, Attention, JoinedBranchAttention, JoinedBranchFFN, joined_branch_attention, set_join
+from repavit_ops.nn import (
+    FFN,
+    Attention,
+    JoinedBranchAttention,
+    JoinedBranchFFN,
+    joined_branch_attention,
+    joined_branch_ffn,
+    set_join,
+)
 
 pytestmark = pytest.mark.usefixtures("float64_default")
 
@@ -146,6 +154,24 @@ def test_scores_are_joined_a_few_images_at_a_time(monkeypatch, shape, images):
     assert relative_error(m(x, bias), naive_attention(m, x, 0.3, options, bias)) <= EXACT
     assert max(counts) == images
     assert sum(counts) == 5
+
+
+@pytest.mark.parametrize(("alpha", "width"), [(0.3, 3), (1.0, 1)])
+@pytest.mark.parametrize("room", [4, 0])
+def test_hidden_channels_are_computed_some_tokens_at_a_time(monkeypatch, alpha, width, room):
+    m, options = make_ffn("idle_bypass")
+    set_join(m, alpha)
+    monkeypatch.setattr(joined_branch_ffn, "HIDDEN_IN_CACHE", room * width * m.act_channels)
+    counts = []
+    monkeypatch.setattr(m, "_activate", lambda z, *w: counts.append(len(z)) or type(m)._activate(m, z, *w))
+    x = tokens().requires_grad_()
+    y, wanted = m(x), naive_ffn(m, x, alpha, options)
+    assert relative_error(y, wanted) <= EXACT
+    assert max(counts) == max(1, room)
+    assert sum(counts) == N * T
+    inputs = [x, *m.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(t.sin().sum(), inputs) for t in (y, wanted)), strict=True):
+        assert relative_error(ours, theirs) <= EXACT
 
 
 def test_branches_are_mixed_in_float32_under_autocast():

@@ -13,6 +13,8 @@ from .init import linear_init_
 from .join import JoinedBranches, Kappa, Norm
 from .partial_gelu_ffn import PartialGELUFFN
 
+HIDDEN_IN_CACHE = 1 << 21  # hidden channels of some tokens, from one product to the next: 8 MiB in fp32
+
 
 class JoinedBranchFFN(JoinedBranches):
     """B parallel FFNs, joined by α in front of the activation (Zhou et al. 2025, arXiv 2511.19718)::
@@ -99,12 +101,23 @@ class JoinedBranchFFN(JoinedBranches):
         z = self.norm(x)
         w1, b1 = self.fold_norm(self.fc1_weight, self.fc1_bias)
         w_in, b_in, w_out = self._activated(w1, b1)
-        h = self.drop(F.gelu(F.linear(z, w_in, b_in), approximate=self.approximate))
         w_linear, bias = self._linear(w1, b1)
-        y = F.linear(h, w_out, bias)
+        y = self._gemm_pair(z, w_in, b_in, w_out, bias)
         if w_linear is not None:
             y = y + F.linear(z, w_linear)
         return self.close(x, self.drop(y))
+
+    def _gemm_pair(self, z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, bias: Tensor) -> Tensor:
+        """fc1, activation and fc2 of all branches; on a CPU some tokens at a time, whose hidden channels it caches."""
+        tokens = HIDDEN_IN_CACHE // max(1, w_in.shape[0])
+        if z.device.type != "cpu" or torch.compiler.is_compiling() or z.numel() <= tokens * self.dim:
+            return self._activate(z, w_in, b_in, w_out, bias)
+        parts = z.flatten(0, -2).split(max(1, tokens))
+        return torch.cat([self._activate(part, w_in, b_in, w_out, bias) for part in parts]).view(z.shape)
+
+    def _activate(self, z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, bias: Tensor) -> Tensor:
+        h = F.gelu(F.linear(z, w_in, b_in), approximate=self.approximate)
+        return F.linear(self.drop(h), w_out, bias)
 
     def _activated(self, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Activated channels: [m, dim], [m], [dim, m] at α = 1, else the branches' side by side, B·m for m."""
