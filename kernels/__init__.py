@@ -17,6 +17,8 @@ from torch import Tensor
 # Operator → "module:launcher". CUDA tensors of operators that are not here run in plain PyTorch.
 OPERATORS: dict[str, str] = {
     "partial_gelu_ffn": "partial_gelu_ffn:partial_gelu_ffn",
+    "rep_attention": "rep_attention:rep_attention",
+    "window_rep_attention": "window_rep_attention:window_rep_attention",
 }
 
 

@@ -29,6 +29,9 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from . import tuning
+from .attention import attention, window_attention
+from .attention_tiles import AT_ONCE, AttentionTile
+from .attention_tiles import VENDOR as PYTORCH
 from .chips import Chip, chip_of
 from .linear import linear
 from .on_chip_ffn import on_chip_ffn
@@ -123,6 +126,42 @@ def _run_ffn(product: Product, tensors: list[Tensor], config: OnChip | None) -> 
     return on_chip_ffn(x, w_in, b_in, w_out, w_merged, bias, None, False, "gelu", config)
 
 
+def _heads_of(product: Product) -> int:
+    """Heads of an attention of which only sequences times heads is known: as many as divide it, up to 16."""
+    return max(heads for heads in (1, 2, 3, 4, 6, 8, 12, 16) if product.m % heads == 0)
+
+
+def _attention_operands(product: Product, device: torch.device) -> list[Tensor]:
+    heads = _heads_of(product)
+    return _random(product, device, (product.m // heads, product.n, 3 * heads * product.k))
+
+
+def _run_attention(product: Product, tensors: list[Tensor], tile: AttentionTile | None) -> Tensor:
+    (qkv,) = tensors
+    return attention(qkv, None, _heads_of(product), product.k, product.k**-0.5, config=tile or PYTORCH)
+
+
+def _window_of(product: Product) -> tuple[int, int]:
+    side = math.isqrt(product.n)
+    return (side, side) if side * side == product.n else (1, product.n)
+
+
+def _window_operands(product: Product, device: torch.device) -> list[Tensor]:
+    """Maps of two windows, and a bias."""
+    heads, (height, width) = _heads_of(product), _window_of(product)
+    sequences = product.m // heads
+    maps = (sequences // 2, 2 * height, width) if sequences % 2 == 0 else (sequences, height, width)
+    return _random(product, device, (*maps, 3 * heads * product.k), (heads, product.n, product.n))
+
+
+def _run_windows(product: Product, tensors: list[Tensor], tile: AttentionTile | None) -> Tensor:
+    qkv, rel_bias = tensors
+    window = _window_of(product)
+    shift = (window[0] // 2, window[1] // 2)
+    static = (_heads_of(product), product.k, product.k**-0.5, window, shift, False)
+    return window_attention(qkv, rel_bias, None, *static, config=tile or PYTORCH)
+
+
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +199,33 @@ def _on_chip_tiles(chip: Chip, product: Product) -> list[OnChip]:
     return [tile for tile in tiles if tile.shared_memory(product.dtype.itemsize, product.n) <= memory]
 
 
-def _differing(config: Config | OnChip) -> Entry:
+def _attention_tiles(chip: Chip, product: Product) -> list[AttentionTile]:
+    """Queries, warps and keys that do not exceed the tokens by more than one doubling; fp32 in smaller tiles."""
+    single = product.dtype == torch.float32
+    queries = [q for q in ((16, 32, 64) if single else (16, 32, 64, 128)) if q < 2 * max(product.n, 16)]
+    steps = [keys for keys in ((16, 32) if single else (32, 64, 128)) if keys < 2 * max(product.n, 32)]
+    at_once = [] if single or product.n > AT_ONCE else [AttentionTile(q, warps=w) for q in queries for w in (4, 8)]
+    online = [AttentionTile(q, keys=k, warps=w, stages=2) for q in queries for k in steps for w in (4, 8)]
+    tiles = [*at_once, *online]
+    return [tile for tile in tiles if tile.warps == 4 or tile.queries >= (32 if single else 128)]
+
+
+def _attention_variants(chip: Chip, product: Product, tile: AttentionTile) -> list[AttentionTile]:
+    """A tile for the queries left over, several windows per program, other pipelines."""
+    tails = [replace(tile, tail=True)] if replace(tile, tail=True).queries_of_tail(product.n) and not tile.keys else []
+    stages = [replace(tile, stages=stages) for stages in (1, 3)] if tile.keys else []
+    many = product.kind == "window_attention" and not tile.keys
+    groups = [replace(tile, group=g, stages=s) for g in (2, 4, 8, 16) for s in (1, 2)] if many else []
+    return [*tails, *stages, *(group for group in groups if product.m >= group.group * chip.processors)]
+
+
+def _differing(config: Config | OnChip | AttentionTile) -> Entry:
     """Fields without those at their default."""
     defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
     return {name: value for name, value in asdict(config).items() if value != defaults[name]}
 
 
-def _tile_entry(config: Config | None) -> Entry:
+def _tile_entry(config: Config | AttentionTile | None) -> Entry:
     return {"vendor": True} if config is None else _differing(config)
 
 
@@ -180,11 +239,15 @@ _ON_CHIP = Kind(
     lambda chip, product, tile: [replace(tile, tma=False)] if tile.tma else [],
     lambda tile: {} if tile is None else _differing(tile),
 )
+_ATTENTION = Kind(_attention_operands, 1, _run_attention, _attention_tiles, _attention_variants, _tile_entry)
+_WINDOWS = Kind(_window_operands, 1, _run_windows, _attention_tiles, _attention_variants, _tile_entry)
 # In the order in which they are tuned: the FFN on chip is compared with two launches from the table.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("linear", "linear_norm", "linear_gelu", "linear_norm_gelu"), _LINEAR),
     "two_source": _TWO_SOURCE,
     "on_chip": _ON_CHIP,
+    "attention": _ATTENTION,
+    "window_attention": _WINDOWS,
 }
 
 
