@@ -87,6 +87,7 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
                   ", wanted [..., C] and [m, C]");
   const int64_t active = w_in.size(0), channels = w_in.size(1);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x: got shape ", shape_of(x), ", wanted [..., ", channels, "]");
+  dtype_of("x", x);  // names x, before another tensor of the same dtype is blamed
   check_shape("w_out", w_out, {channels, active});
   check_same_kind("w_in", w_in, x);
   check_same_kind("w_out", w_out, x);

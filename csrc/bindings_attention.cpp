@@ -104,6 +104,7 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                                      bool residual, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
                   shape.channels, "]");
+  dtype_of("x", x);  // names x, before another tensor of the same dtype is blamed
   check_same_kind("w_qkv", w_qkv, x);
   check_same_kind("w_proj", w_proj, x);
   check_optional("b_qkv", b_qkv, x, w_qkv.size(0));

@@ -143,7 +143,7 @@ def inner_loop(function: str, product: str) -> list[str]:
 @pytest.mark.parametrize(
     ("tile", "product", "register"),
     [
-        ("avx2::run_tile<6, 2, float", "vfmadd231ps", "ymm"),
+        ("avx2::run_chunk<6, 2, float", "vfmadd231ps", "ymm"),
         ("avx512::run_tile<14, 2, float", "vfmadd231ps", "zmm"),
         ("avx512_bf16::run_tile<14, 2, repavit::bf16", "vdpbf16ps", "zmm"),
     ],

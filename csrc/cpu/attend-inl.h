@@ -247,7 +247,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
       table = s.bias;
       table_stride = s.score_stride;
     }
-    gemm(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
+    gemm_direct(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
          ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride,
                             bias.mask != nullptr ? bias.mask + key : nullptr, unit});
     softmax_block(s, rows, keys, rest, key == 0);
@@ -256,7 +256,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
       for (ptrdiff_t r = 0; r < rows; ++r) s.factor[r] = s.sum[r] == A{0} ? A{0} : A{1} / s.sum[r];
     }
     const Rows<E> weights{s.weights, s.weight_stride, keys};
-    gemm(&weights, 1, rows, head.values + key * kPanelColumns, head.value_stride(), head.d_v,
+    gemm_direct(&weights, 1, rows, head.values + key * kPanelColumns, head.value_stride(), head.d_v,
          WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0});
   }
   if (s.partial == nullptr) return;

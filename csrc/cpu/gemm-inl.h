@@ -40,7 +40,6 @@ struct Tile {
   using A = Operand<T>;
   using E = Accumulator<T>;
   static constexpr int kStep = kInterleave<T>;
-  static constexpr int kPanelRow = kPanelColumns * kStep;
   // Rows are addressed as base + {0, 1, 2} * stride from every third row: a pointer for each would not fit in the
   // integer registers and cost a reload per product.
   static constexpr int kBases = (kRows + 2) / 3;
@@ -99,8 +98,10 @@ struct Tile {
     for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + kStep);
   }
 
-  // Adds A B over one segment; b is the first group's panel row.
-  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b) {
+  // Adds A B over one segment; b is the first group's row of the panel, whose rows stand kPanelRow apart. Meanwhile the
+  // cache lines from `ahead` on are fetched: kLines of them, kLineStride bytes apart, for every kUnroll groups.
+  template <int kPanelRow, int kLines, int kLineStride>
+  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b, const char* ahead) {
     const A* base[kBases];
     REPAVIT_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = opaque(a.data + 3 * i * a.stride);
@@ -109,14 +110,23 @@ struct Tile {
     for (; k + kUnroll <= groups; k += kUnroll) {
       REPAVIT_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
-        for (int line = 0; line < kVectors * S::kLanes * kStep * static_cast<int>(sizeof(T)); line += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(b + u * kPanelRow) + kPrefetchBytes + line);
+        REPAVIT_UNROLL
+        for (int line = u * kLines / kUnroll; line < (u + 1) * kLines / kUnroll; ++line) {
+          __builtin_prefetch(ahead + line * kLineStride, 0, kLineStride > 64 ? 2 : 3);
         }
         step(base, a.stride, b + u * kPanelRow);
       }
       b += kUnroll * kPanelRow;
+      ahead += kLines * kLineStride;
     }
     for (; k < groups; ++k, b += kPanelRow) step(base, a.stride, b);
+  }
+
+  // The same with a panel as right operand, which is fetched as it goes.
+  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* panel) {
+    constexpr int kPanelRow = kPanelColumns * kStep;
+    constexpr int kLinesPerGroup = kPanelRow * static_cast<int>(sizeof(T)) / 64;
+    accumulate<kPanelRow, kUnroll * kLinesPerGroup, 64>(a, panel, reinterpret_cast<const char*>(panel) + kPrefetchBytes);
   }
 };
 
@@ -157,18 +167,10 @@ REPAVIT_INLINE void choose_rows(int rows, const Rows<T>* segments, int count, co
   }
 }
 
-// gemm_<T>: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` segments stacked in the same panels.
-//
-// panels: ceil(columns / 32) panels, panel_stride elements apart. Each panel meets all rows before the next, so it comes
-// from outer memory once. Rows go in tiles of nearly equal height: 15 rows are 8 + 7, never 14 + 1.
-//
-// Epilogue: called once per row and group of columns of C as
-//     template <int N> void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const
-// with columns [col, col + valid) of the row in acc, valid <= N * kLanes; lanes from `valid` on are finite rubbish if A
-// is finite (zero weights) and must not be stored beyond C. Mark operator() always_inline: acc lives in registers.
+// As gemm below, for few rows: the panels are read as they stand, once per tile.
 template <class T, class Epilogue>
-void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
-          ptrdiff_t columns, const Epilogue& epilogue) {
+void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
+                 ptrdiff_t columns, const Epilogue& epilogue) {
   constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
   const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panels += panel_stride) {
@@ -187,6 +189,35 @@ void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, p
       }
     }
   }
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit
+
+#if REPAVIT_ISA_LEVEL < 2
+#include "gemm_chunked-inl.h"
+#endif
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// gemm_<T>: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` segments stacked in the same panels.
+//
+// panels: ceil(columns / 32) panels, panel_stride elements apart. Each panel meets all rows before the next, so it comes
+// from outer memory once. Rows go in tiles of nearly equal height: 15 rows are 8 + 7, never 14 + 1.
+//
+// Epilogue: called once per row and group of columns of C as
+//     template <int N> void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const
+// with columns [col, col + valid) of the row in acc, valid <= N * kLanes; lanes from `valid` on are finite rubbish if A
+// is finite (zero weights) and must not be stored beyond C. Mark operator() always_inline: acc lives in registers.
+template <class T, class Epilogue>
+REPAVIT_INLINE void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
+                         ptrdiff_t columns, const Epilogue& epilogue) {
+#if REPAVIT_ISA_LEVEL < 2
+  gemm_chunked(segments, count, rows, panels, panel_stride, columns, epilogue);
+#else
+  gemm_direct(segments, count, rows, panels, panel_stride, columns, epilogue);
+#endif
 }
 
 }  // namespace REPAVIT_ISA

@@ -57,12 +57,13 @@ struct FfnPlan {
   size_t z_bytes() const { return sizeof(Operand<T>) * static_cast<size_t>(block_rows * z_stride); }
 };
 
-// Rows per block: what L2 holds beside one panel, in whole tiles.
+// Rows per block: what L2 holds beside one panel, or without one where gemm keeps chunks of it in L1; in whole tiles.
 template <class T>
 ptrdiff_t rows_in_l2(const FfnLayout<T>& layout) {
   constexpr ptrdiff_t kPanelElement = sizeof(T), kRowElement = sizeof(Operand<T>);
   const ptrdiff_t widest = layout.out_stride > layout.in_stride ? layout.out_stride : layout.in_stride;
-  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - widest * kPanelElement;
+  const ptrdiff_t panel = REPAVIT_ISA_LEVEL < 2 ? 0 : widest * kPanelElement;
+  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - panel;
   const ptrdiff_t rows = room / (kRowElement * (layout.channels + layout.active));
   const ptrdiff_t tiles = rows / kTileRows;
   return (tiles < 2 ? 2 : tiles) * kTileRows;
