@@ -104,6 +104,16 @@ CPU_TOOLS = (
 )
 
 
+def refuse_onnx() -> None:
+    """Raise RuntimeError, saying what to export, while torch.onnx.export runs: ONNX has none of these operators."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "repavit_ops: a fused model cannot be exported to ONNX, which has no such operators; export the model "
+            "before it is fused, merged by repavit_ops.reparameterize(model), or fuse(model, backend='reference'), "
+            "which is plain PyTorch"
+        )
+
+
 def _register(operator: Operator) -> None:
     _LIBRARY.define(f"{operator.name}({operator.arguments}) -> Tensor")
     qualified = f"{NAMESPACE}::{operator.name}"
@@ -112,6 +122,7 @@ def _register(operator: Operator) -> None:
         return operator.reference(*tensors[: operator.inputs], **static)
 
     def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
+        refuse_onnx()
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
@@ -178,6 +189,7 @@ def _register_fused_blocks() -> None:
     _LIBRARY.define(f"{name}(Tensor x, Tensor?[] weights, *, int[] plan, float[] scalars) -> Tensor")
 
     def fake(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
+        refuse_onnx()
         return x.new_empty(x.shape)
 
     def autograd(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:

@@ -106,6 +106,8 @@ class FusedStack(nn.Sequential):
         """What can change from call to call and is not of the stack itself."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "there are global forward hooks"
+        if torch.jit.is_tracing():
+            return "the model is traced"
         if torch.is_autocast_enabled("cpu"):
             return "autocast chooses the dtype of each operator"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):

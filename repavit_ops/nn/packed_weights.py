@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, library
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +51,13 @@ class PackedWeights(nn.Module):
         return [getattr(self, name) for name in self.packed_names]
 
     def packed(self) -> Tensor | None:
-        """The packed copy for the next call, rebuilt first if a weight changed; None where no kernel takes one."""
+        """The packed copy for the next call, rebuilt first if a weight changed; None where no kernel takes one.
+
+        Raises:
+            RuntimeError: an ONNX export is running, for which the operators have no equivalent; says what to export.
+        """
+        if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
+            library.refuse_onnx()
         if not torch.compiler.is_compiling() and not self._unpacked_dropped and self._packed_stamp != self._stamp():
             self.repack()
         return self._packed
