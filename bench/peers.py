@@ -14,8 +14,7 @@ Call = Callable[[], Any]
 
 
 def compiled(function: Callable[..., Tensor], *args: Any) -> Call:
-    """torch.compile with frozen weights and max-autotune."""
-    import torch._inductor.config as inductor
+    """torch.compile of ``function(x, *weights)`` with frozen weights and max-autotune."""
 
     class Frozen(torch.nn.Module):
         def __init__(self) -> None:
@@ -26,15 +25,22 @@ def compiled(function: Callable[..., Tensor], *args: Any) -> Call:
         def forward(self, x: Tensor) -> Tensor:
             return function(x, *(getattr(self, f"t{i}") for i in range(len(args) - 1)))
 
+    return compiled_module(Frozen().eval(), args[0])
+
+
+def compiled_module(module: torch.nn.Module, x: Tensor) -> Call:
+    """torch.compile of a module with frozen weights and max-autotune, at x's shape."""
+    import torch._inductor.config as inductor
+
     torch._dynamo.reset()
     with inductor.patch(freezing=True, max_autotune=True):
-        module = torch.compile(Frozen().eval(), fullgraph=True)
+        fast = torch.compile(module, fullgraph=True)
         with torch.no_grad():
-            module(args[0])
+            fast(x)
 
     def call() -> Tensor:
         with torch.no_grad():
-            return module(args[0])
+            return fast(x)
 
     return call
 

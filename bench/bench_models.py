@@ -1,0 +1,101 @@
+"""Whole models against every CPU peer: ``pytest bench/bench_models.py [-k "deit_tiny and batch1"] [--results FILE]``.
+
+Every family with the method's weights (merged: peers get the merged model too) and vanilla (no retraining), batch 1, 8
+and 32, float32 and bfloat16, 224 pixels. Peers: PyTorch eager, torch.compile with frozen weights, and an ONNX export of
+the same model in OpenVINO and, in float32, ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+
+import peers
+import pytest
+import torch
+from harness import check, interleave
+from torch import Tensor, nn
+
+import repavit_ops
+from repavit_ops.models import complexity
+
+FAMILIES = ("deit_tiny", "deit_small", "deit_base", "vit_large", "swin_tiny", "lvvit_s", "clip_vit_b32")
+PREFIXES = {"merged": "repa", "vanilla": "vanilla"}
+IMAGE = 224  # pixels
+ROUNDS = 5  # at least; seconds of a case are many where a call takes one
+CHECKED = 2  # images of a batch whose float64 truth is worth its time
+
+
+@functools.lru_cache(maxsize=1)
+@torch.no_grad()
+def eager_model(family: str, weights: str) -> nn.Module:
+    """The plain PyTorch model that the peers get: seeded, with biases and statistics as after training, and merged."""
+    torch.manual_seed(0)
+    model = repavit_ops.create_model(f"{PREFIXES[weights]}_{family}").eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.normal_(0, 0.1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return repavit_ops.reparameterize(model, inplace=True)
+
+
+def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
+    """The model as ONNX, at x's shape."""
+    file = io.BytesIO()
+    program = torch.onnx.export(model, (x,), dynamo=True, input_names=["x"], verbose=False)
+    assert program is not None
+    program.save(file)
+    return file.getvalue()
+
+
+def providers(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, peers.Call]:
+    """Ours and every peer on the same model; images are in ``dtype``."""
+    own = repavit_ops.fuse(model, dtype=dtype)
+    cast = model if dtype == torch.float32 else repavit_ops.reparameterize(model).to(dtype)
+    calls: dict[str, peers.Call | None] = {
+        "repavit_ops": lambda: own(x),
+        "eager": lambda: cast(x),
+        "compile": peers.compiled_module(cast, x),
+    }
+    if importlib.util.find_spec("onnxscript") is not None:
+        graph = onnx_bytes(model, x.float())
+        calls["openvino"] = peers.openvino(graph, x, dtype)
+        if dtype == torch.float32:
+            calls["onnxruntime"] = peers.onnx_runtime(graph, x)
+        else:
+            calls["eager float32"] = lambda: model(x.float())
+    return {name: call for name, call in calls.items() if call is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 8, 32], ids=lambda batch: f"batch{batch}")
+@pytest.mark.parametrize("weights", PREFIXES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_model(benchmark, report, family, weights, batch, dtype):
+    model = eager_model(family, weights)
+    x = torch.randn(batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    calls = providers(model, x, dtype)
+    some = x[:CHECKED]
+    truth = repavit_ops.reparameterize(model).double()(some.double())
+    plain = calls["eager"]()[:CHECKED]
+    for name, call in calls.items():
+        check(name, call()[:CHECKED], plain, truth, slack=2.0 if name == "repavit_ops" else 8.0)
+    times = interleave(calls, seconds=2.0, rounds=ROUNDS)
+    benchmark.pedantic(calls["repavit_ops"], rounds=2)
+    ours = times["repavit_ops"].p50
+    ratios = {name: t.p50 / ours for name, t in times.items() if name != "repavit_ops"}
+    report(
+        case=f"{family} {weights} batch {batch}",
+        dtype=str(dtype).removeprefix("torch."),
+        ratio=min(ratios.values()),
+        ratios=ratios,
+        gflops=2 * complexity(model, IMAGE).macs * batch / ours / 1e9,
+        images_per_second={name: batch / t.p50 for name, t in times.items()},
+        seconds={name: [t.p20, t.p50, t.p80] for name, t in times.items()},
+    )
+    benchmark.extra_info.update(ratios)
