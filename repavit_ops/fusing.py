@@ -23,6 +23,7 @@ from .nn import (
 )
 from .nn.mode import require_eval
 from .nn.packed_weights import PackedWeights
+from .patches import fuse_patches
 from .rules import can_fuse, rule_of
 
 TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
@@ -63,7 +64,8 @@ def fuse(
     """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
 
     Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
-    Runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them.
+    Convolutions over patches and Swin's mergings become projections without im2col, and runs of fused blocks in an
+    ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them.
     What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
 
     Args:
@@ -102,6 +104,9 @@ def fuse(
             return module
         return rule.fold(module, backend)
 
+    def patches(module: nn.Module, name: str) -> nn.Module:
+        return fuse_patches(module, backend) if wanted(module, name) else module
+
     def merged(module: nn.Module, name: str) -> nn.Module:
         return _merged(module, name) if wanted(module, name) else module
 
@@ -109,7 +114,7 @@ def fuse(
     model = _swap(model if inplace else copy.deepcopy(model), merged)
     if strict:
         _require_fusible(model, wanted)
-    model = _swap(_swap(model, fused), _stacked)
+    model = _swap(_swap(_swap(model, fused), patches), _stacked)
     if dtype is not None:
         _cast(model, dtype)
     for module in model.modules():

@@ -10,12 +10,12 @@ from torch import nn
 
 from . import backends, reparam
 from .fusing import TRAINING_FORMS
-from .nn import FusedStack, PartialGELUFFN
+from .nn import FusedStack, PartialGELUFFN, PatchConv2d, PatchProjection
 from .nn.foreign_block import MaskedAttention, OpenBranch
 from .nn.packed_weights import PackedWeights
 from .rules import can_fuse, rule_of
 
-Status = Literal["fused", "merged", "skipped", "stacked", "apart"]
+Status = Literal["fused", "merged", "skipped", "stacked", "apart", "projected"]
 TOLERANCE = "max|fused - fp64| <= 2 max|eager - fp64| + 1e-6, both in the model's dtype (repavit_ops.verify checks it)"
 
 
@@ -44,7 +44,11 @@ class FusionReport:
     tolerance: str = TOLERANCE
 
     def with_status(self, status: Status) -> tuple[ReportEntry, ...]:
-        """The entries of one status: fused (kernels), merged (plain PyTorch), skipped; of containers stacked, apart."""
+        """The entries of one status.
+
+        Of sub-blocks: fused (kernels), merged (plain PyTorch), skipped; of containers: stacked, apart; of patch
+        embeddings and mergings: projected.
+        """
         return tuple(entry for entry in self.entries if entry.status == status)
 
     @property
@@ -96,6 +100,8 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
         apart = module.why_apart()
         note = f"{len(module)} blocks in one call; one by one under gradients or autocast"
         return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
+    if isinstance(module, PatchConv2d | PatchProjection):
+        return ReportEntry(name, "patch_projection", "projected", "one product of the patches, without im2col")
     rule = rule_of(module)
     if rule is None:
         return None

@@ -153,7 +153,7 @@ def test_the_blocks_run_in_one_call(timm, name):
     calls = []
     with torch.no_grad(), Recorder(calls):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
-    assert calls == ["fused_blocks"] * len(stacks)
+    assert calls == ["patch_projection", "fused_blocks"] * len(stacks)
 
 
 def test_the_core_never_imports_timm():

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..nn import ChannelIdleFFN, PartialGELUFFN, RepAttention, WindowAttention
+from ..nn import ChannelIdleFFN, PartialGELUFFN, PatchProjection, RepAttention, WindowAttention
 from ..nn.attention import relative_position_index
 from ..reference import shift_mask
 from ..reparam import fold_identity, is_identity
@@ -165,7 +165,7 @@ def to_authors(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, 
             "save it with layout='native'"
         )
     for name, module in model.named_modules():
-        if isinstance(module, RepAttention):
+        if isinstance(module, RepAttention | PatchProjection):
             raise ValueError(_no_place(name, module))
     if isinstance(model, SwinTransformer) and img_size is not None:
         check_windows_divide(model, img_size)

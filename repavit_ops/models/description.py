@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .. import backends
 from ..nn import (
     FFN,
     Attention,
@@ -18,6 +19,8 @@ from ..nn import (
     JoinedBranchAttention,
     JoinedBranchFFN,
     PartialGELUFFN,
+    PatchConv2d,
+    PatchProjection,
     RepAttention,
     RepBN,
     TokenBatchNorm,
@@ -187,6 +190,23 @@ def _bare(cls: type[VisionTransformer]) -> Callable[..., nn.Module]:
     return lambda **arguments: cls(depth=0, **arguments)
 
 
+def _projection(module: Any) -> str | None:
+    """The backend of a patch embedding's convolution where that is a fused one."""
+    return module.proj.backend if isinstance(module.proj, PatchConv2d) else None
+
+
+def _embedding(cls: type[nn.Module]) -> Callable[..., nn.Module]:
+    """Build with a fused convolution where the description says so."""
+
+    def build(projection: backends.Backend | None = None, **arguments: Any) -> nn.Module:
+        module: Any = cls(**arguments)
+        if projection is not None:
+            module.proj = PatchConv2d.replacing(module.proj, projection)
+        return module
+
+    return build
+
+
 def _swin(img_size: list[int] | None, stages: int, **arguments: Any) -> SwinTransformer:
     model: Any = SwinTransformer(depths=(0,) * stages, num_heads=(1,) * stages, **arguments)
     model.img_size = img_size
@@ -215,7 +235,9 @@ KINDS: dict[type[nn.Module], Kind] = {
             in_chans=lambda module: module.proj.in_channels,
             dim=lambda module: module.proj.out_channels,
             bias=_has_bias("proj"),
-        )
+            projection=_projection,
+        ),
+        build=_embedding(PatchEmbed),
     ),
     ConvStem: Kind(
         _attributes(
@@ -223,7 +245,9 @@ KINDS: dict[type[nn.Module], Kind] = {
             in_chans=lambda module: module.conv1.in_channels,
             dim=lambda module: module.proj.out_channels,
             bias=_has_bias("proj"),
-        )
+            projection=_projection,
+        ),
+        build=_embedding(ConvStem),
     ),
     SwinPatchEmbed: Kind(
         _attributes(
@@ -231,7 +255,9 @@ KINDS: dict[type[nn.Module], Kind] = {
             in_chans=lambda module: module.proj.in_channels,
             dim=lambda module: module.proj.out_channels,
             norm_eps=lambda module: module.norm.eps,
-        )
+            projection=_projection,
+        ),
+        build=_embedding(SwinPatchEmbed),
     ),
     PatchMerging: Kind(
         _attributes(dim=lambda module: module.reduction.in_features // 4, norm_eps=lambda module: module.norm.eps)
@@ -318,6 +344,9 @@ KINDS: dict[type[nn.Module], Kind] = {
             padding=lambda module: module.pad_kv is not None,
         ),
         optional=("b_qkv", "b_proj"),
+    ),
+    PatchProjection: Kind(
+        _attributes("in_chans", "dim_out", "patch", "channels_last", "norm_eps", "pad", "backend"), optional=("bias",)
     ),
     Block: Kind(_attributes(), children=("attn", "mlp"), build=lambda: Block(nn.Identity(), nn.Identity())),
     SwinBlock: Kind(

@@ -12,6 +12,7 @@ from .joined_branch_attention import JoinedBranchAttention
 from .joined_branch_ffn import JoinedBranchFFN
 from .norm import RepBN, TokenBatchNorm
 from .partial_gelu_ffn import PartialGELUFFN
+from .patch_conv import PatchConv2d
 from .patch_projection import PatchProjection
 from .recalibrate import recalibrate_bn
 from .rep_attention import RepAttention
@@ -28,6 +29,7 @@ __all__ = [
     "JoinedBranchAttention",
     "JoinedBranchFFN",
     "PartialGELUFFN",
+    "PatchConv2d",
     "PatchProjection",
     "RepAttention",
     "RepBN",

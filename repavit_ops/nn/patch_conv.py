@@ -1,0 +1,65 @@
+"""Deployed form of the convolution that embeds patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import Backend
+from .packed_weights import PackedWeights
+
+
+class PatchConv2d(PackedWeights, nn.Conv2d):
+    """An ``nn.Conv2d`` whose stride is its kernel, as one projection of patches; parameters and keys are the same.
+
+    Shapes:
+        x        [B, in_channels, H, W]
+        returns  [B, out_channels, H // kh, W // kw]   in memory channels-last, so that flattening to tokens is free
+
+    Raises:
+        ValueError: at a call, as :func:`repavit_ops.ops.patch_projection` does.
+    """
+
+    operator = "patch_projection"
+    packed_names = ("weight",)
+
+    @classmethod
+    def replacing(cls, conv: nn.Conv2d, backend: Backend = "auto") -> PatchConv2d:
+        """The convolution ``conv``, its parameters and not a copy of them; it must satisfy :func:`is_patch_conv`."""
+        module = cls.__new__(cls)
+        module.__dict__.update(conv.__dict__)
+        module._packed, module._packed_stamp, module._unpacked_dropped = None, None, False
+        module.backend = backend
+        return module
+
+    def pack(self) -> Tensor:
+        return torch.ops.repavit_ops.patch_projection_pack(self.weight.flatten(1))
+
+    def _unpacked(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, weight.view(self.weight.shape)) for name, weight in super()._unpacked())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_trainable(x)
+        y = ops.patch_projection(
+            x,
+            self.weight.flatten(1),
+            self.bias,
+            patch=(self.kernel_size[0], self.kernel_size[1]),
+            packed=self.packed(),
+            backend=self.backend,
+        )
+        return y.permute(0, 3, 1, 2)
+
+
+def is_patch_conv(module: nn.Module) -> bool:
+    """Whether a module is exactly an ``nn.Conv2d`` over patches that neither overlap nor leave gaps."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride
+        and module.groups == 1
+        and tuple(module.dilation) == (1, 1)
+        and module.padding in ((0, 0), "valid")
+    )

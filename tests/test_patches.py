@@ -1,0 +1,143 @@
+"""fuse() on patch embeddings and Swin's mergings: exact, with the same keys, and left alone where somebody listens."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
+from torch import nn
+
+import repavit_ops
+from repavit_ops.models import LVViT
+from repavit_ops.nn import PatchConv2d, PatchProjection
+from repavit_ops.nn.patch_conv import is_patch_conv
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
+
+
+def tiny_lvvit() -> nn.Module:
+    return randomise(LVViT(**{**TINY, "patch_size": 16}, idle_ratio=0.75))
+
+
+# builder, images' height and width, convolutions, mergings
+MODELS = {
+    "vit": (tiny_vit, (32, 32), 1, 0),
+    "vit_other_size": (tiny_vit, (24, 56), 1, 0),
+    "lvvit": (tiny_lvvit, (32, 32), 1, 0),
+    "swin": (tiny_swin, (64, 64), 1, 1),
+    "swin_odd_maps": (tiny_swin, (52, 76), 1, 1),
+}
+
+
+def only_patches(module: nn.Module, name: str) -> bool:
+    """A filter that leaves every block as it is."""
+    return "embed" in name or "downsample" in name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
+def test_projections_are_exact(case):
+    build, size, convolutions, mergings = case
+    model = build().double()
+    fused = repavit_ops.fuse(model, filter_fn=only_patches)
+    x = images(2, *size).double()
+    assert relative(fused(x), model(x)) < 1e-12
+    kinds = [type(m) for m in fused.modules()]
+    assert (kinds.count(PatchConv2d), kinds.count(PatchProjection)) == (convolutions, mergings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad_to", [(64, 64), (60, 52)], ids=["whole", "odd"])
+def test_timm_models_have_the_same_patches(timm, pad_to):
+    vit = randomise(timm.create_model("vit_tiny_patch16_224", **TINY))
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1), num_heads=(2, 2), img_size=pad_to, num_classes=5
+    )
+    for model, x in ((vit, images(2, 32)), (randomise(swin), images(2, *pad_to))):
+        model, x = model.double(), x.double()
+        fused = repavit_ops.fuse(model)
+        assert isinstance(fused.patch_embed.proj, PatchConv2d)
+        assert relative(fused(x), model(x)) < 1e-12
+    assert isinstance(fused.layers[1].downsample, PatchProjection)
+
+
+@torch.no_grad()
+def test_the_convolution_keeps_its_keys_and_its_trainability():
+    model = tiny_vit()
+    model.patch_embed.requires_grad_(False)
+    fused = repavit_ops.fuse(model)
+    proj = fused.patch_embed.proj
+    assert isinstance(proj, nn.Conv2d)
+    torch.testing.assert_close(proj.state_dict(), model.patch_embed.proj.state_dict(), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in proj.parameters())
+    assert all(p.requires_grad for p in fused.norm.parameters())
+    assert proj.weight is not model.patch_embed.proj.weight
+    inplace = repavit_ops.fuse(model, inplace=True)
+    assert inplace.patch_embed.proj.weight is model.patch_embed.proj.weight
+
+
+def test_gradients_reach_the_convolution():
+    model, x = tiny_vit(), images(2, 32)
+    fused = repavit_ops.fuse(model, filter_fn=only_patches)
+    for m in (model, fused):
+        m(x).sum().backward()
+    torch.testing.assert_close(
+        fused.patch_embed.proj.weight.grad, model.patch_embed.proj.weight.grad, rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_copies_casts_and_loads():
+    fused, x = repavit_ops.fuse(tiny_swin()), images(2, 64)
+    expected = fused(x)
+    assert torch.equal(copy.deepcopy(fused)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(x), expected)
+    other = repavit_ops.fuse(tiny_swin(seed=4))
+    other.load_state_dict(fused.state_dict())
+    assert torch.equal(other(x), expected)
+    fused.patch_embed.proj.weight.mul_(2)  # the packed copy follows
+    assert not torch.equal(fused(x), expected)
+    assert repavit_ops.fuse(fused, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [tiny_vit, tiny_swin], ids=["vit", "swin"])
+def test_unpacked_weights_can_go(build):
+    x = images(2, 64)
+    plain, slim = (repavit_ops.fuse(build(), keep_unpacked=keep) for keep in (True, False))
+    assert torch.equal(slim(x), plain(x))
+    torch.testing.assert_close(slim.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    back = repavit_ops.fuse(slim, backend="reference")
+    assert isinstance(back.patch_embed.proj, PatchConv2d)
+    torch.testing.assert_close(back(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_whoever_listens_keeps_the_convolution():
+    model = tiny_vit()
+    heard = []
+    model.patch_embed.proj.register_forward_hook(lambda *_: heard.append(True))
+    fused = repavit_ops.fuse(model)
+    fused(images(1, 32))
+    assert type(fused.patch_embed.proj) is nn.Conv2d
+    assert heard
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"dilation": 2}, {"padding": "same", "stride": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_convolutions_are_none_over_patches(change):
+    assert is_patch_conv(nn.Conv2d(4, 8, 4, 4))
+    assert not is_patch_conv(nn.Conv2d(4, 8, 4, **{"stride": 4, **change}))
+
+
+def test_the_report_names_them():
+    report = repavit_ops.fusion_report(repavit_ops.fuse(tiny_swin()))
+    names = [entry.name for entry in report.with_status("projected")]
+    assert names == ["patch_embed.proj", "layers.0.downsample"]
+    assert "patch_projection" in str(report)
