@@ -87,6 +87,17 @@ class JoinedVisionTransformer(VisionTransformer):
             self._advance(self.join_step)
         return super().forward_features(x)
 
+    def no_weight_decay(self) -> set[str]:
+        """As :class:`VisionTransformer`, and every branch's biases and affines: stacked [B, ...], they are not 1-D."""
+        stacked = {
+            f"{name}.{own}"
+            for name, module in self.named_modules()
+            if isinstance(module, JoinedBranches)
+            for own, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 2
+        }
+        return super().no_weight_decay() | stacked
+
     @torch.compiler.disable  # it changes what later calls compute
     def _advance(self, counter: Tensor) -> None:
         """Set α of this forward and count it. Once merged there is none to set."""
