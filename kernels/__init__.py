@@ -2,6 +2,7 @@
 
 device_math   pure functions of registers: GELU
 tile          pure functions of tiles: order, load, product, epilogue
+sequences     where the tokens of an image or a window are, and how their rows are moved
 linear, …     one kernel and its launcher each: no autograd, no nn
 chips, tuning what a GPU offers, and which tile is taken for which product on it
 """
@@ -14,11 +15,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-# Operator → "module:launcher". CUDA tensors of operators that are not here run in plain PyTorch.
+# Operator → "module:launcher"
 OPERATORS: dict[str, str] = {
     "partial_gelu_ffn": "partial_gelu_ffn:partial_gelu_ffn",
     "rep_attention": "rep_attention:rep_attention",
     "window_rep_attention": "window_rep_attention:window_rep_attention",
+    "patch_projection": "patch_projection:patch_projection",
+    "fused_blocks": "fused_blocks:fused_blocks",
 }
 
 

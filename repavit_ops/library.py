@@ -126,22 +126,22 @@ def _register(operator: Operator) -> None:
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
-    _LIBRARY.impl(operator.name, _triton(operator), "CUDA")
+    _LIBRARY.impl(operator.name, _triton(operator.name, operator.reference, operator.inputs), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, _backward(operator), setup_context=_save_inputs, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):
         _LIBRARY.impl(operator.name, _autocast(operator, device_type), f"Autocast{device_type.upper()}")
 
 
-def _triton(operator: Operator) -> Callable[..., Tensor]:
-    """The CUDA implementation: the Triton launcher, or the reference where there is none and for float64."""
+def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[..., Tensor]:
+    """The CUDA implementation: the Triton launcher, or the reference where triton is missing and for float64."""
 
-    def run(x: Tensor, *tensors: Tensor | None, **static: Any) -> Tensor:
-        inputs = (x, *tensors)[: operator.inputs]
-        if x.dtype == torch.float64 or not backends.has_triton_kernel(operator.name):
-            return operator.reference(*inputs, **static)
+    def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
+        arguments = (x, *tensors)[:inputs]
+        if x.dtype == torch.float64 or not backends.has_triton_kernel(name):
+            return formula(*arguments, **static)
         with torch.cuda.device(x.device):
-            return backends.triton_launcher(operator.name)(*inputs, **static)
+            return backends.triton_launcher(name)(*arguments, **static)
 
     return run
 
@@ -200,6 +200,7 @@ def _register_fused_blocks() -> None:
             return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
 
     _LIBRARY.impl(name, reference.fused_blocks, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _triton(name, reference.fused_blocks, 2), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd")
 

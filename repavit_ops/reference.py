@@ -106,6 +106,12 @@ def patch_projection(
     norm_eps: float | None = None,
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.patch_projection`, differentiable by plain autograd."""
+    z = patches(x, patch, channels_last)
+    return F.linear(z if norm_eps is None else layer_norm_core(z, norm_eps), weight, bias)
+
+
+def patches(x: Tensor, patch: Sequence[int], channels_last: bool) -> Tensor:
+    """Elements of every whole patch in one row: [B, C, H, W] (or [B, H, W, C]) → [B, H // ph, W // pw, K]."""
     ph, pw = patch
     if channels_last:
         b, h, w, c = x.shape[0], x.shape[1] // ph, x.shape[2] // pw, x.shape[3]
@@ -113,8 +119,7 @@ def patch_projection(
     else:
         b, c, h, w = x.shape[0], x.shape[1], x.shape[2] // ph, x.shape[3] // pw
         z = x[:, :, : h * ph, : w * pw].reshape(b, c, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5)
-    z = z.reshape(b, h, w, c * ph * pw)
-    return F.linear(z if norm_eps is None else layer_norm_core(z, norm_eps), weight, bias)
+    return z.reshape(b, h, w, c * ph * pw)
 
 
 def fused_blocks(

@@ -10,7 +10,8 @@ import torch
 from op_helpers import cast
 from test_partial_gelu_ffn import operands
 
-from repavit_ops import backends, kernels, library, ops
+import repavit_ops
+from repavit_ops import backends, kernels, library, ops, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -29,25 +30,29 @@ def test_import_loads_no_kernel_and_asks_no_device():
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("operator", [operator.name for operator in library.OPERATORS])
+NAMES = [*(operator.name for operator in library.OPERATORS), "fused_blocks"]
+
+
+@pytest.mark.parametrize("operator", NAMES)
 def test_every_operator_has_a_cuda_implementation(operator):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"repavit_ops::{operator}", "CUDA")
 
 
-def test_every_launcher_exists_and_belongs_to_an_operator():
-    assert set(kernels.OPERATORS) <= {operator.name for operator in library.OPERATORS}
+def test_every_operator_has_a_launcher():
+    assert set(kernels.OPERATORS) == set(NAMES)
     for operator in kernels.OPERATORS:
         assert callable(backends.triton_launcher(operator))
 
 
 def test_cuda_implementation_without_a_kernel_is_the_reference(monkeypatch):
     """Past the dispatcher: an operator without a launcher, and float64 with one."""
-    operator = next(o for o in library.OPERATORS if o.name == "partial_gelu_ffn")
+    formula = reference.partial_gelu_ffn
+    on_cuda = library._triton("partial_gelu_ffn", formula, 6)
     tensors = operands(3, 8, 5)
-    torch.testing.assert_close(library._triton(operator)(*tensors, None), operator.reference(*tensors))
+    torch.testing.assert_close(on_cuda(*tensors, None), formula(*tensors))
     monkeypatch.setattr(backends, "has_triton_kernel", lambda name: False)
     single = cast(tensors, torch.float32)
-    torch.testing.assert_close(library._triton(operator)(*single, None), operator.reference(*single))
+    torch.testing.assert_close(on_cuda(*single, None), formula(*single))
 
 
 def test_forced_triton_raises_rather_than_compute_elsewhere(monkeypatch):
@@ -61,3 +66,22 @@ def test_forced_triton_raises_rather_than_compute_elsewhere(monkeypatch):
     monkeypatch.setattr(backends, "has_triton_kernel", lambda name: False)
     with pytest.raises(RuntimeError, match="no kernel for partial_gelu_ffn"):
         ops.partial_gelu_ffn(*tensors, backend="triton")
+
+
+def test_a_stack_on_another_device_is_called_block_by_block():
+    """One call is the CPU's; a model moved elsewhere must not reach it, and its report says so."""
+    model = repavit_ops.create_model("repa_deit_tiny", depth=2, num_classes=0).eval()
+    fused = repavit_ops.fuse(model).to("meta")
+    (entry,) = repavit_ops.fusion_report(fused).with_status("apart")
+    assert "every sub-block is called by itself" in entry.note
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Recorder():
+        fused(torch.empty(1, 3, 224, 224, device="meta"))
+    assert "repavit_ops::fused_blocks" not in calls
+    assert calls.count("repavit_ops::rep_attention") == calls.count("repavit_ops::partial_gelu_ffn") == 2

@@ -54,8 +54,8 @@ class FusedStack(nn.Sequential):
     """The ``nn.Sequential`` of a model's blocks, in which runs of fused blocks go through one operator call each.
 
     Keys, indexing, iteration and every single block stay what they were: ``stack[i](x)``, hooks, gradients and autocast
-    take the blocks one by one, as does any device without the C++ kernels (:meth:`why_apart` says why). The result is
-    the same, bit for bit.
+    take the blocks one by one, as does any other device than the CPU (:meth:`why_apart` says why). The result is the
+    same, bit for bit.
 
     Shapes:
         x, returns  [B, T, C]   or [B, H, W, C] for windowed blocks
@@ -82,8 +82,10 @@ class FusedStack(nn.Sequential):
         if any(part.backend not in ("auto", "cpp") for part in steps) or backends.why_unavailable("cpp") is not None:
             return "its blocks do not run on the C++ kernels"
         tensor = steps[0].get_parameter(steps[0].packed_names[0]) if x is None else x
-        if tensor.device.type != "cpu" or tensor.dtype not in PACKABLE:
-            return f"there is no kernel for {tensor.dtype} on {tensor.device.type}"
+        if tensor.device.type != "cpu":
+            return f"one call is for the CPU; on {tensor.device.type} every sub-block is called by itself"
+        if tensor.dtype not in PACKABLE:
+            return f"there is no kernel for {tensor.dtype}"
         return None if x is None else self._why_not_now(x)
 
     def has_no_run(self) -> bool:
