@@ -8,6 +8,7 @@ is available and why the rest is not.
 """
 
 from . import models, nn, ops, reparam
+from .cuda_graphs import cuda_graph
 from .fusing import fuse, reparameterize
 from .models import create_model, list_models
 from .models.checkpoints import load_checkpoint, save_checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "can_fuse",
     "create_model",
+    "cuda_graph",
     "fuse",
     "fusion_report",
     "list_models",
