@@ -7,6 +7,8 @@ Importing never fails because a backend is missing and never asks the hardware; 
 is available and why the rest is not.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import models, nn, ops, reparam
 from .cuda_graphs import cuda_graph
 from .fusing import fuse, reparameterize
@@ -18,6 +20,9 @@ from .rules import can_fuse
 from .verification import VerificationReport, verify
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .idling import distill, idle_pretrained
+
 __all__ = [
     "FusionReport",
     "JoinSchedule",
@@ -26,8 +31,10 @@ __all__ = [
     "can_fuse",
     "create_model",
     "cuda_graph",
+    "distill",
     "fuse",
     "fusion_report",
+    "idle_pretrained",
     "list_models",
     "load_checkpoint",
     "models",
@@ -40,3 +47,13 @@ __all__ = [
     "set_join",
     "verify",
 ]
+
+EXTRAS = ("distill", "idle_pretrained")  # loaded when they are asked for: the core does without
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXTRAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import idling
+
+    return getattr(idling, name)

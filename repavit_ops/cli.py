@@ -1,4 +1,4 @@
-"""The command ``repavit-ops``: info, convert, verify, demo.
+"""The command ``repavit-ops``: info, convert, verify, tune, idle, demo.
 
 Nothing heavy is imported above the commands, so that ``--help`` and completion stay quick. A mistake of the user's is
 one line on stderr and exit status 2; a failed check is exit status 1.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .idling.command import Outcome
     from .report import FusionReport
     from .verification import VerificationReport
 
@@ -339,6 +340,64 @@ def _products_of(name: str, batches: list[int], dtype: torch.dtype, device: torc
         for batch in batches:
             fused(torch.randn(batch, channels, *image, device=device).to(dtype))
     return products
+
+
+# --- idle -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def idle(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="dinov2-small, a timm name, NAME=FILE, or a file.")],
+    data: Annotated[Path, typer.Option(help="Folder of photos; a fifth of them only tests.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors, .pth or .pt.")],
+    idle_ratio: Annotated[str, typer.Option(help="θ of every block, or one per block: 0.5,0.75,…")] = "0.5",
+    allocate: Annotated[bool, typer.Option("--allocate", help="Spend θ's FLOPs by measured sensitivity.")] = False,
+    crops: Annotated[int, typer.Option(min=1, help="Calibration crops of each photo.")] = 4,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a crop in the fit; default all.")] = None,
+    minutes: Annotated[float, typer.Option("--distill", min=0, help="Minutes of distillation after it.")] = 0.0,
+    img_size: Annotated[int | None, typer.Option(help="Pixels of the side; default the model's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the photos' split, crops and tokens.")] = 0,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a plot (.png, .svg).")] = None,
+) -> None:
+    """Turn a pretrained ViT into a deployed channel-idle one without training; report what it keeps and gains.
+
+    This loses accuracy: the report's cosines and top-1 agreement, on photos that took no part, say how much.
+    """
+    with plain_errors():
+        from .idling import command
+
+        ratios = _overrides(idle_ratio, None)["idle_ratio"]
+        pretrained = command.load(model, img_size)
+        settings = {"crops": crops, "tokens": tokens, "minutes": minutes, "batch": batch, "seed": seed}
+        outcome = command.run(pretrained, data, out, ratios, allocate=allocate, **settings)  # type: ignore[arg-type]
+        if picture is not None:
+            command.plot(outcome, picture, f"{model}, θ = {idle_ratio}")
+        if as_json is not None:
+            text = json.dumps({"model": model, "idle_ratio": ratios, **settings, **outcome.to_dict()}, indent=2) + "\n"
+            sys.stdout.write(text) if as_json == "-" else Path(as_json).write_text(text)
+    _tell(outcome, out, Console(stderr=as_json == "-", soft_wrap=True, highlight=False))
+
+
+def _tell(outcome: Outcome, out: Path, console: Console) -> None:
+    table = Table("block", "active", "of", "unexplained", "cosine", box=None, padding=(0, 2, 0, 0))
+    for block in outcome.blocks:
+        cosine = outcome.fidelity.blocks.get(block.name)
+        numbers = ["left as it is", ""] if cosine is None else [f"{block.loss:.2%}", f"{cosine:.4f}"]
+        table.add_row(_escaped(block.name), str(block.act_channels), str(block.hidden), *numbers)
+    console.print(table)
+    for label, kept in (("closed form", outcome.closed_form), ("result", outcome.fidelity)):
+        if kept is not None:
+            token = "" if kept.class_token is None else f", class token {kept.class_token:.4f}"
+            top1 = "" if kept.top1 is None else f", top-1 agreement {kept.top1:.1%}"
+            console.print(f"{label:<12}cosine of patches {kept.patches:.4f}{token}{top1} on {kept.images} other photos")
+    before, after, speed = outcome.before, outcome.after, outcome.speed
+    console.print(f"parameters  {before.params:,} → {after.params:,}  ({after.params / before.params - 1:+.1%})")
+    console.print(f"GMACs       {before.gmacs:.3f} → {after.gmacs:.3f}  ({after.macs / before.macs - 1:+.1%})")
+    rates = f"{speed.original:.1f} → {speed.idled:.1f}  ({speed.gain:.2f}x)"
+    console.print(f"images/s    {rates}, both fused, {speed.threads} threads, {speed.batch} at once")
+    console.print(f"wrote       {_escaped(str(out))}")
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,11 @@ def load_checkpoint(
             are named). Says what to do.
     """
     file = read_checkpoint(source, ema=ema)
+    if file.config.get("layout") == "timm":
+        from ..idling.files import load_idled  # an extra, and above this layer
+
+        _refuse_arguments(config, overrides)
+        return load_idled(file)
     description = (config or {}).get("model") or file.config.get("model")
     if description is not None:
         _refuse_arguments(config, overrides)

@@ -1,0 +1,10 @@
+"""From a pretrained ViT to a reparameterized one: in closed form, then by a short distillation.
+
+An extra that the core never imports: ``repavit_ops.idle_pretrained`` and ``repavit_ops.distill`` load it.
+"""
+
+from .distillation import distill
+from .fidelity import Fidelity, Speed, fidelity, speed
+from .pretrained import BlockResult, idle_pretrained
+
+__all__ = ["BlockResult", "Fidelity", "Speed", "distill", "fidelity", "idle_pretrained", "speed"]

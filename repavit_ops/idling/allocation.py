@@ -1,0 +1,98 @@
+"""How many channels each block keeps under one FLOP budget, by measured sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Site
+from .selection import Elimination, eliminate
+from .solving import DEFAULT_RIDGE, deployed, empty_split, original, penalties
+from .streams import Streams
+
+PROBED = 32  # images that the sensitivities are measured on
+
+
+class Sensitivity(NamedTuple):
+    """What idling one block alone costs: (m, error of the final features) along its elimination, and MACs of one m."""
+
+    curve: list[tuple[int, float]]
+    macs: float
+
+
+def within_budget(sensitivities: list[Sensitivity], keep: list[int]) -> list[int]:
+    """m of every block: the least sum of errors whose MACs do not exceed those of ``keep``.
+
+    Every block takes the m of its curve with the least ``error + λ · MACs``; λ is halved in on until the budget holds.
+    """
+    budget = sum(s.macs * m for s, m in zip(sensitivities, keep, strict=True))
+
+    def choice(price: float) -> list[int]:
+        return [min(s.curve, key=lambda point: point[1] + price * s.macs * point[0])[0] for s in sensitivities]
+
+    def spent(counts: list[int]) -> float:
+        return sum(s.macs * m for s, m in zip(sensitivities, counts, strict=True))
+
+    low, high = 0.0, 1e-12
+    while spent(choice(high)) > budget:
+        high *= 4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(choice(middle)) <= budget else (middle, high)
+    return choice(high)
+
+
+def measure(
+    model: nn.Module, sites: list[Site], streams: Streams, keep: list[int], step: Callable[[], None]
+) -> list[Sensitivity]:
+    """The sensitivity of every block of the unchanged model.
+
+    One block at a time is idled to ``keep``; the squared error of the final features over their own square is spread
+    along the block's elimination curve in proportion to the block's own loss, which holds where errors are small.
+    """
+    images = torch.cat([streams.get("images", batch) for batch in range(_batches(streams))])[:PROBED]
+    final = features(model, images)
+    found = []
+    for index, (site, m) in enumerate(zip(sites, keep, strict=True)):
+        split = empty_split(site.ffn)
+        for tokens in streams.at(model, sites, index):
+            split.update(site.ffn, tokens)
+            step()
+        statistics, hidden = split.fitted + split.held_out, site.hidden
+        ridge, prior = penalties(statistics, hidden, DEFAULT_RIDGE), original(site.ffn)
+        path = eliminate(statistics, hidden, 0, ridge, prior)
+        m = min(m, hidden - 1)
+        probe = _kept_at(path, hidden, m)
+        kept = torch.cat((probe, torch.arange(hidden, len(statistics.gram), device=probe.device)))
+        solution = statistics.solve(kept, ridge, prior)
+        site.block.mlp = deployed(site.ffn, probe, solution)
+        error = ((features(model, images) - final).square().sum() / final.square().sum()).item()
+        site.block.mlp = site.ffn
+        own = max(statistics.loss(solution, kept), 1e-12)
+        curve = [(count, error * loss / own) for count, loss in path.curve]
+        found.append(Sensitivity([(hidden, 0.0), *curve[1:]], 2.0 * streams.tokens_per_image * site.ffn.dim))
+    return found
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What is compared at the end of a model: its features in front of the head, where it tells them."""
+    forward = getattr(model, "forward_features", model)
+    output = forward(images)
+    return (output if isinstance(output, Tensor) else output[0]).float()
+
+
+def _kept_at(path: Elimination, hidden: int, m: int) -> Tensor:
+    gone = set(path.removed[: hidden - m])
+    return torch.tensor([c for c in range(hidden) if c not in gone], device=path.kept.device, dtype=torch.long)
+
+
+def _batches(streams: Streams) -> int:
+    total = 0
+    for count, size in enumerate(streams.sizes, start=1):
+        total += size
+        if total >= PROBED:
+            return count
+    return len(streams)

@@ -1,0 +1,145 @@
+"""A pretrained ViT in, a reparameterized one out: channel idle in closed form, without training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from ..models.schedule import per_block
+from ..reparam import active_channels
+from .allocation import measure, within_budget
+from .blocks import Site, in_call_order, open_blocks
+from .scratch import Scratch
+from .solving import Fit, empty_split, solve_ffn
+from .streams import Streams
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What became of one block: its name, m of hidden channels, and how much of the target's energy is unexplained.
+
+    ``loss`` is on the calibration images, ``held_out`` on the fifth of them that chose ``ridge`` (NaN without any).
+    A block that was left as it was has m = hidden and NaN.
+    """
+
+    name: str
+    hidden: int
+    act_channels: int
+    loss: float = float("nan")
+    held_out: float = float("nan")
+    ridge: float = float("nan")
+
+
+@torch.no_grad()
+def idle_pretrained(
+    model: nn.Module,
+    loader: Iterable[Any],
+    idle_ratio: float | Sequence[float] = 0.5,
+    *,
+    allocate: bool = False,
+    ridge: float | None = None,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+    scratch: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Turn a pretrained ViT into a deployed channel-idle one in closed form: no training, no labels.
+
+    Every block's FFN becomes ``x + W3 gelu(W2 n + b2) + W1 n + b1`` with n the LayerNorm core of x (RePaViT, eq. 6,
+    LayerNorm kept). W2, b2 are the rows of fc1 of m = ceil(ρC (1 - θ)) channels, chosen by backward elimination;
+    [W3, W1, b1] solve one ridge least squares on the features [gelu(h_active), n(x), 1]. Blocks go one after another on
+    what the changed blocks in front of them give; the target is what the *original* model has behind the block, so that
+    each block also mends what was lost before it.
+
+    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of about 0.9 to the original
+    (examples/idle has the measured table). :func:`repavit_ops.distill` wins part of it back.
+
+    Memory holds the model and one block's Gram matrix, (ρC + C + 1)² float64; images and tokens pass through
+    ``scratch``. The same loader gives the same model.
+
+    Args:
+        model: pretrained, in evaluation mode; not changed. timm's ViT, DeiT, DINOv2, CLIP, SigLIP and Swin, and the
+            vanilla models of this library: GELU, LayerNorm.
+        loader: batches of calibration images as the model takes them: a tensor, or a tuple or list whose first element
+            is one (labels are not used). Read once. A few hundred varied images do; every fifth chooses the ridge.
+        idle_ratio: θ in [0, 1], of all blocks or of each. 0 leaves a block exactly as it is.
+        allocate: spend the FLOPs that θ means for all blocks where they count most, by measured sensitivity: the final
+            features' error when one block alone is idled. ``idle_ratio`` must then be one number.
+        ridge: penalty of the least squares as a share of a feature's mean square; None chooses it per block.
+        tokens_per_image: how many tokens of an image enter the statistics, drawn anew in every block; None takes all.
+            A quarter of them costs a third of the time and hardly any accuracy where there are many images.
+        seed: of that draw.
+        scratch: folder for temporary files, removed at the end: per image two token maps in the model's dtype and the
+            image itself; None for the system's.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A new model in evaluation mode, in plain PyTorch: :func:`repavit_ops.fuse` runs it on kernels. What was solved
+        is in its attribute ``idle_report``, a list of :class:`BlockResult`.
+
+    Raises:
+        RuntimeError: the model is in training mode.
+        ValueError: an idle ratio lies outside [0, 1] or there is one too few; an FFN cannot be idled (names block and
+            reason); the loader gives no images, or values that are not finite.
+        TypeError: the loader gives something else than images.
+    """
+    opened, sites = open_blocks(model)
+    ratios = _checked_ratios(idle_ratio, len(sites))
+    if allocate and isinstance(idle_ratio, Sequence):
+        raise ValueError("allocate, idle_ratio: got True and a ratio per block, wanted one ratio, the budget of all")
+    with Scratch(scratch) as folder, _bar(progress) as bar:
+        streams = Streams(folder, loader, sites[0].ffn.w_in, tokens_per_image, seed)
+        sites = in_call_order(opened, sites, streams.get("images", 0))
+        keep = [active_channels(site.hidden, ratio) for site, ratio in zip(sites, ratios, strict=True)]
+        if allocate:
+            task = bar.add_task("measuring", total=len(sites) * len(streams))
+            keep = within_budget(measure(opened, sites, streams, keep, lambda: bar.advance(task)), keep)
+        results = {s.name: BlockResult(s.name, s.hidden, m) for s, m in zip(sites, keep, strict=True)}
+        opened, found = open_blocks(model, only={r.name for r in results.values() if r.act_channels < r.hidden})
+        changing = sorted(found, key=lambda site: list(results).index(site.name))
+        task = bar.add_task("idling", total=len(changing) * len(streams))
+        for index, site in enumerate(changing):
+            m = results[site.name].act_channels
+            fit = _solve(opened, changing, index, streams, m, ridge, lambda: bar.advance(task))
+            results[site.name] = BlockResult(site.name, site.hidden, m, fit.loss, fit.held_out, fit.ridge)
+    opened.idle_report = list(results.values())  # type: ignore[assignment]
+    return opened
+
+
+def _bar(shown: bool) -> Progress:
+    return Progress(disable=not shown, transient=True, console=Console(stderr=True))
+
+
+def _solve(
+    model: nn.Module,
+    sites: list[Site],
+    index: int,
+    streams: Streams,
+    keep: int,
+    ridge: float | None,
+    step: Callable[[], None],
+) -> Fit:
+    """Fit one block on all batches and put the result into the model."""
+    site = sites[index]
+    split = empty_split(site.ffn)
+    for tokens in streams.at(model, sites, index):
+        split.update(site.ffn, tokens)
+        step()
+    fit = solve_ffn(site.ffn, split, keep, ridge)
+    site.block.mlp = fit.ffn
+    return fit
+
+
+def _checked_ratios(idle_ratio: float | Sequence[float], depth: int) -> list[float]:
+    ratios = per_block("idle_ratio", idle_ratio, depth)
+    for block, ratio in enumerate(ratios):
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            raise ValueError(f"idle_ratio: got {ratio!r} for block {block}, wanted a share of channels in [0, 1]")
+    return [float(ratio) for ratio in ratios]

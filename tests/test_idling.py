@@ -1,0 +1,435 @@
+"""A pretrained ViT in, a reparameterized one out: what is exact, what is solved, what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
+from torch import nn
+
+import repavit_ops
+from repavit_ops.idling.allocation import Sensitivity, within_budget
+from repavit_ops.idling.blocks import in_call_order, open_blocks
+from repavit_ops.idling.scratch import Scratch
+from repavit_ops.idling.selection import eliminate
+from repavit_ops.idling.solving import empty_split, original, solve_ffn
+from repavit_ops.idling.statistics import FitStatistics
+from repavit_ops.idling.streams import Streams, Tokens
+from repavit_ops.nn import PartialGELUFFN
+
+VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
+SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5, "img_size": 56}
+VANILLA = {"idle_ratio": None, "act_channels": None}
+TIMM = {
+    "vit_base_patch16_224": VIT,
+    "deit3_small_patch16_224": VIT,
+    "vit_small_patch14_dinov2": VIT,
+    "vit_base_patch16_clip_224": VIT,
+    "vit_base_patch16_siglip_224": VIT,
+    "swin_tiny_patch4_window7_224": SWIN,
+}
+OURS = {"vit": lambda: tiny_vit(**VANILLA), "swin": lambda: tiny_swin(**VANILLA)}
+
+
+def batches(count=5, size=32, of=8):
+    return [images(of, size, seed=seed) for seed in range(count)]
+
+
+def idle(model, idle_ratio=0.5, size=32, **options):
+    return repavit_ops.idle_pretrained(model, batches(size=size), idle_ratio, progress=False, **options)
+
+
+def ffns(model):
+    return [module for module in model.modules() if isinstance(module, PartialGELUFFN)]
+
+
+def vanilla_ffn(dim=12, hidden=40, seed=0):
+    ffn = PartialGELUFFN(dim, hidden, merged=False, norm_eps=1e-6, residual=True, backend="reference")
+    return randomise(ffn, seed)
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_families_are_idled_and_what_comes_out_fuses(timm, name):
+    config = TIMM[name]
+    model, x = randomise(timm.create_model(name, **config)), images(4, config["img_size"], seed=99)
+    before = model(x)
+    idled = idle(model, 0.5, config["img_size"])
+    changed = [ffn for ffn in ffns(idled) if ffn.w_merged is not None]
+    assert len(changed) == len(idled.idle_report) == (4 if "swin" in name else 2)
+    assert all(2 * ffn.act_channels == ffn.hidden and ffn.residual and ffn.norm_eps for ffn in changed)
+    assert torch.equal(model(x), before)  # the original is not touched
+    assert F.cosine_similarity(idled(x), before).min() > 0.95
+    assert repavit_ops.verify(idled, repavit_ops.fuse(idled), x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OURS)
+def test_our_models_are_idled_saved_and_exported(name, tmp_path):
+    model, size = OURS[name](), 64 if name == "swin" else 32
+    x = images(4, size, seed=99)
+    idled = idle(model, 0.75, size)
+    assert F.cosine_similarity(idled(x), model(x)).min() > 0.9
+    repavit_ops.save_checkpoint(idled, tmp_path / "idled.safetensors")
+    assert torch.equal(repavit_ops.load_checkpoint(tmp_path / "idled.safetensors")(x), idled(x))
+    exported = torch.export.export(idled, (x,)).module()
+    assert relative(exported(x), idled(x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_files_of_timm_models_restore_them(timm, name, tmp_path):
+    from repavit_ops.idling.files import save_idled
+
+    config = TIMM[name]
+    ratios = [0.5, 0, 0.5, 0] if "swin" in name else [0.5, 0]
+    idled = idle(randomise(timm.create_model(name, **config)), ratios, config["img_size"])
+    save_idled(idled, tmp_path / "idled.safetensors", name, **config)
+    x = images(2, config["img_size"], seed=99)
+    again = repavit_ops.load_checkpoint(tmp_path / "idled.safetensors")
+    assert torch.equal(again(x), idled(x))
+    with pytest.raises(ValueError, match="pass none"):
+        repavit_ops.load_checkpoint(tmp_path / "idled.safetensors", num_heads=3)
+
+
+@torch.no_grad()
+def test_ratio_zero_is_the_original_bit_for_bit(timm):
+    x = images(2, seed=99)
+    for model in (randomise(timm.create_model("vit_base_patch16_224", **VIT)), tiny_vit(**VANILLA)):
+        for allocate in (False, True):
+            assert torch.equal(idle(model, 0, allocate=allocate)(x), model(x))
+
+
+@torch.no_grad()
+def test_a_ratio_per_block_leaves_the_others_alone(timm):
+    model = randomise(timm.create_model("vit_base_patch16_224", **VIT))
+    idled = idle(model, [0, 0.75])
+    assert [block.act_channels for block in idled.idle_report] == [192, 48]
+    assert torch.equal(idled.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert idled.blocks[1].mlp.act_channels == 48
+
+
+@torch.no_grad()
+def test_ratio_one_is_linear_in_the_norm(timm):
+    idled = idle(randomise(timm.create_model("vit_base_patch16_224", **VIT)), 1.0)
+    assert [ffn.act_channels for ffn in ffns(idled)] == [0, 0]
+
+
+@torch.no_grad()
+def test_channels_that_are_linear_anyway_idle_without_loss():
+    """Half of the hidden channels sit where GELU is the identity: these must be the idle ones, and nothing is lost."""
+    model = tiny_vit(**VANILLA).double()
+    generator = torch.Generator().manual_seed(5)
+    for block in model.blocks:
+        linear = torch.randperm(192, generator=generator)[:96]
+        block.mlp.fc1.bias[linear] = 8.0
+    x = images(4, seed=99).double()
+    idled = idle(model, 0.5, ridge=1e-12)
+    assert all(block.loss < 1e-9 for block in idled.idle_report)
+    assert relative(idled(x), model(x)) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_model():
+    model = tiny_vit(**VANILLA)
+    first, again, other = (idle(model, 0.5, tokens_per_image=4, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_batches_of_other_sizes_give_the_same_fit():
+    model, data = tiny_vit(**VANILLA), torch.cat(batches())
+    one, other = (repavit_ops.idle_pretrained(model, data.split(n), 0.5, progress=False) for n in (40, 7))
+    for a, b in zip(one.idle_report, other.idle_report, strict=True):
+        assert a.ridge == b.ridge
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OURS)
+def test_the_walk_gives_what_both_models_compute(name, tmp_path):
+    """Behind each block the original's tokens; in front of its FFN the changed model's, whatever stands between."""
+    model, data = OURS[name](), batches(2, 64 if name == "swin" else 32, of=3)
+    changed, sites = open_blocks(model)
+    with Scratch(tmp_path) as scratch:
+        streams = Streams(scratch, data, data[0])
+        sites = in_call_order(changed, sites, data[0])
+        for index, site in enumerate(sites):
+            walked = list(streams.at(changed, sites, index))
+            for batch, tokens in enumerate(walked):
+                assert relative(tokens.after, _output(model, site.name, data[batch]).flatten(1, -2)) < 1e-5
+                assert relative(tokens.inside, _input(changed, f"{site.name}.mlp", data[batch]).flatten(1, -2)) < 1e-5
+            with torch.no_grad():
+                site.block.mlp = nn.Sequential(site.ffn, nn.Tanh())  # any change will do
+    assert not list(tmp_path.iterdir())
+
+
+def _output(model, name, x):
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: seen.append(output))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
+def _input(model, name, x):
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
+# --- the algebra ------------------------------------------------------------------------------------------------------
+
+
+def fitted(ffn, tokens=600, seed=3, noise=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    x, error = torch.randn(2, 8, tokens // 8, ffn.dim, generator=generator).to(ffn.w_in)
+    after = ffn(x) + noise * error
+    split = empty_split(ffn)
+    split.update(ffn, Tokens(x, after, torch.arange(8) % 4 == 3))
+    return x, after, split
+
+
+@torch.no_grad()
+def test_the_solution_is_that_of_a_direct_least_squares():
+    ffn = vanilla_ffn().double()
+    x, after, split = fitted(ffn)
+    fit = solve_ffn(ffn, split, 10, ridge=1e-9)
+    n = F.layer_norm(x, (12,), eps=1e-6).flatten(0, 1)
+    h = F.gelu(F.linear(n, fit.ffn.w_in, fit.ffn.b_in))
+    features = torch.cat((h, n, torch.ones(len(n), 1)), dim=1)
+    target = (after - x).flatten(0, 1)
+    best = features @ torch.linalg.lstsq(features, target).solution
+    assert relative(fit.ffn(x).flatten(0, 1), x.flatten(0, 1) + best) < 1e-6
+    assert fit.loss == pytest.approx(((best - target).square().sum() / target.square().sum()).item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_elimination_costs_what_a_refit_costs_and_takes_the_cheapest_channel():
+    ffn = vanilla_ffn(hidden=16).double()
+    _, _, split = fitted(ffn)
+    total = split.fitted + split.held_out
+    ridge, prior = torch.full((29,), 1e-6, dtype=torch.float64), original(ffn)
+    path = eliminate(total, 16, 13, ridge, prior)
+    assert [count for count, _ in path.curve] == [16, 15, 14, 13]
+    gone: list[int] = []
+    for channel, (_, cost) in zip(path.removed, path.curve[1:], strict=True):
+        refits = {}
+        for candidate in set(range(16)) - set(gone):
+            kept = torch.tensor([i for i in range(29) if i not in (*gone, candidate)])
+            refits[candidate] = total.loss(total.solve(kept, ridge, prior), kept)
+        assert channel == min(refits, key=refits.__getitem__)
+        assert cost == pytest.approx(refits[channel], rel=1e-4)
+        gone.append(channel)
+    assert sorted([*path.kept.tolist(), *gone]) == list(range(16))
+
+
+@torch.no_grad()
+def test_a_strong_ridge_draws_to_the_original_weights():
+    ffn = vanilla_ffn()
+    fit = solve_ffn(ffn, fitted(ffn)[2], 20, ridge=1e9)
+    for row, out in zip(fit.ffn.w_in, fit.ffn.w_out.T, strict=True):
+        source = (ffn.w_in - row).abs().sum(1).argmin()
+        assert torch.allclose(out, ffn.w_out[:, source], atol=1e-5)
+    assert fit.ffn.w_merged.abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_ridge_is_the_best_on_held_out_images():
+    ffn = vanilla_ffn()
+    _, _, split = fitted(ffn, tokens=80, noise=3.0)  # few and noisy tokens: a weak ridge learns the noise
+    assert solve_ffn(ffn, split, 10, None).ridge >= 1e-1
+    _, _, split = fitted(ffn, tokens=4000, noise=0.0)
+    assert solve_ffn(ffn, split, 10, None).ridge <= 1e-3
+
+
+def test_statistics_do_not_depend_on_how_tokens_arrive():
+    features, targets = torch.randn(10_000, 7), torch.randn(10_000, 3)
+    whole, parts = FitStatistics(7, 3), FitStatistics(7, 3)
+    whole.update(features, targets)
+    for f, y in zip(features.split(777), targets.split(777), strict=True):
+        parts.update(f, y)
+    exact = features.double().T @ features.double()
+    for statistics in (whole, parts):
+        assert statistics.gram.dtype is torch.float64
+        assert relative(statistics.gram, exact) < 1e-5
+        assert statistics.count == 10_000
+
+
+# --- allocation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_goes_to_the_sensitive_block():
+    def curve(weight):
+        return [(m, weight * (1 - m / 100) ** 2) for m in range(100, -1, -1)]
+
+    cheap, dear = Sensitivity(curve(1.0), 1.0), Sensitivity(curve(9.0), 1.0)
+    low, high = within_budget([cheap, dear], [50, 50])
+    assert low + high <= 100
+    assert (low, high) == (10, 90)  # equal slopes: 1 · (1 - .1) = 9 · (1 - .9)
+    twice = within_budget([cheap, dear._replace(macs=2.0)], [50, 50])
+    assert twice[0] + 2 * twice[1] <= 150
+
+
+@torch.no_grad()
+def test_allocation_keeps_the_budget_and_helps():
+    model = tiny_vit(**VANILLA, depth=3)
+    for scale, block in zip((0.1, 3.0, 0.1), model.blocks, strict=True):  # one block matters
+        block.mlp.fc2.weight.mul_(scale)
+    x = images(8, seed=99)
+    even, uneven = idle(model, 0.5), idle(model, 0.5, allocate=True)
+    counts = [block.act_channels for block in uneven.idle_report]
+    assert sum(counts) <= 3 * 96
+    assert counts[1] == max(counts)
+    assert (uneven(x) - model(x)).norm() < 0.9 * (even(x) - model(x)).norm()
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_distilling_brings_the_student_closer_and_leaves_the_teacher(tmp_path):
+    teacher = tiny_vit(**VANILLA)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    student, x = idle(teacher, 1.0), torch.cat(batches())
+    gap = (student(x) - teacher(x)).norm().item()
+    losses = repavit_ops.distill(student, teacher, batches(), steps=60, lr=2e-3, progress=False)
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert (student(x) - teacher(x)).norm() < 0.9 * gap
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_distillation_goes_on_where_it_stopped(tmp_path):
+    teacher, data = tiny_vit(**VANILLA), [images(4)]
+
+    class Stop(Exception):
+        pass
+
+    def interrupted():
+        for _ in range(20):
+            yield images(4)
+        raise Stop
+
+    file = tmp_path / "distill.pt"
+    long = {"steps": 24, "lr": 1e-3, "progress": False}
+    straight, broken = idle(teacher), idle(teacher)
+    repavit_ops.distill(straight, teacher, data, **long)
+    with pytest.raises(Stop):
+        repavit_ops.distill(broken, teacher, interrupted(), checkpoint=file, **long)
+    resumed = idle(teacher)  # another process: only the file is left
+    assert len(repavit_ops.distill(resumed, teacher, data, checkpoint=file, **long)) == 4
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert repavit_ops.distill(resumed, teacher, data, checkpoint=file, **long) == []  # done
+    with pytest.raises(ValueError, match="another training"):
+        repavit_ops.distill(idle(teacher, 0.75), teacher, data, checkpoint=file, **long)
+
+
+def test_distillation_refuses_what_it_cannot_use():
+    teacher = tiny_vit(**VANILLA)
+    student = idle(teacher)
+    with pytest.raises(ValueError, match="exactly one"):
+        repavit_ops.distill(student, teacher, batches())
+    with pytest.raises(ValueError, match="without idled blocks"):
+        repavit_ops.distill(teacher, teacher, batches(), steps=1)
+    with pytest.raises(ValueError, match=r"lacks the student's blocks blocks\.1"):
+        repavit_ops.distill(student, tiny_vit(**VANILLA, depth=1), batches(), steps=1)
+    with pytest.raises(ValueError, match="no batches"):
+        repavit_ops.distill(student, teacher, iter(()), steps=1, progress=False)
+    with pytest.raises(RuntimeError, match="not finite"):
+        repavit_ops.distill(student, teacher, batches(), steps=9, lr=1e30, progress=False)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.5, "1.5 for block 0"),
+        (-0.1, "wanted a share"),
+        (float("nan"), "nan"),
+        ([0.5], "got 1 values"),
+        (True, "True"),
+        ([0.5, "x"], "'x' for block 1"),
+    ],
+)
+def test_ratios_out_of_range_are_refused(ratio, words):
+    with pytest.raises(ValueError, match=words):
+        idle(tiny_vit(**VANILLA), ratio)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "words"),
+    [
+        ([], ValueError, "no batches"),
+        ([{"image": 1}], TypeError, "batch 0: got dict"),
+        ([torch.zeros(3, 32, 32)], ValueError, r"shape \[3, 32, 32\]"),
+        ([torch.zeros(1, 3, 32, 32, dtype=torch.uint8)], ValueError, "torch.uint8"),
+        ([images(2), torch.full((1, 3, 32, 32), float("nan"))], ValueError, "batch 1: got images with NaN"),
+    ],
+)
+def test_loaders_that_give_no_images_are_refused(loader, error, words):
+    with pytest.raises(error, match=words):
+        repavit_ops.idle_pretrained(tiny_vit(**VANILLA), loader, 0.5, progress=False)
+
+
+def test_labels_behind_the_images_are_ignored():
+    model = tiny_vit(**VANILLA)
+    labelled = [(x, torch.zeros(len(x))) for x in batches()]
+    plain, other = idle(model), repavit_ops.idle_pretrained(model, labelled, 0.5, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_base_patch16_clip_quickgelu_224", r"blocks\.0.*QuickGELU"),
+        ("vit_giant_patch14_dinov2", r"blocks\.0.*gated"),
+    ],
+)
+def test_ffns_that_cannot_be_idled_are_named(timm, name, words):
+    with pytest.raises(ValueError, match=words):
+        idle(timm.create_model(name, **VIT).eval())
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="without a block"):
+        idle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU()).eval())
+    with pytest.raises(ValueError, match="without a block"):
+        idle(repavit_ops.reparameterize(tiny_vit()))  # idle already
+    with pytest.raises(RuntimeError, match="training mode"):
+        idle(tiny_vit(**VANILLA).train())
+    broken = tiny_vit(**VANILLA)
+    with torch.no_grad():
+        broken.head.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        idle(broken)
+    shared = tiny_vit(**VANILLA)
+    shared.blocks[1] = shared.blocks[0]
+    with pytest.raises(ValueError, match="exactly once"):
+        idle(shared)
+    with pytest.raises(ValueError, match="one ratio, the budget"):
+        idle(tiny_vit(**VANILLA), [0.5, 0.5], allocate=True)
+
+
+def test_the_core_does_not_import_it():
+    code = (
+        "import sys, repavit_ops; assert not [m for m in sys.modules if m.startswith('repavit_ops.idling')];"
+        "repavit_ops.idle_pretrained; assert 'repavit_ops.idling' in sys.modules; assert not 'timm' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = repavit_ops.no_such_name
