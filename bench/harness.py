@@ -57,10 +57,10 @@ def interleave(
             for _ in range(repeats[name]):
                 call()
             samples[name].append((clock() - start) / repeats[name])
-    return {name: _percentiles(values) for name, values in samples.items()}
+    return {name: percentiles(values) for name, values in samples.items()}
 
 
-def _percentiles(values: list[float]) -> Timing:
+def percentiles(values: list[float]) -> Timing:
     ordered = sorted(values)
     p20, p50, p80 = (ordered[min(len(ordered) - 1, int(len(ordered) * p))] for p in (0.2, 0.5, 0.8))
     return Timing(p20, p50, p80)

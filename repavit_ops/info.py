@@ -63,14 +63,28 @@ def cpu_model() -> str:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability and memory in GiB of each CUDA (or ROCm) device that torch sees."""
+    """Name, capability, memory in GiB of each CUDA (or ROCm) device that torch sees; whether its tiles were tuned."""
     if not torch.cuda.is_available():
         return []
     devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [
-        {"name": d.name, "capability": f"{d.major}.{d.minor}", "memory_gib": round(d.total_memory / 2**30, 1)}
+        {
+            "name": d.name,
+            "capability": f"{d.major}.{d.minor}",
+            "memory_gib": round(d.total_memory / 2**30, 1),
+            "tuned": has_table(d.name),
+        }
         for d in devices
     ]
+
+
+def has_table(gpu: str) -> bool:
+    """Whether there is a table of tiles for a GPU of this name (``repavit-ops tune``); else a rule of thumb holds."""
+    if installed_version("triton") is None:
+        return False
+    from .kernels import tuning
+
+    return any(tuning.table_path(gpu, folder).exists() for folder in tuning.folders())
 
 
 def installed_version(distribution: str) -> str | None:
@@ -96,9 +110,11 @@ def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("cpu level", f"{level}; torch uses {processor['torch_isa']}"),
         ("threads", str(processor["threads"])),
     ]
-    lines += [("gpu", f"{g['name']}, sm {g['capability']}, {g['memory_gib']} GiB") for g in graphics] or [
-        ("gpu", "none")
-    ]
+    for g in graphics:
+        tiles = "tuned tiles" if g["tuned"] else "tiles by rule of thumb: repavit-ops tune NAME..."
+        lines.append(("gpu", f"{g['name']}, sm {g['capability']}, {g['memory_gib']} GiB, {tiles}"))
+    if not graphics:
+        lines.append(("gpu", "none"))
     lines += [(f"backend {name}", reason or "available") for name, reason in info["backends"].items()]
     for name, version in info["extras"].items():
         missing = f"not installed ({EXTRAS[name]}): pip install {DISTRIBUTIONS.get(name, name)}"

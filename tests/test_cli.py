@@ -204,3 +204,23 @@ def test_the_demo_without_its_packages_says_what_to_install(call, monkeypatch):
     status, _, err = call("demo")
     assert status == USAGE
     assert "pip install 'repavit-ops[demo]'" in err
+
+
+def test_info_names_each_gpu_and_says_whether_its_tiles_were_tuned(monkeypatch, tmp_path):
+    import types
+
+    import torch
+
+    from repavit_ops import info
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setenv("REPAVIT_TUNED", str(tmp_path))
+    shown = dict(info.rows(info.collect()))
+    assert shown["backend triton"] == "available"
+    assert shown["gpu"] == "NVIDIA H200, sm 9.0, 140.0 GiB, tiles by rule of thumb: repavit-ops tune NAME..."
+    (tmp_path / "nvidia_h200.json").write_text("{}")
+    assert "tuned tiles" in dict(info.rows(info.collect()))["gpu"]

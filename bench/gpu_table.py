@@ -1,0 +1,126 @@
+"""The results of bench/gpu.py for people: what issue and design ask for, reached or missed, and every ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]  # one JSON line: part, case, seconds {provider: [p20, p50, p80]}, …
+OURS = "repavit_ops"
+
+
+def p50(row: Row, provider: str) -> float | None:
+    times = row["seconds"].get(provider)
+    return None if times is None else times[1]
+
+
+def ratio(row: Row, *peers: str) -> float | None:
+    """Time of the fastest of these peers over ours; None where one of the two is missing."""
+    ours, theirs = p50(row, OURS), [t for peer in peers if (t := p50(row, peer)) is not None]
+    return min(theirs) / ours if ours and theirs else None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One number to reach: ``measure`` of the case's row (and the ceilings) ≥ ``wanted``."""
+
+    text: str
+    case: str
+    wanted: float
+    measure: Callable[[Row, Row], float | None]
+
+
+def _against(*peers: str) -> Callable[[Row, Row], float | None]:
+    return lambda row, ceilings: ratio(row, *peers)
+
+
+def _share_of_product(row: Row, ceilings: Row) -> float | None:
+    ours, peak = p50(row, OURS), ceilings.get("product_flops")
+    return row["flop"] / ours / peak if ours and peak else None
+
+
+GAINS = {  # the authors' speed-ups over vanilla
+    **{"deit_tiny": 1.165, "deit_small": 1.23, "deit_base": 1.578, "vit_large": 1.668, "vit_huge": 1.687},
+    **{"swin_tiny": 1.269, "swin_small": 1.331, "swin_base": 1.432},
+}
+MERGED = {"deit_tiny": 1.1, "deit_small": 1.1, "deit_base": 1.1, "swin_tiny": 1.3}
+
+
+def _ffn(c: int, wanted: float) -> Goal:
+    peers = _against("eager", "compile", "max_autotune", "addmm")
+    return Goal("FFN / best peer", f"ffn C{c} batch 128", wanted, peers)
+
+
+def _fused(over: str, name: str, batch: int, wanted: float, *peers: str) -> Goal:
+    return Goal(f"fused / {over} compiled", f"{name} batch {batch} {over} compiled", wanted, _against(*peers))
+
+
+GOALS = (
+    *(_ffn(c, 1.15) for c in (192, 384)),
+    *(_ffn(c, 1.05) for c in (768, 1024, 1280)),
+    *(Goal("FFN / product rate", f"ffn C{c} batch 128", 0.75, _share_of_product) for c in (1024, 1280)),
+    Goal("attention / best SDPA", "attention 197x64 heads 12 batch 128", 1.2, _against("sdpa", "flash", "cudnn")),
+    Goal("windows / SDPA with bias", "windows 56x56x96 batch 128", 2.0, _against("sdpa")),
+    *(_fused("merged", name, 128, wanted, "merged_max_autotune") for name, wanted in MERGED.items()),
+    *(_fused("merged", name, 1, 1.3, "merged_compile", "merged_max_autotune") for name in ("deit_tiny", "deit_small")),
+    *(_fused("vanilla", name, 128, gain, "vanilla_max_autotune") for name, gain in GAINS.items()),
+)
+
+
+def verdicts(rows: Iterable[Row]) -> list[tuple[Goal, float | None]]:
+    """Every goal with what was measured; None where it was not."""
+    rows = list(rows)
+    ceilings = next((row for row in reversed(rows) if row["part"] == "ceilings"), {})
+    by_case = {row["case"]: row for row in rows if "seconds" in row}
+    return [(goal, goal.measure(by_case[goal.case], ceilings) if goal.case in by_case else None) for goal in GOALS]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The whole report."""
+    head = rows[0] if rows else {}
+    lines = [f"# {head.get('device', 'no results')}", ""]
+    lines += [f"torch {head.get('torch')}, triton {head.get('triton')}, {head.get('date')}; bf16, medians.", ""]
+    lines += _checks(rows) + _goals(rows)
+    for part, title in (("ops", "Operators"), ("models", "Whole models")):
+        lines += _cases(title, [row for row in rows if row["part"] == part and "seconds" in row])
+    failed = [row for row in rows if "error" in row]
+    lines += ["## Failed", ""] + [f"- {row['case']}: {row['error']}" for row in failed] if failed else []
+    return "\n".join(lines) + "\n"
+
+
+def _checks(rows: list[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["part"] == "check":
+            lines += [f"- {row['case']}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"]
+            lines += [f"  - {name}" for name in row["failures"]]
+        if row["part"] == "ceilings":
+            lines += [
+                f"- bf16 product {row['product_flops'] / 1e12:.0f} TFLOP/s, copy "
+                f"{row['copy_bytes_per_second'] / 1e12:.2f} TB/s, {row['node_seconds'] * 1e6:.2f} µs per graph node"
+            ]
+    return [*lines, ""]
+
+
+def _goals(rows: list[Row]) -> list[str]:
+    lines = ["## Must reach", "", "| what | case | wanted | measured | |", "|---|---|---|---|---|"]
+    for goal, value in verdicts(rows):
+        verdict = "not measured" if value is None else "pass" if value >= goal.wanted else "MISS"
+        measured = "" if value is None else f"{value:.3f}"
+        lines.append(f"| {goal.text} | {goal.case} | ≥ {goal.wanted:g} | {measured} | {verdict} |")
+    return [*lines, ""]
+
+
+def _cases(title: str, rows: list[Row]) -> list[str]:
+    """Ours in µs with its rates, then each peer's time over ours."""
+    if not rows:
+        return []
+    lines = [f"## {title}", "", "| case | ours µs (p20-p80) | TFLOP/s | GB/s | peer / ours |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, middle, high = (1e6 * t for t in row["seconds"][OURS])
+        rate = f"{row['flop'] / middle / 1e6:.0f}" if row.get("flop") else ""
+        moved = f"{row['bytes'] / middle / 1e3:.0f}" if row.get("bytes") else ""
+        peers = ", ".join(f"{name} {ratio(row, name):.2f}" for name in row["seconds"] if name != OURS)
+        lines.append(f"| {row['case']} | {middle:.1f} ({low:.1f}-{high:.1f}) | {rate} | {moved} | {peers} |")
+    return [*lines, ""]
