@@ -3,7 +3,7 @@
     python examples/idle/photos.py fetch FOLDER     # once: the calibration extras, out of Debian's packages
 
 Test photos are among the 22 that scikit-image, scikit-learn and matplotlib install. Calibration takes the other 12 and
-68 of Debian's free photographs (wallpapers, OpenCV's samples), which need apt and dpkg-deb but no root.
+228 free pictures of Debian's (wallpapers, OpenCV's samples and its manual), which need apt and dpkg-deb but no root.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fetch(folder: Path) -> None:
 def calibration_crops(split: int, extras: Path, seed: int | None = None) -> Tensor:
     """Normalised crops [N, 3, 224, 224] by the protocol's seed or another: round by round one of every photo.
 
-    Photos are 80, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
+    Photos are 240, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
     """
     test = PROTOCOL["splits"][split]["test"]
     paths = [path for path in _installed() if path.name not in test]
@@ -80,7 +80,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _random_crops(photo: Image.Image, seed: str) -> list[np.ndarray]:
-    """Crops of random area, aspect and place, mirrored or not; the same in every split."""
+    """Crops of random area, aspect and place, mirrored or grey or not; the same in every split."""
     recipe: dict[str, Any] = PROTOCOL["calibration"]
     rng = random.Random(seed)
     crops: list[np.ndarray] = []
@@ -91,8 +91,13 @@ def _random_crops(photo: Image.Image, seed: str) -> list[np.ndarray]:
         if width <= photo.width and height <= photo.height:
             x, y = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
             crop = _resized(photo, (x, y, x + width, y + height))
-            crops.append(crop[:, ::-1] if rng.random() < recipe["flip"] else crop)
+            crop = crop[:, ::-1] if rng.random() < recipe["flip"] else crop
+            crops.append(_grey(crop) if rng.random() < recipe["grey"] else crop)
     return crops
+
+
+def _grey(crop: np.ndarray) -> np.ndarray:
+    return np.repeat(crop.mean(axis=2, keepdims=True).astype(crop.dtype), 3, axis=2)
 
 
 def _fixed_crops(photo: Image.Image) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ class Sensitivity(NamedTuple):
 def within_budget(sensitivities: list[Sensitivity], keep: list[int]) -> list[int]:
     """m of every block: the least sum of errors whose MACs do not exceed those of ``keep``.
 
-    Every block takes the m of its curve with the least ``error + λ · MACs``; λ is halved in on until the budget holds.
+    Every block takes the m of its curve with the least ``error + λ · MACs``; λ is found by bisection.
     """
     budget = sum(s.macs * m for s, m in zip(sensitivities, keep, strict=True))
 
