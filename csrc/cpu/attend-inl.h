@@ -16,6 +16,8 @@ namespace repavit {
 namespace REPAVIT_ISA {
 
 constexpr ptrdiff_t kSinglePassKeys = 512, kOnlineKeys = 256;
+// Queries at a time. Narrow register tiles share each panel of keys and values that comes from L2 among several.
+constexpr int kAttendRows = REPAVIT_ISA_LEVEL < 2 ? 4 * kTileRows : kTileRows;
 
 REPAVIT_INLINE ptrdiff_t keys_per_block(ptrdiff_t tokens) {
   return tokens <= kSinglePassKeys ? tokens : kOnlineKeys;
@@ -163,19 +165,19 @@ struct AttendScratch {
     score_stride = scratch_stride<A>(keys);
     weight_stride = sizeof(E) == sizeof(A) ? score_stride : scratch_stride<E>(keys);
     partial_stride = scratch_stride<A>(d_v);
-    q = carver.take<E>(kTileRows * q_stride);
-    scores = carver.take<A>(kTileRows * score_stride);
+    q = carver.take<E>(kAttendRows * q_stride);
+    scores = carver.take<A>(kAttendRows * score_stride);
     if constexpr (sizeof(E) == sizeof(A)) {
       weights = reinterpret_cast<E*>(scores);
     } else {
-      weights = carver.take<E>(kTileRows * weight_stride);
+      weights = carver.take<E>(kAttendRows * weight_stride);
     }
-    bias = raw_bias ? carver.take<A>(kTileRows * score_stride) : nullptr;
-    partial = keys < tokens ? carver.take<A>(kTileRows * partial_stride) : nullptr;
-    most = carver.take<A>(kTileRows);
-    sum = carver.take<A>(kTileRows);
-    factor = carver.take<A>(kTileRows);
-    lane_sums = carver.take<A>(kTileRows * Simd<A>::kLanes);
+    bias = raw_bias ? carver.take<A>(kAttendRows * score_stride) : nullptr;
+    partial = keys < tokens ? carver.take<A>(kAttendRows * partial_stride) : nullptr;
+    most = carver.take<A>(kAttendRows);
+    sum = carver.take<A>(kAttendRows);
+    factor = carver.take<A>(kAttendRows);
+    lane_sums = carver.take<A>(kAttendRows * Simd<A>::kLanes);
   }
 };
 
@@ -196,7 +198,7 @@ REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t
   using A = Accumulator<E>;
   using S = Simd<A>;
   const int vectors = static_cast<int>((keys + S::kLanes - 1) / S::kLanes);
-  A offsets[kTileRows], before[kTileRows];
+  A offsets[kAttendRows], before[kAttendRows];
   for (ptrdiff_t r = 0; r < rows; ++r) {
     A most = greatest(s.scores + r * s.score_stride, vectors);
     if (!fresh && s.most[r] > most) most = s.most[r];
@@ -220,7 +222,7 @@ REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t
   }
 }
 
-// One tile: the first `rows` of q, bias and out, rows <= kTileRows.
+// One tile: the first `rows` of q, bias and out, rows <= kAttendRows.
 template <class T, class O, class E>
 void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
                  const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& s) {
@@ -247,9 +249,9 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
       table = s.bias;
       table_stride = s.score_stride;
     }
+    const A* mask = bias.mask != nullptr ? bias.mask + key : nullptr;
     gemm_direct(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
-         ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride,
-                            bias.mask != nullptr ? bias.mask + key : nullptr, unit});
+                ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, mask, unit});
     softmax_block(s, rows, keys, rest, key == 0);
 
     if (s.partial == nullptr) {
@@ -257,7 +259,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
     }
     const Rows<E> weights{s.weights, s.weight_stride, keys};
     gemm_direct(&weights, 1, rows, head.values + key * kPanelColumns, head.value_stride(), head.d_v,
-         WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0});
+                WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0});
   }
   if (s.partial == nullptr) return;
 
@@ -278,7 +280,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
 template <class T, class O, class E>
 void attend(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
             const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& scratch) {
-  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const ptrdiff_t tiles = (rows + kAttendRows - 1) / kAttendRows;
   for (ptrdiff_t t = 0; t < tiles; ++t) {
     const ptrdiff_t first = rows * t / tiles, last = rows * (t + 1) / tiles;
     attend_tile(head, q.from(first), last - first, unit, bias.from(first), out.from(first), scratch);

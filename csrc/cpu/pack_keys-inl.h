@@ -70,6 +70,36 @@ REPAVIT_INLINE ptrdiff_t transpose_16_rows(const E* const (&rows)[kKeysAtOnce], 
   return k;
 }
 
+#elif REPAVIT_ISA_LEVEL == 1
+
+// The same of floats, 8 rows to a register's lanes; doubles are left to pack_column.
+template <class E>
+REPAVIT_INLINE ptrdiff_t transpose_16_rows(const E* const (&rows)[kKeysAtOnce], ptrdiff_t depth, E* columns) {
+  ptrdiff_t k = 0;
+  if constexpr (IsSame<E, float>::value) {
+    for (; k + 4 <= depth; k += 4) {
+      REPAVIT_UNROLL
+      for (int first = 0; first < kKeysAtOnce; first += 8) {
+        __m256 a[4];
+        REPAVIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[first + i] + k)),
+                                      _mm_loadu_ps(rows[first + i + 4] + k), 1);
+        }
+        const auto pd = [](__m256 v) __attribute__((always_inline)) { return _mm256_castps_pd(v); };
+        const __m256d low01 = pd(_mm256_unpacklo_ps(a[0], a[1])), low23 = pd(_mm256_unpacklo_ps(a[2], a[3]));
+        const __m256d high01 = pd(_mm256_unpackhi_ps(a[0], a[1])), high23 = pd(_mm256_unpackhi_ps(a[2], a[3]));
+        const __m256d units[4] = {_mm256_unpacklo_pd(low01, low23), _mm256_unpackhi_pd(low01, low23),
+                                  _mm256_unpacklo_pd(high01, high23), _mm256_unpackhi_pd(high01, high23)};
+        float* out = columns + k * kPanelColumns + first;
+        REPAVIT_UNROLL
+        for (int u = 0; u < 4; ++u) _mm256_storeu_ps(out + u * kPanelColumns, _mm256_castpd_ps(units[u]));
+      }
+    }
+  }
+  return k;
+}
+
 #else
 
 template <class E>

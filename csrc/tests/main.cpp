@@ -3,7 +3,9 @@
 //   driver [thorough]     exit status 1 if anything failed
 #include <stdexcept>
 
+#include "test_fused_blocks.h"
 #include "test_partial_gelu_ffn.h"
+#include "test_patch_projection.h"
 #include "test_rep_attention.h"
 
 namespace {
@@ -25,6 +27,14 @@ void test_level_choice() {
   expect(refused, "an unknown level is refused", "dispatch");
 }
 
+template <class T>
+void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const char* level, bool thorough) {
+  driver::test_ffn<T>(kernels, dtype, level, thorough);
+  driver::test_attention<T>(kernels, dtype, level, thorough);
+  driver::test_patches<T>(kernels, dtype, level);
+  driver::test_stack<T>(kernels, dtype, level);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -34,14 +44,10 @@ int main(int argc, char** argv) {
     const repavit::Kernels kernels = repavit::kernels_at(level);
     const char* name = repavit::isa_name(level);
     driver::test_gelu(kernels, name);
-    driver::test_ffn<float>(kernels, repavit::kFloat32, name, thorough);
-    driver::test_ffn<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
-    driver::test_ffn<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
-    driver::test_ffn<double>(kernels, repavit::kFloat64, name, thorough);
-    driver::test_attention<float>(kernels, repavit::kFloat32, name, thorough);
-    driver::test_attention<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
-    driver::test_attention<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
-    driver::test_attention<double>(kernels, repavit::kFloat64, name, thorough);
+    test_operators<float>(kernels, repavit::kFloat32, name, thorough);
+    test_operators<repavit::bf16>(kernels, repavit::kBFloat16, name, thorough);
+    test_operators<repavit::fp16>(kernels, repavit::kFloat16, name, thorough);
+    test_operators<double>(kernels, repavit::kFloat64, name, thorough);
     std::printf("%s: %d checks, %d failures\n", name, driver::checks, driver::failures);
   }
   return driver::failures ? 1 : 0;
