@@ -2,7 +2,8 @@
 
 Every family with the method's weights (merged: peers get the merged model too) and vanilla (no retraining), batch 1, 8
 and 32, float32 and bfloat16, 224 pixels. Peers: PyTorch eager, torch.compile with frozen weights, and an ONNX export of
-the same model in OpenVINO and, in float32, ONNX Runtime.
+the same model in OpenVINO and, in float32, ONNX Runtime; ``--peers openvino`` leaves others out (max-autotune takes
+minutes).
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
     return file.getvalue()
 
 
-def providers(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, peers.Call]:
-    """Ours and every peer on the same model; images are in ``dtype``."""
+def providers(model: nn.Module, x: Tensor, dtype: torch.dtype, wanted: tuple[str, ...]) -> dict[str, peers.Call]:
+    """Ours and every wanted peer on the same model; images are in ``dtype``."""
     own = repavit_ops.fuse(model, dtype=dtype)
     cast = model if dtype == torch.float32 else repavit_ops.reparameterize(model).to(dtype)
-    calls: dict[str, peers.Call | None] = {
-        "repavit_ops": lambda: own(x),
-        "eager": lambda: cast(x),
-        "compile": peers.compiled_module(cast, x),
-    }
-    if importlib.util.find_spec("onnxscript") is not None:
-        graph = onnx_bytes(model, x.float())
-        calls["openvino"] = peers.openvino(graph, x, dtype)
-        if dtype == torch.float32:
+    float32 = x.float()
+    calls: dict[str, peers.Call | None] = {"repavit_ops": lambda: own(x), "eager": lambda: cast(x)}
+    if dtype != torch.float32:
+        calls["eager float32"] = lambda: model(float32)
+    if "compile" in wanted:
+        calls["compile"] = peers.compiled_module(cast, x)
+    if importlib.util.find_spec("onnxscript") is not None and {"openvino", "onnxruntime"} & {*wanted}:
+        graph = onnx_bytes(model, float32)
+        if "openvino" in wanted:
+            calls["openvino"] = peers.openvino(graph, x, dtype)
+        if "onnxruntime" in wanted and dtype == torch.float32:
             calls["onnxruntime"] = peers.onnx_runtime(graph, x)
-        else:
-            calls["eager float32"] = lambda: model(x.float())
     return {name: call for name, call in calls.items() if call is not None}
 
 
@@ -76,10 +77,10 @@ def providers(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, peer
 @pytest.mark.parametrize("weights", PREFIXES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_model(benchmark, report, family, weights, batch, dtype):
+def test_model(benchmark, report, wanted_peers, family, weights, batch, dtype):
     model = eager_model(family, weights)
     x = torch.randn(batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1)).to(dtype)
-    calls = providers(model, x, dtype)
+    calls = providers(model, x, dtype, wanted_peers)
     some = x[:CHECKED]
     truth = repavit_ops.reparameterize(model).double()(some.double())
     plain = calls["eager"]()[:CHECKED]

@@ -2,8 +2,8 @@
 
 Three things are timed: the core alone (softmax(q kᵀ) v on given q, k, v) against torch SDPA; the window core with bias
 and shift mask against SDPA, which gets the mask added up and the map partitioned; and the whole block (norm, q k v,
-attention, projection, residual) against eager, torch.compile, ONNX Runtime and OpenVINO, the latter two from an export
-with explicit products.
+attention, projection, residual) against eager, torch.compile, ONNX Runtime and OpenVINO: the latter two from an export
+with explicit products, OpenVINO from one with SDPA as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, interleave
+from harness import check, interleave, peak_provider, split_peak
 from torch import Tensor
 
 from repavit_ops import ops, reference
@@ -38,7 +38,7 @@ def record(
     benchmark: Any, report: Any, calls: dict[str, peers.Call], case: str, dtype: torch.dtype, flop: float
 ) -> None:
     """Time what has been checked, ratios to every peer."""
-    times = interleave(calls, seconds=2.0)
+    times, peak = split_peak(interleave(calls | peak_provider(dtype), seconds=2.0), dtype)
     benchmark.pedantic(calls["repavit_ops"], rounds=10, warmup_rounds=2)
     ours = times["repavit_ops"].p50
     ratios = {name: t.p50 / ours for name, t in times.items() if name != "repavit_ops"}
@@ -48,6 +48,7 @@ def record(
         ratio=min(ratios.values()),
         ratios=ratios,
         gflops=flop / ours / 1e9,
+        share_of_peak=None if peak is None else flop / ours / peak,
         seconds={name: [t.p20, t.p50, t.p80] for name, t in times.items()},
     )
     benchmark.extra_info.update(ratios)
@@ -97,6 +98,23 @@ def test_window_core(benchmark, report, size, c, batch, dtype):
     check("repavit_ops", calls["repavit_ops"](), eager, truth)
     flop = 4 * q.shape[0] * heads * tokens**2 * WINDOW_HEAD
     record(benchmark, report, calls, f"windows {size}x{size}x{c} batch {batch}", dtype, flop)
+
+
+class SdpaBlock(torch.nn.Module):
+    """The block in float32 PyTorch with one SDPA, as a converter likes it."""
+
+    def __init__(self, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        for name, t in (("w_qkv", w_qkv), ("b_qkv", b_qkv), ("w_proj", w_proj), ("b_proj", b_proj)):
+            self.register_buffer(name, t.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, c = x.shape
+        qkv = F.linear(F.layer_norm(x, (c,), eps=1e-6), self.w_qkv, self.b_qkv)
+        q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, c)
+        return x + F.linear(o, self.w_proj, self.b_proj)
 
 
 def onnx_block(w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, tokens: int, heads: int) -> bytes:
@@ -165,6 +183,7 @@ def test_block(benchmark, report, c, batch, dtype):
         if importlib.util.find_spec("onnx") is not None:
             graph = onnx_block(*weights, tokens=TOKENS, heads=heads)
             calls["openvino"] = peers.openvino(graph, x, dtype)
+            calls["openvino sdpa"] = peers.openvino(SdpaBlock(*weights, heads=heads), x, dtype)
             if dtype == torch.float32:
                 calls["onnxruntime"] = peers.onnx_runtime(graph, x)
         present = {name: call for name, call in calls.items() if call is not None}

@@ -9,12 +9,19 @@ import pytest
 import torch
 from harness import append_result
 
+PEERS = ("compile", "openvino", "onnxruntime")
 ROWS: list[dict] = []
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=None, help="append one JSON line per case to this file")
     parser.addoption("--threads", type=int, default=None, help="threads of every provider (default: torch's)")
+    parser.addoption("--peers", nargs="+", choices=PEERS, default=PEERS, help="peers of whole models, beside eager")
+
+
+@pytest.fixture
+def wanted_peers(request):
+    return tuple(request.config.getoption("--peers"))
 
 
 @pytest.fixture(scope="session", autouse=True)

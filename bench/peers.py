@@ -58,8 +58,8 @@ def onnx_runtime(model: bytes, x: Tensor) -> Call | None:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def openvino(model: bytes, x: Tensor, dtype: torch.dtype) -> Call | None:
-    """OpenVINO with its inference precision set to ``dtype``; None where it is not installed."""
+def openvino(model: bytes | torch.nn.Module, x: Tensor, dtype: torch.dtype) -> Call | None:
+    """OpenVINO with its inference precision set to ``dtype``, from ONNX or PyTorch; None where it is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return None
     import openvino as ov
@@ -72,7 +72,7 @@ def openvino(model: bytes, x: Tensor, dtype: torch.dtype) -> Call | None:
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = ov.Core()
-    network = core.read_model(model)
+    network = core.read_model(model) if isinstance(model, bytes) else ov.convert_model(model, example_input=x.float())
     network.reshape(list(x.shape))
     request = core.compile_model(network, "CPU", config).create_infer_request()
     tensor = ov.Tensor(np.ascontiguousarray(x.float().numpy()))
