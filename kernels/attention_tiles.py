@@ -116,7 +116,12 @@ def _largest(chip: Chip, dtype: torch.dtype, attention: Attention) -> AttentionT
         return AttentionTile(queries, stages=2, group=8) if tokens <= 64 else AttentionTile(queries, keys=64, stages=2)
     if attention.biased:  # loaded element by element: many addresses
         return AttentionTile(queries, keys=32, warps=8)
-    at_once = AT_ONCE if chip.backend != "cuda" or int(chip.arch) >= 90 else AT_ONCE_IN_REGISTERS
-    if columns <= 64 and tokens <= at_once:
+    if fits_at_once(chip, dtype, tokens, columns):
         return AttentionTile(queries)
     return AttentionTile(queries, keys=64, stages=2)
+
+
+def fits_at_once(chip: Chip, dtype: torch.dtype, tokens: int, columns: int) -> bool:
+    """Whether all scores of a tile of queries stand in registers without spills: heads of this many columns."""
+    from_memory = chip.backend != "cuda" or int(chip.arch) >= 90
+    return dtype != torch.float32 and columns <= 64 and tokens <= (AT_ONCE if from_memory else AT_ONCE_IN_REGISTERS)

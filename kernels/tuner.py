@@ -30,8 +30,8 @@ from triton.testing import do_bench_cudagraph
 
 from . import tuning
 from .attention import attention, window_attention
-from .attention_tiles import AT_ONCE, AttentionTile
 from .attention_tiles import VENDOR as PYTORCH
+from .attention_tiles import AttentionTile, fits_at_once
 from .chips import Chip, chip_of
 from .linear import linear
 from .on_chip_ffn import on_chip_ffn
@@ -59,6 +59,16 @@ ON_CHIP = (
     *(OnChip(128, 64, 64, 8, 3), OnChip(128, 64, 64, 8, 2), OnChip(128, 32, 64, 8, 3), OnChip(128, 32, 64, 8, 2)),
     *(OnChip(64, 64, 64, 8, 2), OnChip(64, 32, 64, 8, 3), OnChip(64, 32, 64, 8, 2), OnChip(64, 32, 64, 4, 3)),
     *(OnChip(64, 64, 64, 4, 2), OnChip(32, 32, 64, 4, 3), OnChip(32, 64, 64, 4, 2), OnChip(16, 64, 64, 4, 2)),
+)
+ATTENTION = (
+    *(AttentionTile(16), AttentionTile(32), AttentionTile(64), AttentionTile(64, warps=8), AttentionTile(128, warps=8)),
+    *(AttentionTile(16, keys=64, stages=2), AttentionTile(32, keys=64, stages=2), AttentionTile(64, keys=32, stages=2)),
+    *(AttentionTile(64, keys=64, stages=2), AttentionTile(64, keys=128, stages=2)),
+    *(AttentionTile(128, keys=64, warps=8, stages=2), AttentionTile(128, keys=128, warps=8, stages=2)),
+)
+FLOAT_ATTENTION = (
+    *(AttentionTile(16, keys=16), AttentionTile(32, keys=16), AttentionTile(32, keys=32, stages=2)),
+    *(AttentionTile(64, keys=16, warps=8), AttentionTile(64, keys=32, warps=8, stages=2)),
 )
 
 
@@ -200,23 +210,28 @@ def _on_chip_tiles(chip: Chip, product: Product) -> list[OnChip]:
 
 
 def _attention_tiles(chip: Chip, product: Product) -> list[AttentionTile]:
-    """Queries, warps and keys that do not exceed the tokens by more than one doubling; fp32 in smaller tiles."""
+    """At once where that fits the registers; online where there are several steps, long ones on sm_90 alone."""
     single = product.dtype == torch.float32
-    queries = [q for q in ((16, 32, 64) if single else (16, 32, 64, 128)) if q < 2 * max(product.n, 16)]
-    steps = [keys for keys in ((16, 32) if single else (32, 64, 128)) if keys < 2 * max(product.n, 32)]
-    at_once = [] if single or product.n > AT_ONCE else [AttentionTile(q, warps=w) for q in queries for w in (4, 8)]
-    online = [AttentionTile(q, keys=k, warps=w, stages=2) for q in queries for k in steps for w in (4, 8)]
-    tiles = [*at_once, *online]
-    return [tile for tile in tiles if tile.warps == 4 or tile.queries >= (32 if single else 128)]
+    at_once = fits_at_once(chip, product.dtype, product.n, product.k)
+    longest = 128 if chip.arch == 90 else 64
+    return [
+        tile
+        for tile in (FLOAT_ATTENTION if single else ATTENTION)
+        if tile.queries < 2 * max(product.n, 16)
+        and (tile.keys < product.n and tile.keys <= longest if tile.keys else at_once)
+    ]
 
 
 def _attention_variants(chip: Chip, product: Product, tile: AttentionTile) -> list[AttentionTile]:
     """A tile for the queries left over, several windows per program, other pipelines."""
-    tails = [replace(tile, tail=True)] if replace(tile, tail=True).queries_of_tail(product.n) and not tile.keys else []
-    stages = [replace(tile, stages=stages) for stages in (1, 3)] if tile.keys else []
-    many = product.kind == "window_attention" and not tile.keys
-    groups = [replace(tile, group=g, stages=s) for g in (2, 4, 8, 16) for s in (1, 2)] if many else []
-    return [*tails, *stages, *(group for group in groups if product.m >= group.group * chip.processors)]
+    if tile.keys:
+        return [] if product.dtype == torch.float32 else [replace(tile, stages=3)]
+    tail = replace(tile, tail=True)  # two forms of a larger tile in one kernel would not fit its registers
+    tails = [tail] if tile.queries < 64 and tail.queries_of_tail(product.n) else []
+    if product.kind != "window_attention":
+        return tails
+    groups = [replace(tile, group=group, stages=stages) for group in (2, 4, 8, 16) for stages in (1, 2)]
+    return [*tails, *(group for group in groups if product.m >= group.group * chip.processors)]
 
 
 def _differing(config: Config | OnChip | AttentionTile) -> Entry:

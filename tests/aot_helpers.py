@@ -28,14 +28,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def compiled(chip: str, call: Callable[[], object]) -> dict[str, Resources]:
-    """Kernel name → resources of all that ``call`` launches on ``chip``, within its memory and without spills."""
+def compiled(chip: str, call: Callable[[], object], spills: int = 0) -> dict[str, Resources]:
+    """Kernel name → resources of all that ``call`` launches on ``chip``, within its memory and ``spills``."""
     with compiling_for(KNOWN[chip]) as launches:
         call()
     found = {kernel.name: resources(kernel) for kernel in launches}
     for name, taken in found.items():
         assert taken.shared <= KNOWN[chip].shared_memory, f"{name}: {taken.shared} bytes of shared memory"
-        assert taken.spills == 0, f"{name}: {taken.spills} spilled, {taken.registers} registers"
+        assert taken.spills <= spills, f"{name}: {taken.spills} spilled, {taken.registers} registers"
     return found
 
 

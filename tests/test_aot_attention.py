@@ -11,6 +11,7 @@ from repavit_ops.kernels.attention import attention, window_attention
 from repavit_ops.kernels.chips import KNOWN
 
 BF16, FP32 = torch.bfloat16, torch.float32
+A_FEW_BYTES = {BF16: 0, FP32: 16}  # that one register too few costs in exact products, at some widths
 every_dtype = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 
 
@@ -60,7 +61,7 @@ CASES = {
 @every_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_other_shapes(case, dtype, chip):
-    compiled(chip, lambda: CASES[case](dtype))
+    compiled(chip, lambda: CASES[case](dtype), A_FEW_BYTES[dtype])
 
 
 PRODUCTS = [("attention", 197, 64), ("attention", 197, 80), ("window_attention", 49, 32)]

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from repavit_ops.kernels import tuning
+from repavit_ops.kernels import tuner, tuning
 from repavit_ops.kernels.attention_tiles import VENDOR, Attention, AttentionTile, choose, chunks, pieces
 from repavit_ops.kernels.chips import KNOWN
 
@@ -94,3 +94,17 @@ def test_tables_do_not_speak_of_other_attention(table):
     table(("attention", 1536, 197, 64, {"vendor": True}))
     assert not choose(H200, BF16, images(128, 197, 12, 64, biased=True)).vendor
     assert not choose(H200, BF16, Attention(128, 197, 12, 64, 32, False, False)).vendor
+
+
+@pytest.mark.parametrize("chip", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize(("kind", "tokens", "width"), [("attention", 197, 64), ("window_attention", 49, 32)])
+def test_the_tuner_has_choices_that_differ(kind, tokens, width, chip):
+    for dtype in (BF16, torch.float32):
+        product = tuner.Product(kind, dtype, 6144, tokens, width)
+        tiles = tuner.KINDS[kind].choices(chip, product)
+        everything = tiles + [v for tile in tiles for v in tuner.KINDS[kind].variants(chip, product, tile)]
+        assert len(tiles) >= 3
+        assert all(tile.keys < tokens for tile in everything)
+        assert all(tile.keys for tile in tiles) == (dtype == torch.float32 or (tokens == 197 and chip.arch in (80, 89)))
+        if kind == "window_attention" and dtype == BF16:
+            assert max(tile.group for tile in everything) == 16

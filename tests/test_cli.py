@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from model_helpers import images, tiny_vit
 from typer.testing import CliRunner
 
-from repavit_ops import load_checkpoint, reparameterize, save_checkpoint
+from repavit_ops import info, load_checkpoint, reparameterize, save_checkpoint
 from repavit_ops.cli import app, junit_xml
 from repavit_ops.verification import Comparison, VerificationReport
 
@@ -207,12 +208,6 @@ def test_the_demo_without_its_packages_says_what_to_install(call, monkeypatch):
 
 
 def test_info_names_each_gpu_and_says_whether_its_tiles_were_tuned(monkeypatch, tmp_path):
-    import types
-
-    import torch
-
-    from repavit_ops import info
-
     pytest.importorskip("triton", reason="triton is not installed")
     device = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

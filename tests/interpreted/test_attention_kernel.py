@@ -24,7 +24,7 @@ SHAPES = {  # images, tokens, heads, d_qk, d_v
     "primes": (3, 13, 2, 7, 5),
     "exact": (1, 32, 2, 16, 16),
     "tail_of_one": (1, 33, 1, 16, 32),
-    "chunks_of_keys": (1, 150, 1, 16, 16),
+    "chunks_of_keys": (1, 133, 1, 16, 16),
     "head_of_80": (1, 21, 2, 80, 80),
     "wide_keys": (2, 37, 1, 72, 24),
 }

@@ -10,6 +10,7 @@ import torch
 from repavit_ops.kernels import linear as linear_module
 from repavit_ops.kernels import partial_gelu_ffn as ffn
 from repavit_ops.kernels import tuner, tuning
+from repavit_ops.kernels.attention_tiles import VENDOR, Attention, AttentionTile, choose
 from repavit_ops.kernels.chips import INTERPRETER, KNOWN
 from repavit_ops.kernels.tuning import Config, OnChip, Product
 
@@ -143,3 +144,16 @@ def test_every_candidate_fits_the_chip_it_is_for():
                 choices = tuner.KINDS["linear"].choices(chip, Product("linear", dtype, m, 768, 768))
                 assert choices
                 assert all(c.shared_memory(dtype.itemsize) <= chip.shared_memory for c in choices)
+
+
+@pytest.mark.parametrize("kind", ["attention", "window_attention"])
+@pytest.mark.parametrize("favourite", [AttentionTile(32, warps=1), None], ids=["ours", "pytorch"])
+def test_attention_is_tuned_against_pytorchs_own(folder, monkeypatch, favourite, kind):
+    tiles = [AttentionTile(16, warps=1), AttentionTile(32, warps=1)]
+    monkeypatch.setitem(tuner.KINDS, kind, tuner.replace(tuner.KINDS[kind], choices=lambda chip, product: tiles))
+    product, windows = Product(kind, torch.float16, 4, 25, 16), kind == "window_attention"
+    timer = timer_that_prefers(monkeypatch, favourite)
+    (measured,) = tuner.tune([product], CPU, folder, timer=timer)
+    assert (measured.ours < measured.theirs) == (favourite is not None)
+    chosen = choose(INTERPRETER, torch.float16, Attention(2, 25, 2, 16, 16, biased=windows, windows=windows))
+    assert chosen == (favourite or VENDOR)
