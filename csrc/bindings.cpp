@@ -143,6 +143,8 @@ int64_t product_peak(const Tensor& like, int64_t iterations) {
 
 int64_t cpu_isa() { return repavit::isa_level(); }
 
+int64_t scratch_bytes() { return static_cast<int64_t>(repavit::arena_bytes()); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
@@ -152,5 +154,8 @@ STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
   m.impl("product_peak", TORCH_BOX(&product_peak));
 }
 
-// Takes no tensor, so no device chooses it: this key also serves calls without one.
-STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+// These take no tensor, so no device chooses them: this key also serves calls without one.
+STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("scratch_bytes", TORCH_BOX(&scratch_bytes));
+}

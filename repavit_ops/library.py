@@ -101,6 +101,8 @@ CPU_TOOLS = (
     "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "
     "int[2] window, int[2] shift, bool roll_first=False) -> Tensor",
     "cpu_isa() -> int",
+    # scratch that the kernels of all threads hold now, kept from call to call
+    "scratch_bytes() -> int",
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import backends, reparam
 from .fusing import TRAINING_FORMS
@@ -36,11 +36,13 @@ class FusionReport:
     Attributes:
         entries: one per sub-block of a known kind, in the model's order.
         runs_on: the kernels that the fused modules take on the model's device, or why there are none.
+        memory: of the weights and their packed copies, and the scratch that the CPU kernels keep in this process.
         tolerance: what "equal" means for the fused model.
     """
 
     entries: tuple[ReportEntry, ...]
     runs_on: str
+    memory: str = ""
     tolerance: str = TOLERANCE
 
     def with_status(self, status: Status) -> tuple[ReportEntry, ...]:
@@ -63,8 +65,9 @@ class FusionReport:
         counts = ", ".join(f"{len(self.with_status(s))} {s}" for s in ("fused", "merged", "skipped"))
         width = max((len(e.name) for e in self.entries), default=0)
         kind = max((len(e.kind) for e in self.entries), default=0)
-        rows = [f"  {e.name:<{width}}  {e.kind:<{kind}}  {e.status:<7}  {e.note}".rstrip() for e in self.entries]
-        return "\n".join([f"{counts}; runs on {self.runs_on}", *rows, f"tolerance: {self.tolerance}"])
+        rows = [f"  {e.name:<{width}}  {e.kind:<{kind}}  {e.status:<9}  {e.note}".rstrip() for e in self.entries]
+        ends = [f"memory: {self.memory}", f"tolerance: {self.tolerance}"]
+        return "\n".join([f"{counts}; runs on {self.runs_on}", *rows, *ends])
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
@@ -76,7 +79,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
     told = {name for name, module in modules.items() for name in _told_elsewhere(name, module)}
     entries = [e for name, m in modules.items() if name not in told and (e := _entry(name, m)) is not None]
     devices = sorted({p.device.type for p in model.parameters()})
-    return FusionReport(tuple(entries), "; ".join(_runs_on(d) for d in devices) or "no parameters")
+    return FusionReport(
+        tuple(entries), "; ".join(_runs_on(d) for d in devices) or "no parameters", _memory(list(modules.values()))
+    )
 
 
 def _told_elsewhere(name: str, module: nn.Module) -> list[str]:
@@ -124,6 +129,21 @@ def _note(module: PackedWeights) -> str:
     if module.residual:
         notes.append("shortcut in the epilogue")
     return ", ".join(notes)
+
+
+def _memory(modules: list[nn.Module]) -> str:
+    weights = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    packed = [m.packed_copy for m in modules if isinstance(m, PackedWeights) and m.packed_copy is not None]
+    text = f"weights {_mebibytes(weights)}, packed copies {_mebibytes(packed)}"
+    if backends.why_unavailable("cpp") is not None:
+        return text
+    return f"{text}, scratch of all threads {torch.ops.repavit_ops.scratch_bytes() / 2**20:.1f} MiB"
+
+
+def _mebibytes(tensors: list[Tensor]) -> str:
+    """Size of the memory blocks behind tensors, each counted once."""
+    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return f"{sum(blocks.values()) / 2**20:.1f} MiB"
 
 
 def _runs_on(device_type: str) -> str:

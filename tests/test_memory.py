@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ needs_cpp = pytest.mark.skipif(
 def bytes_held(model: nn.Module) -> int:
     """Of all parameters, buffers and packed copies, each memory block once."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    tensors += [m._packed for m in model.modules() if isinstance(m, PackedWeights) and m._packed is not None]
+    tensors += [m.packed_copy for m in model.modules() if isinstance(m, PackedWeights) and m.packed_copy is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -35,3 +38,26 @@ def test_packed_copies_stay_within_bounds(name, dtype):
         fused(x)
         assert bytes_held(fused) <= bound * weights
         assert bytes_held(fused) > weights * (1.5 if keep_unpacked else 0.9)  # the copies are counted
+
+
+SCRATCH = """
+import sys, torch, repavit_ops
+torch.set_num_threads(2)
+model = repavit_ops.fuse(repavit_ops.create_model(sys.argv[1]).eval())
+before = torch.ops.repavit_ops.scratch_bytes()
+with torch.no_grad():
+    model(torch.zeros(4, 3, 224, 224))
+print(before, torch.ops.repavit_ops.scratch_bytes(), repavit_ops.fusion_report(model).memory, sep=";")
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize(("name", "elements"), [("repa_deit_tiny", 4 * 197 * 192), ("repa_swin_tiny", 4 * 3136 * 96)])
+def test_scratch_is_less_than_the_activations_of_one_block(name, elements):
+    """Between attention's and the FFN's products eager keeps x, z, q, k, v, o, y and z, H, y: ten of x's size."""
+    run = subprocess.run([sys.executable, "-c", SCRATCH, name], capture_output=True, text=True, check=True)
+    before, after, memory = run.stdout.strip().split(";")
+    huge_pages = 4 * 2**21  # two arenas of two threads, each up to the next 2 MiB
+    assert int(before) == 0
+    assert 0 < int(after) <= 10 * elements * 4 + huge_pages
+    assert f"scratch of all threads {int(after) / 2**20:.1f} MiB" in memory

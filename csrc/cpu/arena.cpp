@@ -1,5 +1,6 @@
 #include "arena.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -22,9 +23,13 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+std::atomic<size_t> held{0};
+
 struct Arena {
   std::unique_ptr<void, Free> memory;
   size_t capacity = 0;
+
+  ~Arena() { held -= capacity; }
 };
 
 void* reserve(Arena& arena, size_t bytes) {
@@ -32,10 +37,12 @@ void* reserve(Arena& arena, size_t bytes) {
     const size_t page = bytes >= kLargeScratch ? kHugePage : kCacheLine;
     const size_t capacity = (bytes + page - 1) / page * page;
     arena.memory.reset();  // before the new one exists: the old content is not wanted
+    held -= arena.capacity;
     arena.capacity = 0;
     arena.memory.reset(std::aligned_alloc(page, capacity));
     if (!arena.memory) throw std::bad_alloc();
     arena.capacity = capacity;
+    held += capacity;
     advise_huge_pages(arena.memory.get(), capacity);
   }
   return arena.memory.get();
@@ -52,6 +59,8 @@ void* shared_arena(size_t bytes) {
   thread_local Arena arena;
   return reserve(arena, bytes);
 }
+
+size_t arena_bytes() { return held; }
 
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

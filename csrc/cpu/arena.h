@@ -13,6 +13,9 @@ void* thread_arena(size_t bytes);
 // the caller shares with them.
 void* shared_arena(size_t bytes);
 
+// Bytes that the arenas of all living threads hold now.
+size_t arena_bytes();
+
 // Ask for huge pages behind [data, data + bytes) where the system has them; a hint, never an error.
 void advise_huge_pages(void* data, size_t bytes);
 

@@ -62,6 +62,11 @@ class PackedWeights(nn.Module):
             self.repack()
         return self._packed
 
+    @property
+    def packed_copy(self) -> Tensor | None:
+        """The packed copy that is held now, if any; for whoever counts memory."""
+        return self._packed
+
     def repack(self) -> None:
         """Rebuild the packed copy now: needed after edits through ``.data`` or numpy."""
         if self._unpacked_dropped:
