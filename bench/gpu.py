@@ -301,8 +301,9 @@ def products_of(name: str, device: Any, small: bool) -> set[Any]:
 
     model, _, batch = name.split()
     sizes = {"img_size": 32} if small else {}
-    trained = repavit_ops.create_model(f"repa_{model}", idle_ratio=MODELS[model], **sizes).eval()
-    fused = repavit_ops.fuse(trained, dtype=torch.bfloat16).to(device)
+    with device:
+        trained = repavit_ops.create_model(f"repa_{model}", idle_ratio=MODELS[model], **sizes).eval()
+    fused = repavit_ops.fuse(trained, dtype=torch.bfloat16)
     side = sizes.get("img_size", 224)
     with tuning.recording() as products:
         fused(torch.randn(1 if small else int(batch), 3, side, side, device=device).bfloat16())

@@ -236,7 +236,8 @@ def model_case(name: str, form: str, batch: int, **options: Any) -> Case:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         torch.manual_seed(0)
-        trained = repavit_ops.create_model(f"repa_{name}", idle_ratio=MODELS[name], **options).eval().to(device)
+        with device:  # weights are drawn there
+            trained = repavit_ops.create_model(f"repa_{name}", idle_ratio=MODELS[name], **options).eval()
         side = options.get("img_size", 224)
         images = randn(batch, 3, side, side, device=device)
         fused = repavit_ops.fuse(trained, dtype=BF16)
@@ -245,7 +246,8 @@ def model_case(name: str, form: str, batch: int, **options: Any) -> Case:
             merged = repavit_ops.reparameterize(trained)
             calls = _right_forms("merged_", merged, images, form != "plain", compiles, {OURS: partial(fused, images)})
         if form != "merged":
-            vanilla = repavit_ops.create_model(f"vanilla_{name}", **options).eval().to(device)
+            with device:
+                vanilla = repavit_ops.create_model(f"vanilla_{name}", **options).eval()
             calls |= _right_forms("vanilla_", vanilla, images, form != "plain", compiles, {})
         return {OURS: partial(fused, images)} | calls  # fused was checked in the other cases
 

@@ -116,11 +116,13 @@ def _cases(title: str, rows: list[Row]) -> list[str]:
     """Ours in µs with its rates, then each peer's time over ours."""
     if not rows:
         return []
-    lines = [f"## {title}", "", "| case | ours µs (p20-p80) | TFLOP/s | GB/s | peer / ours |", "|---|---|---|---|---|"]
+    columns = "| case | ours µs (p20-p80) | TFLOP/s | GB/s | images/s | peer / ours |"
+    lines = [f"## {title}", "", columns, "|---|---|---|---|---|---|"]
     for row in rows:
         low, middle, high = (1e6 * t for t in row["seconds"][OURS])
         rate = f"{row['flop'] / middle / 1e6:.0f}" if row.get("flop") else ""
         moved = f"{row['bytes'] / middle / 1e3:.0f}" if row.get("bytes") else ""
+        images = f"{row['images'] / middle * 1e6:.0f}" if row.get("images") else ""
         peers = ", ".join(f"{name} {ratio(row, name):.2f}" for name in row["seconds"] if name != OURS)
-        lines.append(f"| {row['case']} | {middle:.1f} ({low:.1f}-{high:.1f}) | {rate} | {moved} | {peers} |")
+        lines.append(f"| {row['case']} | {middle:.1f} ({low:.1f}-{high:.1f}) | {rate} | {moved} | {images} | {peers} |")
     return [*lines, ""]

@@ -140,7 +140,7 @@ class GraphedModel(nn.Module):
             torch.cuda.current_stream().wait_stream(side)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):  # torch's default is of the first device
                 output = self.model(*args, **kwargs)
         results, result_spec = tree_flatten(output)
         for result in results:

@@ -55,8 +55,9 @@ def gpu(monkeypatch):
     captures = []
 
     @contextlib.contextmanager
-    def graph(tape, pool):
+    def graph(tape, pool, stream):
         assert pool == "pool"
+        assert isinstance(stream, Stream)  # one of the tensors' own device
         captures.append(tape)
         with tape:
             yield
