@@ -58,8 +58,8 @@ def idle_pretrained(
     what the changed blocks in front of them give; the target is what the *original* model has behind the block, so that
     each block also mends what was lost before it.
 
-    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of about 0.9 to the original
-    (examples/idle has the measured table). :func:`repavit_ops.distill` wins part of it back.
+    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.87 to 0.91 to the original
+    (examples/idle has what was measured). :func:`repavit_ops.distill` trains on from there.
 
     Memory holds the model and one block's Gram matrix, (ρC + C + 1)² float64; images and tokens pass through
     ``scratch``. The same loader gives the same model.
@@ -74,7 +74,6 @@ def idle_pretrained(
             features' error when one block alone is idled. ``idle_ratio`` must then be one number.
         ridge: penalty of the least squares as a share of a feature's mean square; None chooses it per block.
         tokens_per_image: how many tokens of an image enter the statistics, drawn anew in every block; None takes all.
-            A quarter of them costs a third of the time and hardly any accuracy where there are many images.
         seed: of that draw.
         scratch: folder for temporary files, removed at the end: per image two token maps in the model's dtype and the
             image itself; None for the system's.

@@ -43,24 +43,23 @@ def eliminate(statistics: FitStatistics, hidden: int, keep: int, ridge: Tensor, 
     inverse = torch.cholesky_inverse(cholesky(gram))
     right = statistics.cross + ridge[:, None] * prior
     weights = inverse @ right
-    alive = torch.ones(hidden, dtype=torch.bool, device=gram.device)
     constant = statistics.energy + (ridge[:, None] * prior.square()).sum()
     base = (constant - (weights * right).sum()).item()  # penalised loss of the full fit
-    scale, left, removed = max(statistics.energy, 1e-300), hidden, list[int]()
-    curve = [(left, max(base, 0.0) / scale)]
-    while left > keep:
-        count = min(max(1, int(left * STEP)), left - keep)
-        cost = weights[:hidden].square().sum(dim=1) / inverse.diagonal()[:hidden].clamp_min(1e-300)
-        cost[~alive] = torch.inf
+    scale, removed = max(statistics.energy, 1e-300), list[int]()
+    alive = torch.arange(hidden, device=gram.device)  # the channels of the first rows of inverse and weights
+    curve = [(hidden, max(base, 0.0) / scale)]
+    while len(alive) > keep:
+        count = min(max(1, int(len(alive) * STEP)), len(alive) - keep)
+        cost = weights[: len(alive)].square().sum(dim=1) / inverse.diagonal()[: len(alive)].clamp_min(1e-300)
         out = cost.topk(count, largest=False).indices
-        columns = inverse[:, out]
-        rows = torch.linalg.solve(inverse[out][:, out], torch.cat((weights[out], inverse[out]), dim=1))
-        dim = weights.shape[1]
-        base += (weights[out] * rows[:, :dim]).sum().item()
-        weights -= columns @ rows[:, :dim]
-        inverse -= columns @ rows[:, dim:]
-        alive[out] = False
-        left -= count
-        removed += out.tolist()
-        curve.append((left, max(base, 0.0) / scale))
-    return Elimination(removed, alive.nonzero()[:, 0], curve)
+        stays = torch.ones(len(inverse), dtype=torch.bool, device=gram.device)
+        stays[out] = False
+        apart = torch.linalg.cholesky(inverse[out][:, out])
+        base += (weights[out] * torch.cholesky_solve(weights[out], apart)).sum().item()
+        columns = inverse[stays][:, out]
+        weights = weights[stays] - columns @ torch.cholesky_solve(weights[out], apart)
+        inverse = inverse[stays][:, stays].addmm_(columns, torch.cholesky_solve(columns.T, apart), alpha=-1)
+        removed += alive[out].tolist()
+        alive = alive[stays[: len(alive)]]
+        curve.append((len(alive), max(base, 0.0) / scale))
+    return Elimination(removed, alive, curve)
