@@ -58,8 +58,8 @@ def idle_pretrained(
     what the changed blocks in front of them give; the target is what the *original* model has behind the block, so that
     each block also mends what was lost before it.
 
-    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.87 to 0.91 to the original
-    (examples/idle has what was measured). :func:`repavit_ops.distill` trains on from there.
+    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.87 to 0.91 to the
+    original (examples/idle has what was measured). :func:`repavit_ops.distill` trains on from there.
 
     Memory holds the model and one block's Gram matrix, (ρC + C + 1)² float64; images and tokens pass through
     ``scratch``. The same loader gives the same model.
