@@ -60,6 +60,11 @@ void* shared_arena(size_t bytes) {
   return reserve(arena, bytes);
 }
 
+void* product_arena(size_t bytes) {
+  thread_local Arena arena;
+  return reserve(arena, bytes);
+}
+
 size_t arena_bytes() { return held; }
 
 void advise_huge_pages(void* data, size_t bytes) {

@@ -13,6 +13,9 @@ void* thread_arena(size_t bytes);
 // the caller shares with them.
 void* shared_arena(size_t bytes);
 
+// A third one, for the sums of a product: the products of a kernel follow each other. Null for 0 bytes until the first.
+void* product_arena(size_t bytes);
+
 // Bytes that the arenas of all living threads hold now.
 size_t arena_bytes();
 

@@ -98,10 +98,11 @@ struct Tile {
     for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + kStep);
   }
 
-  // Adds A B over one segment; b is the first group's row of the panel, whose rows stand kPanelRow apart. Meanwhile the
-  // cache lines from `ahead` on are fetched: kLines of them, kLineStride bytes apart, for every kUnroll groups.
-  template <int kPanelRow, int kLines, int kLineStride>
-  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b, const char* ahead) {
+  // Adds A B over one segment; b is the first group's row of B, whose rows stand kRow elements apart. kFetch: they come
+  // from outer memory and are fetched ahead.
+  template <int kRow, bool kFetch>
+  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b) {
+    constexpr int kBytes = kVectors * S::kLanes * kStep * static_cast<int>(sizeof(T));
     const A* base[kBases];
     REPAVIT_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = opaque(a.data + 3 * i * a.stride);
@@ -110,23 +111,14 @@ struct Tile {
     for (; k + kUnroll <= groups; k += kUnroll) {
       REPAVIT_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
-        REPAVIT_UNROLL
-        for (int line = u * kLines / kUnroll; line < (u + 1) * kLines / kUnroll; ++line) {
-          __builtin_prefetch(ahead + line * kLineStride, 0, kLineStride > 64 ? 2 : 3);
+        for (int line = 0; kFetch && line < kBytes; line += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(b + u * kRow) + kPrefetchBytes + line);
         }
-        step(base, a.stride, b + u * kPanelRow);
+        step(base, a.stride, b + u * kRow);
       }
-      b += kUnroll * kPanelRow;
-      ahead += kLines * kLineStride;
+      b += kUnroll * kRow;
     }
-    for (; k < groups; ++k, b += kPanelRow) step(base, a.stride, b);
-  }
-
-  // The same with a panel as right operand, which is fetched as it goes.
-  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* panel) {
-    constexpr int kPanelRow = kPanelColumns * kStep;
-    constexpr int kLinesPerGroup = kPanelRow * static_cast<int>(sizeof(T)) / 64;
-    accumulate<kPanelRow, kUnroll * kLinesPerGroup, 64>(a, panel, reinterpret_cast<const char*>(panel) + kPrefetchBytes);
+    for (; k < groups; ++k, b += kRow) step(base, a.stride, b);
   }
 };
 
@@ -148,7 +140,8 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
       if (TileOf::kChains && chains > 0) tile.end_chain(total, chains == 1, false);
       ++chains;
       const ptrdiff_t left = segment.depth - k, depth = left < TileOf::kChain ? left : TileOf::kChain;
-      tile.accumulate({segment.data + row * segment.stride + k, segment.stride, depth}, panel);
+      const Rows<T> a{segment.data + row * segment.stride + k, segment.stride, depth};
+      tile.template accumulate<kPanelColumns * kInterleave<T>, true>(a, panel);
       panel += panel_elements<T>(depth);
       if (depth == left) break;
     }

@@ -1,17 +1,18 @@
 // gemm for levels whose tile is too narrow to read panels from L2 at the rate of its products.
 //
-// A chunk of K of one tile's columns is copied to L1, converted to the accumulator's type on the way (16-bit weights cost
-// nothing after that), and meets a whole strip of rows, whose sums wait in L1 from chunk to chunk. The strip's rows of A
-// stay in L2. Sums come out as in gemm_direct: chains of kChunk products, added in order.
+// K goes in chunks, outermost: a strip of rows of A keeps its part of one chunk in L2 while all columns pass by. A chunk
+// of one tile's columns is copied to L1, converted to the accumulator's type on the way (16-bit weights cost nothing
+// after that), and meets the whole strip. Between chunks the sums wait in memory, one move for 256 products. They come
+// out as in gemm_direct: chains of kChunk products, added in order.
 #pragma once
 
 #include "arena.h"
+#include "scratch-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
 
-constexpr ptrdiff_t kChunk = 256;      // k at a time: 16 KiB of a 16-column chunk
-constexpr ptrdiff_t kStripRows = 96;  // at most: 6 KiB of sums
+constexpr ptrdiff_t kChunk = 256;  // k at a time: 16 KiB of a 16-column chunk
 
 // Groups of a panel from b on, `depth` k, as rows of kVectors vectors of the accumulator's type.
 template <int kVectors, class T>
@@ -33,23 +34,18 @@ REPAVIT_INLINE void expand_chunk(const T* b, ptrdiff_t depth, Accumulator<T>* ch
   }
 }
 
-constexpr int kPanelBytes = 128;  // of one group of k
-
 // Which part of K a tile is at: the first starts the sums, the last hands them to the epilogue.
 struct ChunkPlace {
   bool first, last;
 };
 
-// One tile over one chunk: rows [row, row + kRows) of C; `a` and `sums` are those of its first row, `ahead` its share of
-// the panel rows to fetch.
+// One tile over one chunk: rows [row, row + kRows) of C; `a` and `sums` are those of its first row.
 template <int kRows, int kVectors, class E, class Epilogue>
-__attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, E* sums, const char* ahead,
-                                         ChunkPlace place, ptrdiff_t row, ptrdiff_t col, int valid,
-                                         const Epilogue& epilogue) {
-  using S = Simd<E>;
+__attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, E* sums, ChunkPlace place, ptrdiff_t row,
+                                         ptrdiff_t col, int valid, const Epilogue& epilogue) {
   Tile<E, kRows, kVectors> tile;
   tile.clear();
-  tile.template accumulate<kVectors * S::kLanes, 1, kPanelBytes>(a, chunk, ahead);
+  tile.template accumulate<kVectors * Simd<E>::kLanes, false>(a, chunk);
   if (!place.first || !place.last) tile.end_chain(sums, place.first, place.last);
   if (!place.last) return;
   REPAVIT_UNROLL
@@ -57,49 +53,65 @@ __attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, E* su
 }
 
 template <int kMaxRows, int kVectors, class E, class Epilogue>
-REPAVIT_INLINE void choose_chunk_rows(int rows, const Rows<E>& a, const E* chunk, E* sums, const char* ahead,
-                                      ChunkPlace place, ptrdiff_t row, ptrdiff_t col, int valid,
-                                      const Epilogue& epilogue) {
-  if (rows == kMaxRows) return run_chunk<kMaxRows, kVectors>(a, chunk, sums, ahead, place, row, col, valid, epilogue);
+REPAVIT_INLINE void choose_chunk_rows(int rows, const Rows<E>& a, const E* chunk, E* sums, ChunkPlace place,
+                                      ptrdiff_t row, ptrdiff_t col, int valid, const Epilogue& epilogue) {
+  if (rows == kMaxRows) return run_chunk<kMaxRows, kVectors>(a, chunk, sums, place, row, col, valid, epilogue);
   if constexpr (kMaxRows > 1) {
-    choose_chunk_rows<kMaxRows - 1, kVectors>(rows, a, chunk, sums, ahead, place, row, col, valid, epilogue);
+    choose_chunk_rows<kMaxRows - 1, kVectors>(rows, a, chunk, sums, place, row, col, valid, epilogue);
   }
 }
 
-// Columns [col, col + valid) of a strip of rows, kVectors vectors wide; panel points at the first of them, next_panel at
-// what will be wanted after them. While one chunk is at work, the next one comes to L2.
+// Brings the part of a chunk that falls to tile `t` of `tiles` to L2.
+template <class T>
+REPAVIT_INLINE void fetch_chunk(const T* next, ptrdiff_t groups, ptrdiff_t t, ptrdiff_t tiles) {
+  constexpr ptrdiff_t kPanelRow = kPanelColumns * kInterleave<T>;
+  for (ptrdiff_t g = groups * t / tiles; g < groups * (t + 1) / tiles; ++g) {
+    __builtin_prefetch(next + g * kPanelRow, 0, 2);
+  }
+}
+
+// Columns [col, col + valid) of a strip, kVectors vectors wide, over one chunk. a: the strip's rows from this chunk's k
+// on, `rows` of them, row `begin` of C the first; panel points at the chunk's first group of the columns, next at what
+// will be wanted after it.
 template <int kVectors, class T, class Epilogue>
-void run_strip(const Rows<T>* segments, int count, ptrdiff_t begin, ptrdiff_t end, const T* panel,
-               const T* next_panel, ptrdiff_t col, int valid, const Epilogue& epilogue) {
+void run_strip(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* panel, const T* next, Accumulator<T>* sums,
+               ChunkPlace place, ptrdiff_t col, int valid, const Epilogue& epilogue) {
   using E = Accumulator<T>;
   constexpr ptrdiff_t kWidth = kVectors * Simd<E>::kLanes;
-  alignas(64) E chunk_storage[kChunk * kWidth], sums_storage[kStripRows * kWidth];
-  E *chunk = chunk_storage, *sums = sums_storage;
-  __asm__("" : "+r"(chunk), "+r"(sums));  // or gcc warns of values that `place` guards
-  ptrdiff_t left = 0;  // chunks to come
-  for (int s = 0; s < count; ++s) left += (segments[s].depth + kChunk - 1) / kChunk;
-  const ptrdiff_t rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
-  const auto run = [&](const E* a, ptrdiff_t stride, ptrdiff_t depth, const T* next, ChunkPlace place) {
-    const ptrdiff_t groups = groups_of<T>(depth);
-    const char* ahead = reinterpret_cast<const char*>(next);
-    for (ptrdiff_t t = 0; t < tiles; ++t) {
-      const ptrdiff_t row = rows * t / tiles;
-      const int height = static_cast<int>(rows * (t + 1) / tiles - row);
-      choose_chunk_rows<kTileRows, kVectors>(height, Rows<E>{a + row * stride, stride, depth}, chunk,
-                                             sums + row * kWidth, ahead + groups * t / tiles * kPanelBytes, place,
-                                             begin + row, col, valid, epilogue);
-    }
-  };
-  if (left == 0) return run(nullptr, 0, 0, next_panel, {true, true});
-  bool first = true;
-  for (int s = 0; s < count; ++s) {
-    for (ptrdiff_t k = 0; k < segments[s].depth; k += kChunk, first = false) {
-      const ptrdiff_t rest = segments[s].depth - k, depth = rest < kChunk ? rest : kChunk;
-      expand_chunk<kVectors>(panel, depth, chunk);
-      panel += panel_elements<T>(depth);
-      --left;
-      run(segments[s].data + begin * segments[s].stride + k, segments[s].stride, depth, left > 0 ? panel : next_panel,
-          {first, left == 0});
+  alignas(64) E storage[kChunk * kWidth];
+  E* chunk = storage;
+  __asm__("" : "+r"(chunk));  // or gcc warns of values that a depth of 0 leaves undefined and unread
+  expand_chunk<kVectors>(panel, a.depth, chunk);
+  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t t = 0; t < tiles; ++t) {
+    const ptrdiff_t row = rows * t / tiles;
+    const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+    fetch_chunk(next, groups_of<T>(a.depth), t, tiles);
+    choose_chunk_rows<kTileRows, kVectors>(height, Rows<E>{a.data + row * a.stride, a.stride, a.depth}, chunk,
+                                           sums + row * kWidth, place, begin + row, col, valid, epilogue);
+  }
+}
+
+// All columns of a strip over one chunk, which starts `offset` elements into every panel. sums: [columns][rows] of the
+// strip, a tile's columns together.
+template <class T, class Epilogue>
+void run_columns(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
+                 ptrdiff_t offset, ptrdiff_t columns, Accumulator<T>* sums, ChunkPlace place,
+                 const Epilogue& epilogue) {
+  constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
+  const T* after = panels + offset + panel_elements<T>(a.depth);  // the next chunk of the first panel
+  for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panels += panel_stride) {
+    const ptrdiff_t last = least(first + kPanelColumns, columns);
+    for (ptrdiff_t col = first; col < last; col += kWide) {
+      const T* at = panels + offset + (col - first) * kInterleave<T>;
+      const T* next = col + kWide < last ? at + kWide * kInterleave<T> : panels + panel_stride + offset;
+      if (col + kWide >= columns) next = after;
+      const int valid = static_cast<int>(least(last - col, kWide));
+      if (valid > kLanes) {
+        run_strip<kTileVectors>(a, begin, rows, at, next, sums + col * rows, place, col, valid, epilogue);
+      } else {
+        run_strip<1>(a, begin, rows, at, next, sums + col * rows, place, col, valid, epilogue);
+      }
     }
   }
 }
@@ -107,27 +119,26 @@ void run_strip(const Rows<T>* segments, int count, ptrdiff_t begin, ptrdiff_t en
 template <class T, class Epilogue>
 void gemm_chunked(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
                   ptrdiff_t columns, const Epilogue& epilogue) {
-  constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
-  ptrdiff_t depth = 1;
-  for (int s = 0; s < count; ++s) depth += segments[s].depth;
-  constexpr ptrdiff_t kElement = sizeof(Accumulator<T>);
-  const ptrdiff_t in_l2 = static_cast<ptrdiff_t>(l2_cache_bytes()) / 2 / (depth * kElement);
-  const ptrdiff_t limit = in_l2 < 4 * kTileRows ? 4 * kTileRows : in_l2 < kStripRows ? in_l2 : kStripRows;
-  const ptrdiff_t strips = (rows + limit - 1) / limit;
+  using E = Accumulator<T>;
+  if (rows == 0 || columns == 0) return;
+  ptrdiff_t chunks = 0;
+  for (int s = 0; s < count; ++s) chunks += (segments[s].depth + kChunk - 1) / kChunk;
+  const ptrdiff_t strips = (rows + kStripRows - 1) / kStripRows, tallest = (rows + strips - 1) / strips;
+  const size_t bytes = sizeof(E) * static_cast<size_t>(tallest * whole_panels(columns));
+  E* sums = static_cast<E*>(product_arena(chunks > 1 ? bytes : 0));
   for (ptrdiff_t strip = 0; strip < strips; ++strip) {
-    const ptrdiff_t begin = rows * strip / strips, end = rows * (strip + 1) / strips;
-    const T* panel = panels;
-    for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panel += panel_stride) {
-      const ptrdiff_t last = first + kPanelColumns < columns ? first + kPanelColumns : columns;
-      for (ptrdiff_t col = first; col < last; col += kWide) {
-        const T* at = panel + (col - first) * kInterleave<T>;
-        const T* next = col + kWide < last ? at + kWide * kInterleave<T> : panel + panel_stride;
-        const int valid = static_cast<int>(last - col < kWide ? last - col : kWide);
-        if (valid > kLanes) {
-          run_strip<kTileVectors>(segments, count, begin, end, at, next, col, valid, epilogue);
-        } else {
-          run_strip<1>(segments, count, begin, end, at, next, col, valid, epilogue);
-        }
+    const ptrdiff_t begin = rows * strip / strips, height = rows * (strip + 1) / strips - begin;
+    const auto run = [&](const Rows<T>& a, ptrdiff_t offset, ChunkPlace place) {
+      run_columns(a, begin, height, panels, panel_stride, offset, columns, sums, place, epilogue);
+    };
+    if (chunks == 0) run({nullptr, 0, 0}, 0, {true, true});
+    ptrdiff_t offset = 0, done = 0;
+    for (int s = 0; s < count; ++s) {
+      for (ptrdiff_t k = 0; k < segments[s].depth; k += kChunk, ++done) {
+        const ptrdiff_t depth = least(kChunk, segments[s].depth - k);
+        run({segments[s].data + begin * segments[s].stride + k, segments[s].stride, depth}, offset,
+            {done == 0, done + 1 == chunks});
+        offset += panel_elements<T>(depth);
       }
     }
   }

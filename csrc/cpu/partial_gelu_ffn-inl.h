@@ -57,16 +57,20 @@ struct FfnPlan {
   size_t z_bytes() const { return sizeof(Operand<T>) * static_cast<size_t>(block_rows * z_stride); }
 };
 
-// Rows per block: what L2 holds beside one panel, or without one where gemm keeps chunks of it in L1; in whole tiles.
+// Rows per block, in whole tiles: what L2 holds beside one panel, or a strip where gemm keeps chunks of K there.
 template <class T>
-ptrdiff_t rows_in_l2(const FfnLayout<T>& layout) {
+ptrdiff_t most_rows(const FfnLayout<T>& layout) {
+#if REPAVIT_ISA_LEVEL < 2
+  (void)layout;
+  return kStripRows;
+#else
   constexpr ptrdiff_t kPanelElement = sizeof(T), kRowElement = sizeof(Operand<T>);
   const ptrdiff_t widest = layout.out_stride > layout.in_stride ? layout.out_stride : layout.in_stride;
-  const ptrdiff_t panel = REPAVIT_ISA_LEVEL < 2 ? 0 : widest * kPanelElement;
-  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - panel;
+  const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - widest * kPanelElement;
   const ptrdiff_t rows = room / (kRowElement * (layout.channels + layout.active));
   const ptrdiff_t tiles = rows / kTileRows;
   return (tiles < 2 ? 2 : tiles) * kTileRows;
+#endif
 }
 
 template <class T>
@@ -81,7 +85,7 @@ FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
   const int64_t work = 2 * args.rows * args.channels * (2 * args.active + (header.has_merged ? args.channels : 0));
   const int64_t useful = 1 + work / kWorkPerThread;
   const ptrdiff_t owners = static_cast<ptrdiff_t>(useful < threads ? useful : threads);
-  const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = rows_in_l2(plan.layout);
+  const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(plan.layout);
   const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);
   plan.blocks = owners * rounds < rows ? owners * rounds : rows;
   plan.block_rows = (rows + plan.blocks - 1) / plan.blocks;

@@ -24,5 +24,9 @@ constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
+#if REPAVIT_ISA_LEVEL < 2
+constexpr int kStripRows = 192;  // rows of A that L2 keeps a chunk of K of (gemm_chunked-inl.h): 192 KiB of fp32
+#endif
+
 }  // namespace REPAVIT_ISA
 }  // namespace repavit
