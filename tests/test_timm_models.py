@@ -123,7 +123,8 @@ def test_every_family_of_the_installed_timm(timm):
             fused = repavit_ops.fuse(model)
             error = relative(fused(x), model(x))
         print(f"{name:<40} {error:.1e}  {str(repavit_ops.fusion_report(fused)).splitlines()[0]}")
-        if not error < 1e-10:
+        rounds = any("Fp32" in type(module).__name__ for module in model.modules())  # to float32, whatever comes in
+        if not error < (1e-6 if rounds else 1e-10):
             wrong.append((name, error))
     assert not wrong
     assert len(smallest) > 40
