@@ -67,8 +67,8 @@ ATTENTION = (
     *(AttentionTile(128, keys=64, warps=8, stages=2), AttentionTile(128, keys=128, warps=8, stages=2)),
 )
 FLOAT_ATTENTION = (
-    *(AttentionTile(16, keys=16), AttentionTile(32, keys=16), AttentionTile(32, keys=32, stages=2)),
-    *(AttentionTile(64, keys=16, warps=8), AttentionTile(64, keys=32, warps=8, stages=2)),
+    *(AttentionTile(16, keys=16), AttentionTile(32, keys=16), AttentionTile(32, keys=32)),
+    *(AttentionTile(64, keys=16, warps=8), AttentionTile(64, keys=32, warps=8)),
 )
 
 
