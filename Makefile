@@ -16,7 +16,7 @@ OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tes
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-levels test-python aot build clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-levels test-python aot build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour and thread sanitizers
 	csrc/tests/run.sh asan
 	csrc/tests/run.sh tsan
+
+test-aarch64: ## the C++ kernels cross-compiled for ARM, under qemu; says so where the tools are missing
+	csrc/tests/run.sh aarch64
 
 test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has
 	@for level in $$($(BIN)/python -c "$(LOWER_LEVELS)"); do \
