@@ -192,13 +192,14 @@ def _tiles(chip: Chip, product: Product) -> list[Config]:
 
 
 def _tile_variants(chip: Chip, product: Product, config: Config) -> list[Config]:
-    """Other epilogues, persistent programs, pointers instead of descriptors, the norm in the prologue."""
+    """Other epilogues, persistent programs, pointers instead of descriptors, the norm in the prologue; what fits."""
     split = [replace(config, split=not config.split)]
     tiles = config.grid(chip, product.m, product.n)[0]
     persistent = [replace(config, persistent=p) for p in (1, 2) if tiles > p * chip.processors]
     pointers = [replace(config, tma=False)] if config.tma else []
     prologue = [replace(config, norm_prologue=True)] if "_norm" in product.kind else []
-    return [*split, *persistent, *pointers, *prologue]
+    variants = [*split, *persistent, *pointers, *prologue]
+    return [v for v in variants if v.shared_memory(product.dtype.itemsize) <= chip.shared_memory]
 
 
 def _on_chip_tiles(chip: Chip, product: Product) -> list[OnChip]:
