@@ -8,9 +8,7 @@ import types
 
 import pytest
 import torch
-
-# timm imports torchvision, whose wheels for other torch builds lack the operators that this module describes
-TORCHVISION_STUB = "torchvision._meta_registrations"
+from model_helpers import TORCHVISION_STUB
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,9 @@ from torch import nn
 
 from repavit_ops.models import SwinTransformer, VisionTransformer
 
+# timm imports torchvision, whose wheels for other torch builds lack the operators that this module describes
+TORCHVISION_STUB = "torchvision._meta_registrations"
+
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -15,8 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import TORCHVISION_STUB
-from model_helpers import images, relative
+from model_helpers import TORCHVISION_STUB, images, relative
 from reparam_helpers import EXACT
 from torch import nn
 
