@@ -28,14 +28,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def compiled(chip: str, call: Callable[[], object], spills: int = 0) -> dict[str, Resources]:
-    """Kernel name → resources of all that ``call`` launches on ``chip``, within its memory and ``spills``."""
+def compiled(chip: str, call: Callable[[], object], spills: int | None = 0) -> dict[str, Resources]:
+    """Kernel name → resources of all that ``call`` launches on ``chip``, within its memory and ``spills``.
+
+    None allows any: what the tuner merely tries may spill, which it will see in the time.
+    """
     with compiling_for(KNOWN[chip]) as launches:
         call()
     found = {kernel.name: resources(kernel) for kernel in launches}
     for name, taken in found.items():
         assert taken.shared <= KNOWN[chip].shared_memory, f"{name}: {taken.shared} bytes of shared memory"
-        assert taken.spills <= spills, f"{name}: {taken.spills} spilled, {taken.registers} registers"
+        assert spills is None or taken.spills <= spills, f"{name}: {taken.spills} spilled, {taken.registers} registers"
     return found
 
 

@@ -88,4 +88,4 @@ def test_every_choice_of_the_tuner(chip, kind, rows, dtype, subtests):
     operands = tuner.KINDS[kind].operands(product, torch.device("meta"))
     for choice in choices(chip, product):
         with subtests.test(choice=choice):
-            compiled(chip, lambda choice=choice: tuner.KINDS[kind].run(product, operands, choice))
+            compiled(chip, lambda choice=choice: tuner.KINDS[kind].run(product, operands, choice), spills=None)

@@ -80,4 +80,4 @@ def test_every_choice_of_the_tuner(chip, dtype, kind, n, k, subtests):
     first = kind_.choices(KNOWN[chip], product)
     for choice in first + [variant for tile in first for variant in kind_.variants(KNOWN[chip], product, tile)]:
         with subtests.test(choice=choice):
-            compiled(chip, lambda choice=choice: kind_.run(product, operands, choice))
+            compiled(chip, lambda choice=choice: kind_.run(product, operands, choice), spills=None)
