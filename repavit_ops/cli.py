@@ -107,6 +107,7 @@ def convert(
         from .fusing import reparameterize
         from .models import complexity
         from .models.checkpoints import load_checkpoint, save_checkpoint
+        from .models.patch_embed import image_of
 
         model = load_checkpoint(source, _read_config(config), **_overrides(idle_ratio, num_heads))
         image, channels = image_of(model)
@@ -188,6 +189,7 @@ def verify(
     with plain_errors():
         import torch
 
+        from .models.patch_embed import image_of
         from .verification import verify as compare
 
         if dtype and dtype not in DTYPES:
@@ -248,18 +250,6 @@ def _candidate(model: nn.Module, form: Form, dtype: torch.dtype | None) -> tuple
     if form is Form.merged:
         model = reparameterize(model)
     return (model if dtype is None else model.to(dtype)), None
-
-
-def image_of(model: nn.Module) -> tuple[tuple[int, int], int]:
-    """(height, width) in pixels that a model was built for, 224 where it does not say; and its image channels."""
-    from torch import nn
-
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    grid, patch = getattr(model, "grid_size", None), getattr(model, "patch_size", None)
-    if grid is not None and isinstance(patch, int):
-        return (grid[0] * patch, grid[1] * patch), channels
-    size = getattr(model, "img_size", None) or 224
-    return ((size, size) if isinstance(size, int) else (size[0], size[1])), channels
 
 
 def junit_xml(report: VerificationReport, name: str) -> str:
@@ -333,6 +323,7 @@ def _products_of(name: str, batches: list[int], dtype: torch.dtype, device: torc
     from .fusing import fuse
     from .kernels import tuning
     from .models import create_model
+    from .models.patch_embed import image_of
 
     fused = fuse(create_model(name).eval(), dtype=dtype).to(device)
     image, channels = image_of(fused)

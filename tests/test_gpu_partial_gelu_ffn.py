@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_helpers import (
+    CUDA,
+    DTYPES,
+    assert_current_stream,
+    assert_graph_replays,
+    assert_own_device,
+    every_dtype,
+    needs_memory,
+    two_devices,
+)
 from op_helpers import assert_follows_rule, cast, check_operator
 from test_partial_gelu_ffn import SHAPES, operands
 
@@ -14,9 +22,6 @@ from repavit_ops import backends, ops, reference
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LARGE = {"deit_tiny_8": (8 * 197, 192, 192), "deit_tiny_128": (128 * 197, 192, 192), "deit_base_8": (8 * 197, 768, 768)}
 
 
@@ -150,54 +155,21 @@ def test_autocast_runs_in_its_dtype():
 
 @pytest.mark.parametrize("rows", [197, 25216])
 def test_cuda_graph_replays_on_new_numbers(rows):
-    x, *weights = on_gpu(rows, 192, 192, dtype=torch.bfloat16)
-    run(x, *weights)  # compiles outside the capture
-    graph, static = torch.cuda.CUDAGraph(), x.clone()
-    with torch.cuda.graph(graph):
-        y = run(static, *weights)
-    fresh = torch.randn_like(x)
-    static.copy_(fresh)
-    before = torch.cuda.memory_allocated()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
-    assert torch.equal(y, run(fresh, *weights))
+    assert_graph_replays(run, *on_gpu(rows, 192, 192, dtype=torch.bfloat16))
 
 
 def test_runs_on_the_current_stream():
-    """Input is made on a side stream behind a long wait: a launch on another stream would read it too early."""
-    x, *weights = on_gpu(197, 192, 192, dtype=torch.bfloat16)
-    expected = run(x, *weights)
-    stream, late = torch.cuda.Stream(), torch.zeros_like(x)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late.copy_(x)
-        y = run(late, *weights)
-    stream.synchronize()
-    assert torch.equal(y, expected)
+    assert_current_stream(run, *on_gpu(197, 192, 192, dtype=torch.bfloat16))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@two_devices
 def test_runs_on_the_tensors_own_device():
-    tensors = tuple(t.to("cuda:1") for t in on_gpu(197, 192, 192, dtype=torch.bfloat16))
-    assert torch.cuda.current_device() == 0
-    y = run(*tensors)
-    assert y.device == tensors[0].device
-    torch.testing.assert_close(y.cpu(), run(*(t.to("cuda:0") for t in tensors)).cpu())
+    assert_own_device(run, *on_gpu(197, 192, 192, dtype=torch.bfloat16))
 
 
 def test_float64_is_computed_by_the_reference():
     tensors = on_gpu(33, 40, 24)
     assert torch.equal(ops.partial_gelu_ffn(*tensors), reference.partial_gelu_ffn(*tensors))
-
-
-@contextlib.contextmanager
-def needs_memory(gigabytes: float):
-    if torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
-        pytest.skip(f"less than {gigabytes} GB of GPU memory are free")
-    yield
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("c", [64, 65], ids=["descriptors", "pointers"])

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models import Complexity, complexity, load_checkpoint, load_dinov2_small
 from ..models.checkpoint_files import SUFFIXES, read_checkpoint
+from ..models.patch_embed import image_of
 from .distillation import distill
 from .fidelity import Fidelity, Speed, fidelity, speed
 from .files import save_idled
@@ -155,6 +156,4 @@ def plot(outcome: Outcome, path: Path, title: str) -> None:
 
 
 def _image_size(model: Any, img_size: int | None = None) -> tuple[int, int]:
-    from ..cli import image_of
-
     return (img_size, img_size) if img_size else image_of(model)[0]

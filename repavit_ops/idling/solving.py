@@ -14,16 +14,8 @@ from .selection import eliminate
 from .statistics import FitStatistics
 from .streams import Tokens
 
-RIDGES = (
-    1e-4,
-    1e-3,
-    3e-3,
-    1e-2,
-    3e-2,
-    1e-1,
-    3e-1,
-    1.0,
-)  # tried on held-out images, as a share of a feature's mean square
+# Tried on held-out images, as a share of a feature's mean square
+RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEFAULT_RIDGE = 1e-3  # where there are too few images to hold any out
 
 

@@ -40,3 +40,13 @@ def check_divisible(x: Tensor, patch_size: int) -> None:
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) from one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def image_of(model: nn.Module) -> tuple[tuple[int, int], int]:
+    """(height, width) in pixels that a model was built for, 224 where it does not say; and its image channels."""
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    grid, patch = getattr(model, "grid_size", None), getattr(model, "patch_size", None)
+    if grid is not None and isinstance(patch, int):
+        return (grid[0] * patch, grid[1] * patch), channels
+    size = getattr(model, "img_size", None) or 224
+    return ((size, size) if isinstance(size, int) else (size[0], size[1])), channels
