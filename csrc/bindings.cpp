@@ -3,8 +3,6 @@
 //
 // Schemas live in repavit_ops/library.py; these files implement them for the CPU. The Python layer validates first and
 // gives better messages; the checks here are the last line of defence for callers of torch.ops.
-#include <cstring>
-
 #include "bindings_common.h"
 
 namespace {
@@ -13,17 +11,8 @@ using namespace repavit_bindings;
 
 // ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
 
-repavit::PackedFfnHeader read_header(const Tensor& packed) {
-  repavit::PackedFfnHeader header{};
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
-                  "packed: wanted a contiguous uint8 tensor on the CPU, as partial_gelu_ffn_pack returns");
-  if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
-    std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
-  }
-  const bool ours = std::memcmp(header.magic, repavit::kPackedFfnMagic, sizeof(header.magic)) == 0;
-  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
-                  "packed: this is not the result of partial_gelu_ffn_pack; pack the weights again");
-  return header;
+repavit::PackedFfnHeader header_of(const Tensor& packed) {
+  return read_header<repavit::PackedFfnHeader>(packed, repavit::kPackedFfnMagic, "partial_gelu_ffn_pack");
 }
 
 Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged) {
@@ -39,8 +28,7 @@ Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const Mayb
 
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.partial_gelu_ffn_packed_bytes[dtype](channels, active, w_merged.has_value());
-  Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
-  repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
+  Tensor packed = new_packed(bytes);
   std::vector<Tensor> copies;
   const repavit::PartialGeluFfnWeights weights{channels, active, ordered_data(w_in, copies),
                                                ordered_data(w_out, copies), ordered_data(w_merged, copies)};
@@ -49,13 +37,12 @@ Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const Mayb
 }
 
 std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
-  const repavit::PackedFfnHeader header = read_header(packed);
-  const int32_t dtypes[repavit::kDTypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                            aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  const repavit::PackedFfnHeader header = header_of(packed);
   const int64_t c = header.channels, m = header.active, merged = header.has_merged ? c : 0;
   const int64_t shapes[3][2] = {{m, c}, {c, m}, {merged, merged}};
   std::vector<Tensor> weights;
-  for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, dtypes[header.dtype]));
+  const int32_t dtype = aoti_dtype_of(static_cast<DType>(header.dtype));
+  for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, dtype));
   repavit::kernels().partial_gelu_ffn_unpack[header.dtype](
       packed.const_data_ptr(),
       {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr(), weights[2].mutable_data_ptr()}, torch_pool());
@@ -66,7 +53,7 @@ std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
 Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                   const MaybeTensor& w_merged) {
   if (!packed) return partial_gelu_ffn_pack(w_in, w_out, w_merged);
-  const repavit::PackedFfnHeader header = read_header(*packed);
+  const repavit::PackedFfnHeader header = header_of(*packed);
   STD_TORCH_CHECK(header.dtype == dtype_of("x", x) && header.channels == w_in.size(1) &&
                       header.active == w_in.size(0) && (header.has_merged != 0) == w_merged.has_value(),
                   "packed: holds C = ", header.channels, ", m = ", header.active,

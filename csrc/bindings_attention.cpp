@@ -2,8 +2,6 @@
 //
 // Besides the operators of the package, their middle part without weights, for benchmarks and tests: attention_core and
 // window_attention_core, as repavit_ops/reference.py defines them.
-#include <cstring>
-
 #include "bindings_common.h"
 
 namespace repavit_bindings {
@@ -30,17 +28,8 @@ using namespace repavit_bindings;
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 
-repavit::PackedAttentionHeader read_header(const Tensor& packed) {
-  repavit::PackedAttentionHeader header{};
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
-                  "packed: wanted a contiguous uint8 tensor on the CPU, as rep_attention_pack returns");
-  if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
-    std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
-  }
-  const bool ours = std::memcmp(header.magic, repavit::kPackedAttentionMagic, sizeof(header.magic)) == 0;
-  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
-                  "packed: this is not the result of rep_attention_pack; pack the weights again");
-  return header;
+repavit::PackedAttentionHeader header_of(const Tensor& packed) {
+  return read_header<repavit::PackedAttentionHeader>(packed, repavit::kPackedAttentionMagic, "rep_attention_pack");
 }
 
 Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
@@ -48,8 +37,7 @@ Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionS
   const DType dtype = dtype_of("w_qkv", w_qkv);
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.rep_attention_packed_bytes[dtype](shape);
-  Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
-  repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
+  Tensor packed = new_packed(bytes);
   std::vector<Tensor> copies;
   const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
   kernels.rep_attention_pack[dtype](weights, packed.mutable_data_ptr(), torch_pool());
@@ -62,12 +50,10 @@ Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num
 }
 
 std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
-  const repavit::PackedAttentionHeader h = read_header(packed);
-  const int32_t dtypes[repavit::kDTypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                            aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  const repavit::PackedAttentionHeader h = header_of(packed);
   const int64_t shapes[2][2] = {{h.heads * (2 * h.d_qk + h.d_v), h.channels}, {h.channels_out, h.heads * h.d_v}};
   std::vector<Tensor> weights;
-  for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, dtypes[h.dtype]));
+  for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, aoti_dtype_of(static_cast<DType>(h.dtype))));
   repavit::kernels().rep_attention_unpack[h.dtype](
       packed.const_data_ptr(), {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr()}, torch_pool());
   return weights;
@@ -77,7 +63,7 @@ std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
 Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv, const Tensor& w_proj,
                   const repavit::AttentionShape& shape) {
   if (!packed) return pack(w_qkv, w_proj, shape);
-  const repavit::PackedAttentionHeader h = read_header(*packed);
+  const repavit::PackedAttentionHeader h = header_of(*packed);
   STD_TORCH_CHECK(h.dtype == dtype_of("x", x) && h.channels == shape.channels && h.channels_out == shape.channels_out &&
                       h.heads == shape.heads && h.d_qk == shape.d_qk && h.d_v == shape.d_v,
                   "packed: holds C = ", h.channels, ", num_heads = ", h.heads, ", d_qk = ", h.d_qk, ", d_v = ", h.d_v,

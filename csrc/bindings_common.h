@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -89,6 +90,34 @@ inline int32_t aoti_dtype_of(const Tensor& t) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
+}
+
+inline int32_t aoti_dtype_of(DType dtype) {
+  const int32_t dtypes[repavit::kDTypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                            aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  return dtypes[dtype];
+}
+
+// Memory for packed weights, in huge pages where it fills any.
+inline Tensor new_packed(int64_t bytes) {
+  Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
+  repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
+  return packed;
+}
+
+// First bytes of packed weights, which the operator named `pack` made; raises for anything else.
+template <class Header>
+Header read_header(const Tensor& packed, const char (&magic)[8], const char* pack) {
+  Header header{};
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "packed: wanted a contiguous uint8 tensor on the CPU, as ", pack, " returns");
+  if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
+    std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
+  }
+  const bool ours = std::memcmp(header.magic, magic, sizeof(header.magic)) == 0;
+  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
+                  "packed: this is not the result of ", pack, "; pack the weights again");
+  return header;
 }
 
 inline void run_on_torch_pool(int64_t count, repavit::Pool::Body body, void* context) {

@@ -78,7 +78,8 @@ Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vect
   STD_TORCH_CHECK(count > 0 && plan.size() == count * Step::kIntegers && weights.size() == count * Step::kTensors &&
                       scalars.size() == count * Step::kScalars,
                   "plan: got ", plan.size(), " integers, ", weights.size(), " weights and ", scalars.size(),
-                  " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars, " for each step");
+                  " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars,
+                  " for each step");
   Steps steps;
   for (size_t i = 0; i < count; ++i) {
     steps.add({&weights[i * Step::kTensors], &plan[i * Step::kIntegers], &scalars[i * Step::kScalars]}, x);

@@ -1,23 +1,12 @@
 // Binding of patch_projection and of packing a matrix for the CPU (see bindings_common.h).
-#include <cstring>
-
 #include "bindings_common.h"
 
 namespace {
 
 using namespace repavit_bindings;
 
-repavit::PackedMatrixHeader read_header(const Tensor& packed) {
-  repavit::PackedMatrixHeader header{};
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
-                  "packed: wanted a contiguous uint8 tensor on the CPU, as patch_projection_pack returns");
-  if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
-    std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
-  }
-  const bool ours = std::memcmp(header.magic, repavit::kPackedMatrixMagic, sizeof(header.magic)) == 0;
-  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
-                  "packed: this is not the result of patch_projection_pack; pack the weight again");
-  return header;
+repavit::PackedMatrixHeader header_of(const Tensor& packed) {
+  return read_header<repavit::PackedMatrixHeader>(packed, repavit::kPackedMatrixMagic, "patch_projection_pack");
 }
 
 Tensor patch_projection_pack(const Tensor& weight) {
@@ -25,8 +14,7 @@ Tensor patch_projection_pack(const Tensor& weight) {
   const DType dtype = dtype_of("weight", weight);
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.matrix_packed_bytes[dtype](weight.size(0), weight.size(1));
-  Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
-  repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
+  Tensor packed = new_packed(bytes);
   std::vector<Tensor> copies;
   kernels.matrix_pack[dtype](ordered_data(weight, copies), weight.size(0), weight.size(1), packed.mutable_data_ptr(),
                              torch_pool());
@@ -34,11 +22,9 @@ Tensor patch_projection_pack(const Tensor& weight) {
 }
 
 std::vector<Tensor> patch_projection_unpack(const Tensor& packed) {
-  const repavit::PackedMatrixHeader header = read_header(packed);
-  const int32_t dtypes[repavit::kDTypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                            aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  const repavit::PackedMatrixHeader header = header_of(packed);
   const int64_t sizes[2] = {header.outputs, header.depth};
-  std::vector<Tensor> weights{new_empty(sizes, 2, dtypes[header.dtype])};
+  std::vector<Tensor> weights{new_empty(sizes, 2, aoti_dtype_of(static_cast<DType>(header.dtype)))};
   repavit::kernels().matrix_unpack[header.dtype](packed.const_data_ptr(), weights[0].mutable_data_ptr(), torch_pool());
   return weights;
 }
@@ -46,7 +32,7 @@ std::vector<Tensor> patch_projection_unpack(const Tensor& packed) {
 // Packed weight of this call: the one given, if it is of this weight, else a fresh one.
 Tensor packed_for(const MaybeTensor& packed, const Tensor& weight) {
   if (!packed) return patch_projection_pack(weight);
-  const repavit::PackedMatrixHeader header = read_header(*packed);
+  const repavit::PackedMatrixHeader header = header_of(*packed);
   STD_TORCH_CHECK(header.dtype == dtype_of("weight", weight) && header.outputs == weight.size(0) &&
                       header.depth == weight.size(1),
                   "packed: holds [", header.outputs, ", ", header.depth, "], which is not what weight ",
