@@ -344,6 +344,7 @@ def idle(
     idle_ratio: Annotated[str, typer.Option(help="θ of every block, or one per block: 0.5,0.75,…")] = "0.5",
     allocate: Annotated[bool, typer.Option("--allocate", help="Spend θ's FLOPs by measured sensitivity.")] = False,
     crops: Annotated[int, typer.Option(min=1, help="Calibration crops of each photo.")] = 4,
+    steps: Annotated[int, typer.Option(min=0, help="Gradient steps of each block; 0: closed form alone.")] = 150,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a crop in the fit; default all.")] = None,
     minutes: Annotated[float, typer.Option("--distill", min=0, help="Minutes of distillation after it.")] = 0.0,
     img_size: Annotated[int | None, typer.Option(help="Pixels of the side; default the model's own.")] = None,
@@ -352,7 +353,7 @@ def idle(
     as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a plot (.png, .svg).")] = None,
 ) -> None:
-    """Turn a pretrained ViT into a deployed channel-idle one without training; report what it keeps and gains.
+    """Turn a pretrained ViT into a deployed channel-idle one without labels; report what it keeps and gains.
 
     This loses accuracy: the report's cosines and top-1 agreement, on photos that took no part, say how much.
     """
@@ -361,7 +362,7 @@ def idle(
 
         ratios = _overrides(idle_ratio, None)["idle_ratio"]
         pretrained = command.load(model, img_size)
-        settings = {"crops": crops, "tokens": tokens, "minutes": minutes, "batch": batch, "seed": seed}
+        settings = {"crops": crops, "steps": steps, "tokens": tokens, "minutes": minutes, "batch": batch, "seed": seed}
         outcome = command.run(pretrained, data, out, ratios, allocate=allocate, **settings)  # type: ignore[arg-type]
         if picture is not None:
             command.plot(outcome, picture, f"{model}, θ = {idle_ratio}")
@@ -375,10 +376,10 @@ def _tell(outcome: Outcome, out: Path, console: Console) -> None:
     table = Table("block", "active", "of", "unexplained", "cosine", box=None, padding=(0, 2, 0, 0))
     for block in outcome.blocks:
         cosine = outcome.fidelity.blocks.get(block.name)
-        numbers = ["left as it is", ""] if cosine is None else [f"{block.loss:.2%}", f"{cosine:.4f}"]
+        numbers = ["left as it is", ""] if cosine is None else [f"{block.unexplained:.2%}", f"{cosine:.4f}"]
         table.add_row(_escaped(block.name), str(block.act_channels), str(block.hidden), *numbers)
     console.print(table)
-    for label, kept in (("closed form", outcome.closed_form), ("result", outcome.fidelity)):
+    for label, kept in (("undistilled", outcome.undistilled), ("result", outcome.fidelity)):
         if kept is not None:
             token = "" if kept.class_token is None else f", class token {kept.class_token:.4f}"
             top1 = "" if kept.top1 is None else f", top-1 agreement {kept.top1:.1%}"

@@ -14,6 +14,7 @@ from torch import nn
 import repavit_ops
 from repavit_ops.idling.allocation import Sensitivity, within_budget
 from repavit_ops.idling.blocks import in_call_order, open_blocks
+from repavit_ops.idling.refining import TOKENS, Sample, refine
 from repavit_ops.idling.scratch import Scratch
 from repavit_ops.idling.selection import eliminate
 from repavit_ops.idling.solving import empty_split, original, solve_ffn
@@ -39,8 +40,8 @@ def batches(count=5, size=32, of=8):
     return [images(of, size, seed=seed) for seed in range(count)]
 
 
-def idle(model, idle_ratio=0.5, size=32, **options):
-    return repavit_ops.idle_pretrained(model, batches(size=size), idle_ratio, progress=False, **options)
+def idle(model, idle_ratio=0.5, size=32, steps=0, **options):
+    return repavit_ops.idle_pretrained(model, batches(size=size), idle_ratio, steps=steps, progress=False, **options)
 
 
 def ffns(model):
@@ -145,7 +146,7 @@ def test_the_same_seed_gives_the_same_model():
 
 def test_batches_of_other_sizes_give_the_same_fit():
     model, data = tiny_vit(**VANILLA), torch.cat(batches())
-    one, other = (repavit_ops.idle_pretrained(model, data.split(n), 0.5, progress=False) for n in (40, 7))
+    one, other = (repavit_ops.idle_pretrained(model, data.split(n), 0.5, steps=0, progress=False) for n in (40, 7))
     for a, b in zip(one.idle_report, other.idle_report, strict=True):
         assert a.ridge == b.ridge
         assert (a.loss, a.held_out) == pytest.approx((b.loss, b.held_out), rel=1e-3)
@@ -192,6 +193,7 @@ def _input(model, name, x):
 # --- the algebra ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def fitted(ffn, tokens=600, seed=3, noise=0.1):
     generator = torch.Generator().manual_seed(seed)
     x, error = torch.randn(2, 8, tokens // 8, ffn.dim, generator=generator).to(ffn.w_in)
@@ -265,6 +267,58 @@ def test_statistics_do_not_depend_on_how_tokens_arrive():
         assert statistics.gram.dtype is torch.float64
         assert relative(statistics.gram, exact) < 1e-5
         assert statistics.count == 10_000
+
+
+# --- gradient steps ---------------------------------------------------------------------------------------------------
+
+
+def sampled(x, after):
+    sample = Sample(len(x))
+    sample.add(x, after)
+    return sample
+
+
+def test_steps_explain_more_than_the_closed_form():
+    ffn = vanilla_ffn(hidden=48)
+    x, after, split = fitted(ffn, tokens=4000, noise=0.0)
+    fit = solve_ffn(ffn, split, 12, ridge=1e-9)
+    before = {key: value.clone() for key, value in fit.ffn.state_dict().items()}
+    refined = refine(fit.ffn, sampled(x, after), 200, seed=0)
+    with torch.no_grad():
+        left = (refined.ffn(x) - after).square().sum() / (after - x).square().sum()
+    assert left < 0.8 * fit.loss
+    assert refined.loss == pytest.approx(left.item(), rel=0.2)
+    assert not torch.equal(refined.ffn.w_in, fit.ffn.w_in)
+    assert all(torch.equal(value, before[key]) for key, value in fit.ffn.state_dict().items())
+
+
+def test_no_steps_and_no_active_channels_change_nothing():
+    ffn = vanilla_ffn()
+    x, after, split = fitted(ffn)
+    sample = sampled(x, after)
+    for keep, steps in ((10, 0), (0, 50)):
+        fit = solve_ffn(ffn, split, keep, ridge=1e-3)
+        assert refine(fit.ffn, sample, steps, seed=0).ffn is fit.ffn
+
+
+def test_a_sample_takes_as_many_tokens_of_every_image():
+    x = torch.arange(2 * 7.0).view(2, 7, 1)
+    sample = Sample(images=TOKENS // 3)
+    sample.add(x, x + 0.5)
+    assert torch.cat(sample.inside).flatten().tolist() == [0, 3, 6, 7, 10, 13]
+    assert torch.equal(torch.cat(sample.goal), torch.cat(sample.inside) + 0.5)
+    assert Sample(images=10 * TOKENS).per_image == 1
+
+
+def test_steps_bring_a_model_closer_and_repeat():
+    model, x = tiny_vit(**VANILLA), images(8, seed=99)
+    closed, first, again, other = (idle(model, 0.75, steps=n, seed=s) for n, s in ((0, 0), (60, 0), (60, 0), (60, 1)))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    assert all(block.unexplained == block.refined < block.loss for block in first.idle_report)
+    assert all(block.unexplained == block.loss for block in closed.idle_report)
+    with torch.no_grad():
+        assert (first(x) - model(x)).norm() < (closed(x) - model(x)).norm()
 
 
 # --- allocation -------------------------------------------------------------------------------------------------------
@@ -371,6 +425,11 @@ def test_ratios_out_of_range_are_refused(ratio, words):
         idle(tiny_vit(**VANILLA), ratio)
 
 
+def test_a_negative_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match="steps: got -1"):
+        idle(tiny_vit(**VANILLA), steps=-1)
+
+
 @pytest.mark.parametrize(
     ("loader", "error", "words"),
     [
@@ -389,7 +448,7 @@ def test_loaders_that_give_no_images_are_refused(loader, error, words):
 def test_labels_behind_the_images_are_ignored():
     model = tiny_vit(**VANILLA)
     labelled = [(x, torch.zeros(len(x))) for x in batches()]
-    plain, other = idle(model), repavit_ops.idle_pretrained(model, labelled, 0.5, progress=False)
+    plain, other = idle(model), repavit_ops.idle_pretrained(model, labelled, 0.5, steps=0, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""From a pretrained ViT to a reparameterized one: in closed form, then by a short distillation.
+"""From a pretrained ViT to a reparameterized one: block by block, then by a short distillation.
 
 An extra that the core never imports: ``repavit_ops.idle_pretrained`` and ``repavit_ops.distill`` load it.
 """

@@ -33,12 +33,12 @@ class Pretrained(NamedTuple):
 class Outcome(NamedTuple):
     """Everything that the command reports.
 
-    ``closed_form`` is the fidelity before distillation, None where there was none.
+    ``undistilled`` is the fidelity before distillation, None where there was none.
     """
 
     blocks: list[BlockResult]
     fidelity: Fidelity
-    closed_form: Fidelity | None
+    undistilled: Fidelity | None
     speed: Speed
     before: Complexity
     after: Complexity
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
         return {
             "blocks": [asdict(block) for block in self.blocks],
             "fidelity": self.fidelity.to_dict(),
-            "closed_form": None if self.closed_form is None else self.closed_form.to_dict(),
+            "undistilled": None if self.undistilled is None else self.undistilled.to_dict(),
             "images_per_second": self.speed.to_dict(),
             "params": [self.before.params, self.after.params],
             "macs": [self.before.macs, self.after.macs],
@@ -99,6 +99,7 @@ def run(
     *,
     allocate: bool,
     crops: int,
+    steps: int,
     tokens: int | None,
     minutes: float,
     batch: int,
@@ -113,20 +114,21 @@ def run(
         Crops(calibrating, preprocessing, crops, batch, seed),
         idle_ratio,
         allocate=allocate,
+        steps=steps,
         tokens_per_image=tokens,
         seed=seed,
     )
     blocks: Any = idled.idle_report
-    kept, closed_form = fidelity(model, idled, tested), None
+    kept, undistilled = fidelity(model, idled, tested), None
     if minutes:
-        closed_form = kept
+        undistilled = kept
         distill(idled, model, Crops(calibrating, preprocessing, 1, batch, seed + 1), minutes=minutes)
         kept = fidelity(model, idled, tested)
     save_idled(idled, out, pretrained.timm_name, **(pretrained.arguments or {}))
     size = preprocessing.size
     images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(seed))
     costs = [complexity(m, size) for m in (model, idled)]
-    return Outcome(blocks, kept, closed_form, speed(model, idled, images), costs[0], costs[1])
+    return Outcome(blocks, kept, undistilled, speed(model, idled, images), costs[0], costs[1])
 
 
 def plot(outcome: Outcome, path: Path, title: str) -> None:
@@ -141,9 +143,9 @@ def plot(outcome: Outcome, path: Path, title: str) -> None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    curves = {"closed form": outcome.closed_form, "distilled": outcome.fidelity}
-    if outcome.closed_form is None:
-        curves = {"closed form": outcome.fidelity}
+    curves = {"block by block": outcome.undistilled, "distilled": outcome.fidelity}
+    if outcome.undistilled is None:
+        curves = {"block by block": outcome.fidelity}
     for label, kept in curves.items():
         assert kept is not None
         left.plot(range(len(kept.blocks)), list(kept.blocks.values()), marker="o", label=label)

@@ -1,9 +1,10 @@
-"""A pretrained ViT in, a reparameterized one out: channel idle in closed form, without training."""
+"""A pretrained ViT in, a reparameterized one out: channel idle, block by block, without labels."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import nn
 from ..models.schedule import per_block
 from ..reparam import active_channels
 from .allocation import measure, within_budget
-from .blocks import Site, in_call_order, open_blocks
+from .blocks import in_call_order, open_blocks
+from .refining import Sample, refine
 from .scratch import Scratch
-from .solving import Fit, empty_split, solve_ffn
+from .solving import empty_split, solve_ffn
 from .streams import Streams
 
 
@@ -26,7 +28,8 @@ class BlockResult:
     """What became of one block: its name, m of hidden channels, and how much of the target's energy is unexplained.
 
     ``loss`` is on the calibration images, ``held_out`` on the fifth of them that chose ``ridge`` (NaN without any).
-    A block that was left as it was has m = hidden and NaN.
+    ``refined`` is ``loss`` after the gradient steps (NaN without any). A block that was left as it was has m = hidden
+    and NaN.
     """
 
     name: str
@@ -35,6 +38,12 @@ class BlockResult:
     loss: float = float("nan")
     held_out: float = float("nan")
     ridge: float = float("nan")
+    refined: float = float("nan")
+
+    @property
+    def unexplained(self) -> float:
+        """The share that the block as it is leaves unexplained."""
+        return self.loss if math.isnan(self.refined) else self.refined
 
 
 @torch.no_grad()
@@ -45,34 +54,38 @@ def idle_pretrained(
     *,
     allocate: bool = False,
     ridge: float | None = None,
+    steps: int = 150,
     tokens_per_image: int | None = None,
     seed: int = 0,
     scratch: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Turn a pretrained ViT into a deployed channel-idle one in closed form: no training, no labels.
+    """Turn a pretrained ViT into a deployed channel-idle one, block by block in closed form, without labels.
 
     Every block's FFN becomes ``x + W3 gelu(W2 n + b2) + W1 n + b1`` with n the LayerNorm core of x (RePaViT, eq. 6,
     LayerNorm kept). W2, b2 are the rows of fc1 of m = ceil(ρC (1 - θ)) channels, chosen by backward elimination;
-    [W3, W1, b1] solve one ridge least squares on the features [gelu(h_active), n(x), 1]. Blocks go one after another on
-    what the changed blocks in front of them give; the target is what the *original* model has behind the block, so that
-    each block also mends what was lost before it.
+    [W3, W1, b1] solve one ridge least squares on the features [gelu(h_active), n(x), 1]; ``steps`` gradient steps on
+    all weights of the block follow, W2 included. Blocks go one after another on what the changed blocks in front of
+    them give; the target is what the *original* model has behind the block, so that each also mends what was lost.
 
     **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.87 to 0.91 to the
     original (examples/idle has what was measured). :func:`repavit_ops.distill` trains on from there.
 
-    Memory holds the model and one block's Gram matrix, (ρC + C + 1)² float64; images and tokens pass through
-    ``scratch``. The same loader gives the same model.
+    Memory holds the model, one block's Gram matrix, (ρC + C + 1)² float64, and 65,536 tokens for the gradient steps
+    (one per image where there are more images); images and tokens pass through ``scratch``. The same loader gives the
+    same model.
 
     Args:
         model: pretrained, in evaluation mode; not changed. timm's ViT, DeiT, DINOv2, CLIP, SigLIP and Swin, and the
             vanilla models of this library: GELU, LayerNorm.
         loader: batches of calibration images as the model takes them: a tensor, or a tuple or list whose first element
-            is one (labels are not used). Read once. A few hundred varied images do; every fifth chooses the ridge.
+            is one (labels are not used). Read once. Variety counts: hundreds of photos, some crops of each; every
+            fifth image chooses the ridge.
         idle_ratio: θ in [0, 1], of all blocks or of each. 0 leaves a block exactly as it is.
         allocate: spend the FLOPs that θ means for all blocks where they count most, by measured sensitivity: the final
             features' error when one block alone is idled. ``idle_ratio`` must then be one number.
         ridge: penalty of the least squares as a share of a feature's mean square; None chooses it per block.
+        steps: gradient steps behind every block's closed form (Adam, 2,048 tokens each); 0 for the closed form alone.
         tokens_per_image: how many tokens of an image enter the statistics, drawn anew in every block; None takes all.
         seed: of that draw.
         scratch: folder for temporary files, removed at the end: per image two token maps in the model's dtype and the
@@ -85,12 +98,14 @@ def idle_pretrained(
 
     Raises:
         RuntimeError: the model is in training mode.
-        ValueError: an idle ratio lies outside [0, 1] or there is one too few; an FFN cannot be idled (names block and
-            reason); the loader gives no images, or values that are not finite.
+        ValueError: an idle ratio lies outside [0, 1] or there is one too few; steps is negative; an FFN cannot be idled
+            (names block and reason); the loader gives no images, or values that are not finite.
         TypeError: the loader gives something else than images.
     """
     opened, sites = open_blocks(model)
     ratios = _checked_ratios(idle_ratio, len(sites))
+    if steps < 0:
+        raise ValueError(f"steps: got {steps}, wanted a number of gradient steps >= 0")
     if allocate and isinstance(idle_ratio, Sequence):
         raise ValueError("allocate, idle_ratio: got True and a ratio per block, wanted one ratio, the budget of all")
     with Scratch(scratch) as folder, _bar(progress) as bar:
@@ -105,35 +120,22 @@ def idle_pretrained(
         changing = sorted(found, key=lambda site: list(results).index(site.name))
         task = bar.add_task("idling", total=len(changing) * len(streams))
         for index, site in enumerate(changing):
+            split, sample = empty_split(site.ffn), Sample(sum(streams.sizes))
+            for tokens in streams.at(opened, changing, index):
+                split.update(site.ffn, tokens)
+                sample.add(tokens.inside, tokens.after)
+                bar.advance(task)
             m = results[site.name].act_channels
-            fit = _solve(opened, changing, index, streams, m, ridge, lambda: bar.advance(task))
-            results[site.name] = BlockResult(site.name, site.hidden, m, fit.loss, fit.held_out, fit.ridge)
+            fit = solve_ffn(site.ffn, split, m, ridge)
+            refined = refine(fit.ffn, sample, steps, seed)
+            site.block.mlp = refined.ffn
+            results[site.name] = BlockResult(site.name, site.hidden, m, fit.loss, fit.held_out, fit.ridge, refined.loss)
     opened.idle_report = list(results.values())  # type: ignore[assignment]
     return opened
 
 
 def _bar(shown: bool) -> Progress:
     return Progress(disable=not shown, transient=True, console=Console(stderr=True))
-
-
-def _solve(
-    model: nn.Module,
-    sites: list[Site],
-    index: int,
-    streams: Streams,
-    keep: int,
-    ridge: float | None,
-    step: Callable[[], None],
-) -> Fit:
-    """Fit one block on all batches and put the result into the model."""
-    site = sites[index]
-    split = empty_split(site.ffn)
-    for tokens in streams.at(model, sites, index):
-        split.update(site.ffn, tokens)
-        step()
-    fit = solve_ffn(site.ffn, split, keep, ridge)
-    site.block.mlp = fit.ffn
-    return fit
 
 
 def _checked_ratios(idle_ratio: float | Sequence[float], depth: int) -> list[float]:

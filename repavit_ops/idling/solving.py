@@ -15,7 +15,7 @@ from .statistics import FitStatistics
 from .streams import Tokens
 
 # Tried on held-out images, as a share of a feature's mean square
-RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 DEFAULT_RIDGE = 1e-3  # where there are too few images to hold any out
 
 
