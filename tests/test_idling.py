@@ -17,7 +17,7 @@ from repavit_ops.idling.blocks import in_call_order, open_blocks
 from repavit_ops.idling.refining import TOKENS, Sample, refine
 from repavit_ops.idling.scratch import Scratch
 from repavit_ops.idling.selection import eliminate
-from repavit_ops.idling.solving import empty_split, original, solve_ffn
+from repavit_ops.idling.solving import MEND, empty_split, goal_of, original, solve_ffn
 from repavit_ops.idling.statistics import FitStatistics
 from repavit_ops.idling.streams import Streams, Tokens
 from repavit_ops.nn import PartialGELUFFN
@@ -201,6 +201,14 @@ def fitted(ffn, tokens=600, seed=3, noise=0.1):
     split = empty_split(ffn)
     split.update(ffn, Tokens(x, after, torch.arange(8) % 4 == 3))
     return x, after, split
+
+
+@torch.no_grad()
+def test_the_goal_mends_part_of_what_was_lost():
+    ffn, inside, after = vanilla_ffn(), *torch.randn(2, 4, 6, 12)
+    goal = goal_of(ffn, Tokens(inside, after, torch.zeros(4, dtype=torch.bool)))
+    assert 0 < MEND < 1
+    assert torch.allclose(goal, MEND * after + (1 - MEND) * ffn(inside), atol=1e-5)
 
 
 @torch.no_grad()

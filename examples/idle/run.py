@@ -1,9 +1,9 @@
-"""The protocol of protocol.json on DINOv2 ViT-S/14: closed form, distillation, speed; one JSON per split and θ.
+"""The protocol of protocol.json on DINOv2 ViT-S/14: block by block, distilled, speed; one JSON per split and θ.
 
     pip install "repavit-ops[pretrained]" scikit-image scikit-learn matplotlib
     python examples/idle/photos.py fetch FOLDER
-    python examples/idle/run.py --extras FOLDER                    # closed form: 3 splits x 3 ratios
-    python examples/idle/run.py --extras FOLDER --distill 7.5      # minutes each, after the closed form
+    python examples/idle/run.py --extras FOLDER                    # block by block: 3 splits x 3 ratios
+    python examples/idle/run.py --extras FOLDER --distill 7.5      # minutes each, end to end, after it
     python examples/idle/run.py --speed                            # images/s of the original and of every ratio
     python examples/idle/run.py --table                            # mean ± spread over the splits, from the files
 
@@ -13,6 +13,7 @@ What is there already is not computed again; models go to --models, which distil
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -34,10 +35,10 @@ from repavit_ops.models import load_dinov2_small
 RESULTS = Path(__file__).with_name("results")
 RATIOS = (0.25, 0.5, 0.75)
 BATCH = 48  # large: the Gram products are quicker
-TARGETS = {"closed form": (0.985, 0.955, 0.90), "distilled": (0.99, 0.975, 0.94)}  # patches at each ratio
+TARGETS = {"block by block": (0.985, 0.955, 0.90), "distilled": (0.99, 0.975, 0.94)}  # patches at each ratio
 
 
-def closed_form(split: int, ratio: float, extras: Path, models: Path) -> None:
+def block_by_block(split: int, ratio: float, extras: Path, models: Path) -> None:
     """Idle the model on a split's calibration crops; write the file and what its test crops say."""
     original = load_dinov2_small(img_size=photos.PROTOCOL["resolution"])
     crops = photos.calibration_crops(split, extras)
@@ -47,14 +48,15 @@ def closed_form(split: int, ratio: float, extras: Path, models: Path) -> None:
         crops.split(BATCH),
         ratio,
         allocate=photos.PROTOCOL.get("allocate", False),
+        steps=photos.PROTOCOL["steps"],
         tokens_per_image=photos.PROTOCOL["tokens_per_image"],
         seed=photos.PROTOCOL["seed"],
     )
     seconds = time.process_time() - started
     repavit_ops.save_checkpoint(idled, models / f"{split}_{ratio}.safetensors")
     report: Any = idled.idle_report
-    blocks = [{"m": b.act_channels, "loss": b.loss, "held_out": b.held_out, "ridge": b.ridge} for b in report]
-    record(split, ratio, "closed form", original, idled, cpu_seconds=seconds, crops=len(crops), blocks=blocks)
+    fits = [dataclasses.asdict(block) for block in report]
+    record(split, ratio, "block by block", original, idled, cpu_seconds=seconds, crops=len(crops), fits=fits)
 
 
 def distilled(split: int, ratio: float, extras: Path, models: Path, minutes: float) -> None:
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("idled_models"), help="folder for weights")
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--idle-ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--distill", type=float, metavar="MINUTES", help="distill what the closed form left")
+    parser.add_argument("--distill", type=float, metavar="MINUTES", help="distill what that left")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -157,8 +159,8 @@ def main() -> None:
         options.models.mkdir(exist_ok=True, parents=True)
         for split in options.splits:
             for ratio in options.idle_ratios:
-                if not file(split, ratio, "closed form").exists():
-                    closed_form(split, ratio, options.extras, options.models)
+                if not file(split, ratio, "block by block").exists():
+                    block_by_block(split, ratio, options.extras, options.models)
                 if options.distill and not file(split, ratio, "distilled").exists():
                     distilled(split, ratio, options.extras, options.models, options.distill)
     if options.table or options.speed:

@@ -16,6 +16,7 @@ from .streams import Tokens
 
 # Tried on held-out images, as a share of a feature's mean square
 RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+MEND = 0.5  # how much of what the blocks in front lost a block is asked to mend; all of it learns their noise
 DEFAULT_RIDGE = 1e-3  # where there are too few images to hold any out
 
 
@@ -47,6 +48,11 @@ class Fit(NamedTuple):
     loss: float
     held_out: float
     ridge: float
+
+
+def goal_of(ffn: PartialGELUFFN, tokens: Tokens) -> Tensor:
+    """What a block's FFN is fitted to: between its own output on the changed tokens and the original's, [B, t, C]."""
+    return torch.lerp(ffn(tokens.inside), tokens.after, MEND)
 
 
 def features_of(ffn: PartialGELUFFN, x: Tensor) -> Tensor:
