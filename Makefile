@@ -16,10 +16,10 @@ OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tes
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-aarch64 test-levels test-python aot build clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python aot build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo ## set up .venv; train, merge, fuse and verify on real digits; plot and JSON in demo_out/
 	$(BIN)/repavit-ops demo --out demo_out
@@ -37,6 +37,9 @@ test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour 
 
 test-aarch64: ## the C++ kernels cross-compiled for ARM, under qemu; says so where the tools are missing
 	csrc/tests/run.sh aarch64
+
+test-avx512: ## the C++ kernels' AVX-512 levels, emulated on any AVX2 machine; says so where SIMDe is missing
+	csrc/tests/run.sh avx512
 
 test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has
 	@for level in $$($(BIN)/python -c "$(LOWER_LEVELS)"); do \

@@ -68,9 +68,7 @@ struct Dot<bf16> {
     return (Factor)_mm512_set1_epi32(pair);
   }
   static REPAVIT_INLINE Factor right(const bf16* b, int) { return (Factor)_mm512_loadu_si512(b); }
-  static REPAVIT_INLINE void accumulate(__m512& acc, Factor a, Factor b) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // as in Simd::accumulate
-  }
+  static REPAVIT_INLINE void accumulate(__m512& acc, Factor a, Factor b) { REPAVIT_PRODUCT(vdpbf16ps, acc, a, b); }
 };
 
 #else

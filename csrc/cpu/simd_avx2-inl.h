@@ -37,9 +37,7 @@ struct Simd<float> {
   static REPAVIT_INLINE void store(fp16* p, V v, int n) { store_halves(p, to_fp16(v), n); }
 
   static REPAVIT_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static REPAVIT_INLINE void accumulate(V& acc, V a, V b) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  }
+  static REPAVIT_INLINE void accumulate(V& acc, V a, V b) { REPAVIT_PRODUCT(vfmadd231ps, acc, a, b); }
   static REPAVIT_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
   static REPAVIT_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
   static REPAVIT_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }

@@ -45,9 +45,7 @@ struct Simd<float> {
   static REPAVIT_INLINE void store(fp16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), to_fp16(v)); }
 
   static REPAVIT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static REPAVIT_INLINE void accumulate(V& acc, V a, V b) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  }
+  static REPAVIT_INLINE void accumulate(V& acc, V a, V b) { REPAVIT_PRODUCT(vfmadd231ps, acc, a, b); }
   static REPAVIT_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
   static REPAVIT_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
   static REPAVIT_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
@@ -74,7 +72,7 @@ struct Simd<float> {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
   static REPAVIT_INLINE __m256i to_bf16(V v) {
-#if defined(__AVX512BF16__)
+#if REPAVIT_ISA_LEVEL >= 3
     return (__m256i)_mm512_cvtneps_pbh(v);  // flushes subnormal results to zero, as vdpbf16ps does
 #else
     const __m512i bits = _mm512_castps_si512(v);

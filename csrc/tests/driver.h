@@ -55,6 +55,7 @@ struct Convert<repavit::fp16> {
   }
   static repavit::fp16 from_double(double v) {
     const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+    if (v == 0.0) return {sign};  // has no exponent
     int exponent;
     std::frexp(v, &exponent);
     const int scale = exponent - 11 > -24 ? exponent - 11 : -24;  // exponent of the last bit kept

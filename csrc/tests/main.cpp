@@ -1,12 +1,15 @@
 // Runs every kernel at every level that this machine has, without Python: for sanitizers and emulators.
 //
-//   driver [thorough]     exit status 1 if anything failed
+//   driver [thorough] [LEVEL ...]     exit status 1 if anything failed; levels named are run whatever this machine has
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "test_fused_blocks.h"
 #include "test_partial_gelu_ffn.h"
 #include "test_patch_projection.h"
 #include "test_rep_attention.h"
+#include "test_softmax.h"
 
 namespace {
 
@@ -31,6 +34,7 @@ template <class T>
 void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const char* level, bool thorough) {
   driver::test_ffn<T>(kernels, dtype, level, thorough);
   driver::test_attention<T>(kernels, dtype, level, thorough);
+  driver::test_softmax<T>(kernels, dtype, level);
   driver::test_patches<T>(kernels, dtype, level);
   driver::test_stack<T>(kernels, dtype, level);
 }
@@ -38,9 +42,13 @@ void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool thorough = argc > 1 && std::strcmp(argv[1], "thorough") == 0;
+  const auto named = [&](const char* word) {
+    return std::any_of(argv + 1, argv + argc, [&](const char* given) { return std::strcmp(given, word) == 0; });
+  };
+  const bool thorough = named("thorough"), levels_named = argc > 1 + thorough;
   test_level_choice();
-  for (int level = 0; level <= repavit::supported_level(); ++level) {
+  for (int level = 0; level < repavit::kIsaLevels; ++level) {
+    if (levels_named ? !named(repavit::isa_name(level)) : level > repavit::supported_level()) continue;
     const repavit::Kernels kernels = repavit::kernels_at(level);
     const char* name = repavit::isa_name(level);
     driver::test_gelu(kernels, name);

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64] [thorough]
+# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough]
 #
-# aarch64 needs g++-aarch64-linux-gnu and qemu-user; without them it says so and succeeds.
+# aarch64 needs g++-aarch64-linux-gnu and qemu-user; avx512 and avx512-asan, which run the AVX-512 levels on a machine
+# that has AVX2 alone (emulated_avx512.h), need SIMDe. Without them they say so and succeed.
 set -eu
 mode=${1:-plain}
 cd "$(dirname "$0")/.."
@@ -10,11 +11,13 @@ mkdir -p "$out"
 
 cxx=${CXX:-g++}
 flags="-std=c++17 -g -Wall -Wextra -pthread"
+checked="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 levels="scalar avx2 avx512 avx512_bf16"
+emulated=  # levels whose instructions the compiler may not use
 launch=
 case $mode in
   plain) flags="$flags -O3" ;;
-  asan) flags="$flags -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" ;;
+  asan) flags="$flags -O1 $checked" ;;
   tsan) flags="$flags -O1 -fsanitize=thread" ;;
   aarch64)
     cxx=${AARCH64_CXX:-aarch64-linux-gnu-g++}
@@ -26,13 +29,24 @@ case $mode in
     levels=scalar
     launch=qemu-aarch64
     ;;
-  *) echo "usage: $0 [plain|asan|tsan|aarch64] [thorough]" >&2; exit 2 ;;
+  avx512 | avx512-asan)
+    if [ "$(uname -m)" != x86_64 ] || ! echo '#include <simde/x86/avx512.h>' | $cxx -E -x c++ - >/dev/null 2>&1; then
+      echo "SKIPPED $mode: needs an x86-64 machine and SIMDe (libsimde-dev)"
+      exit 0
+    fi
+    flags="$flags -Og -Wno-psabi"  # -O1 and up unroll every tile into calls: more than ten minutes
+    if [ "$mode" = avx512-asan ]; then flags="$flags $checked"; fi
+    emulated="avx512 avx512_bf16"
+    ;;
+  *) echo "usage: $0 [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough]" >&2; exit 2 ;;
 esac
 if [ "$mode" != aarch64 ] && [ "$(uname -m)" != x86_64 ]; then levels=scalar; fi
 
 compile() {
+  machine=$1 extra=
+  case " $emulated " in *" $1 "*) machine=avx2 extra="-include tests/emulated_avx512.h" ;; esac
   # shellcheck disable=SC2046,SC2086
-  $cxx $flags $(sed -n "s/^$1  *//p" cpu/isa.flags) -c "cpu/isa_$1.cpp" -o "$out/isa_$1.o"
+  $cxx $flags $(sed -n "s/^$machine  *//p" cpu/isa.flags) $extra -c "cpu/isa_$1.cpp" -o "$out/isa_$1.o"
 }
 jobs=
 for level in $levels; do
@@ -44,4 +58,5 @@ objects=$(for level in $levels; do echo "$out/isa_$level.o"; done)
 # shellcheck disable=SC2086
 $cxx $flags tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp cpu/fused_blocks.cpp $objects -o "$out/driver"
 shift $(( $# > 0 ? 1 : 0 ))
-exec $launch "$out/driver" "$@"
+# shellcheck disable=SC2086
+exec $launch "$out/driver" $emulated "$@"
