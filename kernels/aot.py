@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,15 @@ def compiling_for(chip: Chip) -> Iterator[list[Any]]:
             yield launches
     finally:
         driver._active = before
+
+
+def spills(chip: Chip, call: Callable[[], object]) -> int:
+    """The most that a kernel launched by ``call``, on meta tensors, spills on ``chip``; the interpreter never does."""
+    if chip.backend == "cpu":
+        return 0
+    with compiling_for(chip) as launches:
+        call()
+    return max((resources(kernel).spills for kernel in launches), default=0)
 
 
 def resources(kernel: Any) -> Resources:

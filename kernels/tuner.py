@@ -5,7 +5,8 @@
     tune(products, x.device, folder)
 
 Each product is first compared with PyTorch's own, then timed in a CUDA graph on random numbers, with enough copies of
-the weights that they come from memory as in a model. What is right and fastest goes into the table, cuBLAS included.
+the weights that they come from memory as in a model. What is right and fastest goes into the table, cuBLAS included;
+a tile that spills registers does not.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ Timer = Callable[[Callable[[], Any]], float]
 
 L2_BYTES = 100e6  # more than the cache of any GPU we know
 LONGEST_STEP = 128  # along K, of all choices
+SPILLS = {torch.float32: 16}  # bytes per thread that a table's tile may spill: one register too few, in exact products
 MANY_ROWS = 2048  # from here on, tiles below 64 rows only read the weights more often
 TILES = (  # (bm, bn, bk, warps, stages) of bf16 and fp16
     *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (64, 256, 64, 4, 3)),
@@ -313,7 +315,8 @@ def measure(product: Product, device: torch.device, timer: Timer = graph_microse
     times = times_of(kind.choices(chip, product))
     for choice in sorted(times, key=times.__getitem__)[:3]:
         times |= times_of(v for v in kind.variants(chip, product, choice) if v not in times)
-    best = min(times, key=times.__getitem__, default=None)
+    fastest = sorted(times, key=times.__getitem__)
+    best = next((choice for choice in fastest if stays_in_registers(chip, product, choice)), None)
     ours = times[best] if best is not None else float("inf")
     return Measured(product, kind.entry(best if ours < theirs else None), ours, theirs)
 
@@ -330,6 +333,18 @@ def _agrees(kind: Kind, product: Product, tensors: list[Tensor], choice: Any, tr
         return True
     warnings.warn(f"{product}: {choice} gives wrong results and is left out", RuntimeWarning, stacklevel=2)
     return False
+
+
+def stays_in_registers(chip: Chip, product: Product, choice: Any) -> bool:
+    """Whether a choice, compiled for ``chip``, spills no registers; says so where it does. No table may name one."""
+    from . import aot
+
+    kind = KINDS[product.kind]
+    spilled = aot.spills(chip, lambda: kind.run(product, kind.operands(product, torch.device("meta")), choice))
+    if spilled > SPILLS.get(product.dtype, 0):
+        logging.getLogger(__name__).info("%s: %s spills %d", product, choice, spilled)
+        return False
+    return True
 
 
 def precompile(products: Iterable[Product], chip: Chip, processes: int) -> None:
@@ -403,6 +418,16 @@ def _key(product: Product) -> tuple[str, str, int, int, int]:
 
 def _key_of(entry: Entry) -> tuple[str, str, int, int, int]:
     return entry["kind"], entry["dtype"], entry["n"], entry["k"], entry["m"]
+
+
+def choices_of(path: Path) -> Iterator[tuple[Product, Any]]:
+    """What a table's entries choose for which products; those left to cuBLAS, PyTorch or two launches are left out."""
+    forms = {"on_chip": OnChip, "attention": AttentionTile, "window_attention": AttentionTile}
+    for entry in _read(path):
+        kind, dtype, n, k, m = _key_of(entry)
+        if entry["config"] and not entry["config"].get("vendor"):
+            choice = forms.get(kind, Config)(**entry["config"])
+            yield Product(kind, getattr(torch, dtype), m, n, k), choice
 
 
 def _read(path: Path) -> list[Entry]:

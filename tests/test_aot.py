@@ -6,7 +6,7 @@ import pytest
 import torch
 from aot_helpers import EVERYTHING, assert_products, compiled, every_chip, meta
 
-from repavit_ops.kernels import tuner
+from repavit_ops.kernels import tuner, tuning
 from repavit_ops.kernels.chips import KNOWN
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
@@ -66,6 +66,27 @@ def test_narrow_ffn_is_one_launch(chip):
         return
     assert list(kernels) == ["on_chip_kernel"]
     assert_products(kernels["on_chip_kernel"], chip)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+TABLES = sorted(tuning.folders()[-1].glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_no_tile_of_a_table_spills(path, subtests):
+    """On the GPU that the table is of, which chips.KNOWN must describe."""
+    (chip,) = [chip for chip in KNOWN.values() if tuning.table_path(chip.name, path.parent) == path]
+    for product, choice in tuner.choices_of(path):
+        with subtests.test(product=product, choice=choice):
+            assert tuner.stays_in_registers(chip, product, choice)
+
+
+def test_a_tile_that_spills_is_seen():
+    """256 x 128 sums on 128 threads take all 255 registers of each, and more."""
+    product = tuner.Product("linear", BF16, ROWS, 768, 768)
+    assert tuner.stays_in_registers(KNOWN["sm_80"], product, tuning.Config(64, 64, 64, 4, 3))
+    assert not tuner.stays_in_registers(KNOWN["sm_80"], product, tuning.Config(256, 128, 64, 4, 3))
 
 
 # --- make aot ---------------------------------------------------------------------------------------------------------

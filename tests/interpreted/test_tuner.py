@@ -83,6 +83,20 @@ def test_cublas_is_taken_where_it_is_faster(folder, monkeypatch):
     torch.testing.assert_close(y, x @ w.t() + h @ w.t() + x)
 
 
+def test_what_spills_is_no_entry(folder, monkeypatch):
+    """The fastest tile that keeps to its registers is written, and cuBLAS where none does."""
+    timer = timer_that_prefers(monkeypatch, FEW[0])
+    product = Product("linear", torch.float32, 40, 32, 16)
+    spilling = [FEW[0]]
+    monkeypatch.setattr(tuner, "stays_in_registers", lambda chip, product, choice: choice not in spilling)
+    (measured,) = tuner.tune([product], CPU, folder, timer=timer)
+    assert measured.ours == 2.0  # no faster than cuBLAS
+    assert measured.entry == {"vendor": True}
+    timer = timer_that_prefers(monkeypatch, FEW[1])
+    (measured,) = tuner.tune([product], CPU, folder, timer=timer, again=True)
+    assert [choice for _, choice in tuner.choices_of(tuning.table_path(INTERPRETER.name, folder))] == [FEW[1]]
+
+
 def test_nearest_rows_by_ratio(folder, monkeypatch):
     timer = timer_that_prefers(monkeypatch, FEW[0])
     (few,) = tuner.tune([Product("linear", torch.float32, 16, 32, 16)], CPU, folder, timer=timer)
