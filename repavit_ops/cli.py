@@ -344,7 +344,7 @@ def idle(
     idle_ratio: Annotated[str, typer.Option(help="θ of every block, or one per block: 0.5,0.75,…")] = "0.5",
     allocate: Annotated[bool, typer.Option("--allocate", help="Spend θ's FLOPs by measured sensitivity.")] = False,
     crops: Annotated[int, typer.Option(min=1, help="Calibration crops of each photo.")] = 4,
-    steps: Annotated[int, typer.Option(min=0, help="Gradient steps of each block; 0: closed form alone.")] = 150,
+    steps: Annotated[int, typer.Option(min=0, help="Gradient steps of each block; 0: closed form alone.")] = 200,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a crop in the fit; default all.")] = None,
     minutes: Annotated[float, typer.Option("--distill", min=0, help="Minutes of distillation after it.")] = 0.0,
     img_size: Annotated[int | None, typer.Option(help="Pixels of the side; default the model's own.")] = None,

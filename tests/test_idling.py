@@ -12,7 +12,7 @@ from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
 from torch import nn
 
 import repavit_ops
-from repavit_ops.idling.allocation import Sensitivity, within_budget
+from repavit_ops.idling.allocation import Sensitivity, allocated, within_budget
 from repavit_ops.idling.blocks import in_call_order, open_blocks
 from repavit_ops.idling.refining import TOKENS, Sample, refine
 from repavit_ops.idling.scratch import Scratch
@@ -343,6 +343,8 @@ def test_the_budget_goes_to_the_sensitive_block():
     assert (low, high) == (10, 90)  # equal slopes: 1 · (1 - .1) = 9 · (1 - .9)
     costly = Sensitivity(curve(1.0), 2.0)  # a channel costs twice as much: 2 (1 - .7) · 2 = 2 (1 - .4)
     assert within_budget([cheap, costly], [50, 50]) == [70, 40]
+    assert allocated([cheap, dear], [50, 50]) == [16, 64]  # halfway is 30 and 70
+    assert allocated([cheap, dear], [0, 0]) == [0, 0]
 
 
 @torch.no_grad()

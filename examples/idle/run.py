@@ -47,7 +47,7 @@ def block_by_block(split: int, ratio: float, extras: Path, models: Path) -> None
         original,
         crops.split(BATCH),
         ratio,
-        allocate=photos.PROTOCOL.get("allocate", False),
+        allocate=photos.PROTOCOL["allocate"],
         steps=photos.PROTOCOL["steps"],
         tokens_per_image=photos.PROTOCOL["tokens_per_image"],
         seed=photos.PROTOCOL["seed"],

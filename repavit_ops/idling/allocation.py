@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from .selection import Elimination, eliminate
 from .solving import DEFAULT_RIDGE, deployed, empty_split, original, penalties
 from .streams import Streams
 
-PROBED = 32  # images that the sensitivities are measured on
+FITTED, PROBED = 96, 32  # images that a block is idled on alone, and those whose final features are compared
+COARSE = 1 / 24  # share of the channels that a step of the elimination removes here
+GRAIN = 16  # m is a multiple: whole tiles of the kernels
 
 
 class Sensitivity(NamedTuple):
@@ -21,6 +24,17 @@ class Sensitivity(NamedTuple):
 
     curve: list[tuple[int, float]]
     macs: float
+
+
+def allocated(sensitivities: list[Sensitivity], keep: list[int]) -> list[int]:
+    """m of every block: halfway between ``keep`` and :func:`within_budget`, in whole multiples of 16.
+
+    A sensitivity is of one idled block in an unchanged model. When all are idled and mend what is lost in front, the
+    whole way is too far: on DINOv2 ViT-S/14 at θ = .75 it kept a cosine of .930, ``keep`` itself .932, halfway .933 (at
+    θ = .25: .9893 and, halfway, .9918).
+    """
+    best = within_budget(sensitivities, keep)
+    return [(m + other) // 2 // GRAIN * GRAIN for m, other in zip(keep, best, strict=True)]
 
 
 def within_budget(sensitivities: list[Sensitivity], keep: list[int]) -> list[int]:
@@ -53,17 +67,17 @@ def measure(
     One block at a time is idled to ``keep``; the squared error of the final features over their own square is spread
     along the block's elimination curve in proportion to the block's own loss, which holds where errors are small.
     """
-    images = torch.cat([streams.get("images", batch) for batch in range(_batches(streams))])[:PROBED]
+    images = torch.cat([streams.get("images", batch) for batch in range(batches_of(streams, PROBED))])[:PROBED]
     final = features(model, images)
     found = []
     for index, (site, m) in enumerate(zip(sites, keep, strict=True)):
         split = empty_split(site.ffn)
-        for tokens in streams.at(model, sites, index):
+        for tokens in islice(streams.at(model, sites, index), batches_of(streams, FITTED)):
             split.update(site.ffn, tokens)
             step()
         statistics, hidden = split.fitted + split.held_out, site.hidden
         ridge, prior = penalties(statistics, hidden, DEFAULT_RIDGE), original(site.ffn)
-        path = eliminate(statistics, hidden, 0, ridge, prior)
+        path = eliminate(statistics, hidden, 0, ridge, prior, COARSE)
         m = min(m, hidden - 1)
         probe = _kept_at(path, hidden, m)
         kept = torch.cat((probe, torch.arange(hidden, len(statistics.gram), device=probe.device)))
@@ -89,10 +103,11 @@ def _kept_at(path: Elimination, hidden: int, m: int) -> Tensor:
     return torch.tensor([c for c in range(hidden) if c not in gone], device=path.kept.device, dtype=torch.long)
 
 
-def _batches(streams: Streams) -> int:
+def batches_of(streams: Streams, images: int) -> int:
+    """How many batches hold that many images."""
     total = 0
     for count, size in enumerate(streams.sizes, start=1):
         total += size
-        if total >= PROBED:
+        if total >= images:
             return count
     return len(streams)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.schedule import per_block
 from ..reparam import active_channels
-from .allocation import measure, within_budget
+from .allocation import FITTED, allocated, batches_of, measure
 from .blocks import in_call_order, open_blocks
 from .refining import Sample, refine
 from .scratch import Scratch
@@ -54,7 +54,7 @@ def idle_pretrained(
     *,
     allocate: bool = False,
     ridge: float | None = None,
-    steps: int = 150,
+    steps: int = 200,
     tokens_per_image: int | None = None,
     seed: int = 0,
     scratch: str | os.PathLike[str] | None = None,
@@ -83,10 +83,10 @@ def idle_pretrained(
             is one (labels are not used). Read once. Variety counts: hundreds of photos, some crops of each; every
             fifth image chooses the ridge.
         idle_ratio: θ in [0, 1], of all blocks or of each. 0 leaves a block exactly as it is.
-        allocate: spend the FLOPs that θ means for all blocks where they count most, by measured sensitivity: the final
-            features' error when one block alone is idled. ``idle_ratio`` must then be one number.
+        allocate: move the FLOPs that θ means for all blocks towards where they count most, by measured sensitivity: the
+            final features' error when one block alone is idled. ``idle_ratio`` must then be one number.
         ridge: penalty of the least squares as a share of a feature's mean square; None chooses it per block.
-        steps: gradient steps behind every block's closed form (Adam, 2,048 tokens each); 0 for the closed form alone.
+        steps: gradient steps behind every block's closed form (Adam, 1,024 tokens each); 0 for the closed form alone.
         tokens_per_image: how many tokens of an image enter the statistics, drawn anew in every block; None takes all.
         seed: of that draw.
         scratch: folder for temporary files, removed at the end: per image two token maps in the model's dtype and the
@@ -114,8 +114,8 @@ def idle_pretrained(
         sites = in_call_order(opened, sites, streams.get("images", 0))
         keep = [active_channels(site.hidden, ratio) for site, ratio in zip(sites, ratios, strict=True)]
         if allocate:
-            task = bar.add_task("measuring", total=len(sites) * len(streams))
-            keep = within_budget(measure(opened, sites, streams, keep, lambda: bar.advance(task)), keep)
+            task = bar.add_task("measuring", total=len(sites) * batches_of(streams, FITTED))
+            keep = allocated(measure(opened, sites, streams, keep, lambda: bar.advance(task)), keep)
         results = {s.name: BlockResult(s.name, s.hidden, m) for s, m in zip(sites, keep, strict=True)}
         opened, found = open_blocks(model, only={r.name for r in results.values() if r.act_channels < r.hidden})
         changing = sorted(found, key=lambda site: list(results).index(site.name))

@@ -12,7 +12,7 @@ from ..nn import PartialGELUFFN
 from .distillation import BETAS, rate
 
 TOKENS = 65_536  # kept in memory at most, while there are fewer images than that
-ROWS = 2_048  # tokens of a step
+ROWS = 1_024  # tokens of a step
 STEP = 0.03  # the highest learning rate, as a share of a weight's root mean square
 WARMUP = 0.1  # share of the steps until then
 

@@ -26,17 +26,20 @@ class Elimination(NamedTuple):
     curve: list[tuple[int, float]]
 
 
-def eliminate(statistics: FitStatistics, hidden: int, keep: int, ridge: Tensor, prior: Tensor) -> Elimination:
+def eliminate(
+    statistics: FitStatistics, hidden: int, keep: int, ridge: Tensor, prior: Tensor, step: float = STEP
+) -> Elimination:
     """Remove hidden channels until ``keep`` are left, each time those that the refitted rest replaces best.
 
     Features are [GELU(h) of all hidden channels, n(x), 1]; the last C + 1 always stay. Taking feature j out of a
     least-squares fit W with inverse Gram matrix H raises the loss by ``|W_j|² / H_jj`` once all others are fitted anew
     (the optimal brain surgeon, Hassibi & Stork 1993): what a straight line through n(x) and the other active channels
-    can do for j is counted. A step removes the cheapest 1/48 of what is left, then updates W and H exactly.
+    can do for j is counted. A step removes the cheapest share of what is left, then updates W and H exactly.
 
     Args:
         statistics: of features [hidden + C + 1] and targets [C]. hidden: ρC. keep: m.
         ridge, prior: penalty per feature, and the solution that it draws to (:meth:`FitStatistics.solve`).
+        step: that share.
     """
     gram = statistics.gram.clone()
     gram.diagonal().add_(ridge)
@@ -49,7 +52,7 @@ def eliminate(statistics: FitStatistics, hidden: int, keep: int, ridge: Tensor, 
     alive = torch.arange(hidden, device=gram.device)  # the channels of the first rows of inverse and weights
     curve = [(hidden, max(base, 0.0) / scale)]
     while len(alive) > keep:
-        count = min(max(1, int(len(alive) * STEP)), len(alive) - keep)
+        count = min(max(1, int(len(alive) * step)), len(alive) - keep)
         cost = weights[: len(alive)].square().sum(dim=1) / inverse.diagonal()[: len(alive)].clamp_min(1e-300)
         out = cost.topk(count, largest=False).indices
         stays = torch.ones(len(inverse), dtype=torch.bool, device=gram.device)
