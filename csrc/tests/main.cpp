@@ -1,7 +1,6 @@
 // Runs every kernel at every level that this machine has, without Python: for sanitizers and emulators.
 //
 //   driver [thorough] [LEVEL ...]     exit status 1 if anything failed; levels named are run whatever this machine has
-#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -39,16 +38,31 @@ void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const
   driver::test_stack<T>(kernels, dtype, level);
 }
 
+// The level of this name; kIsaLevels if there is none.
+int level_named(const char* name) {
+  int level = 0;
+  while (level < repavit::kIsaLevels && std::strcmp(name, repavit::isa_name(level)) != 0) ++level;
+  return level;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto named = [&](const char* word) {
-    return std::any_of(argv + 1, argv + argc, [&](const char* given) { return std::strcmp(given, word) == 0; });
-  };
-  const bool thorough = named("thorough"), levels_named = argc > 1 + thorough;
+  bool thorough = false, any_chosen = false, chosen[repavit::kIsaLevels] = {};
+  for (int i = 1; i < argc; ++i) {
+    const int level = level_named(argv[i]);
+    if (level < repavit::kIsaLevels) {
+      chosen[level] = any_chosen = true;
+    } else if (std::strcmp(argv[i], "thorough") == 0) {
+      thorough = true;
+    } else {
+      std::printf("driver: got '%s', wanted thorough or a level: scalar, avx2, avx512, avx512_bf16\n", argv[i]);
+      return 2;
+    }
+  }
   test_level_choice();
   for (int level = 0; level < repavit::kIsaLevels; ++level) {
-    if (levels_named ? !named(repavit::isa_name(level)) : level > repavit::supported_level()) continue;
+    if (any_chosen ? !chosen[level] : level > repavit::supported_level()) continue;
     const repavit::Kernels kernels = repavit::kernels_at(level);
     const char* name = repavit::isa_name(level);
     driver::test_gelu(kernels, name);
