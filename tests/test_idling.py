@@ -368,12 +368,23 @@ def test_distilling_brings_the_student_closer_and_leaves_the_teacher(tmp_path):
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     student, x = idle(teacher, 1.0), torch.cat(batches())
     gap = (student(x) - teacher(x)).norm().item()
-    losses = repavit_ops.distill(student, teacher, batches(), steps=60, lr=2e-3, progress=False)
+    losses = repavit_ops.distill(student, teacher, batches(), steps=60, lr=2e-2, progress=False)
     assert len(losses) == 60
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert (student(x) - teacher(x)).norm() < 0.9 * gap
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_learning_rate_is_a_share_of_each_weight():
+    teacher = tiny_vit(**VANILLA)
+    student = idle(teacher, 1.0)
+    before = [p.detach().clone() for p in student.parameters()]
+    repavit_ops.distill(student, teacher, batches(), steps=10, lr=1e-3, progress=False)
+    for old, new in zip(before, student.parameters(), strict=True):
+        size = max(old.square().mean().sqrt().item(), 1e-3) if old.numel() else 0.0
+        assert ((new - old).abs() <= 1.5 * 10 * 1e-3 * size).all()  # Adam's step is about its rate
+        assert not old.numel() or not torch.equal(old, new)
 
 
 def test_distillation_goes_on_where_it_stopped(tmp_path):
@@ -388,7 +399,7 @@ def test_distillation_goes_on_where_it_stopped(tmp_path):
         raise Stop
 
     file = tmp_path / "distill.pt"
-    long = {"steps": 24, "lr": 1e-3, "progress": False}
+    long = {"steps": 24, "lr": 1e-2, "progress": False}
     straight, broken = idle(teacher), idle(teacher)
     repavit_ops.distill(straight, teacher, data, **long)
     with pytest.raises(Stop):

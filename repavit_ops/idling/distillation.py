@@ -20,6 +20,7 @@ from ..nn import PartialGELUFFN
 from .streams import images_of
 
 BETAS, CLIP = (0.9, 0.98), 1.0
+SMALLEST = 1e-3  # a weight of a lower root mean square, a bias of zeros, say, steps as if it had this one
 
 
 def distill(
@@ -29,7 +30,7 @@ def distill(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    lr: float = 1e-4,
+    lr: float = 5e-5,
     warmup: float = 0.1,
     block_weight: float = 1.0,
     logit_weight: float = 1.0,
@@ -43,6 +44,10 @@ def distill(
     where there is a head. AdamW without weight decay, gradients clipped to 1, learning rate up linearly, then down as a
     cosine. Every parameter trains; the student stays in evaluation mode (no dropout) and in its deployed shape.
 
+    The student is near its teacher from the start, so that a gradient is mostly noise, which Adam turns into steps as
+    large as any other: on DINOv2 ViT-S/14 with 4 crops a step, shares of 5e-4 made the loss 2.6 times as large in
+    16 steps, and a common rate of 1e-4 for all weights thirty times.
+
     Args:
         student: of :func:`repavit_ops.idle_pretrained`, unfused; trained in place.
         teacher: the original, or another model with blocks of the same names; not changed.
@@ -50,7 +55,8 @@ def distill(
             each time teach more than the same ones.
         steps: batches to train on. minutes: or how long to train; the learning rate then follows the clock, and the
             result depends on the machine's speed. One of the two.
-        lr: the highest learning rate. warmup: share of the training until then.
+        lr: the highest learning rate, as a share of each weight's root mean square. warmup: share of the training until
+            then. More images a step bear a higher rate.
         checkpoint: file to write every 20 steps and at the end, and to go on from if it exists: weights, optimizer,
             progress (steps and time). The loader starts anew then.
         progress: show a progress bar on stderr.
@@ -70,7 +76,8 @@ def distill(
         raise ValueError("student: got a model without idled blocks, wanted the result of idle_pretrained")
     student.eval()
     trained = [p for p in student.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=0.0)
+    groups = [{"params": [p], "scale": max(_root_mean_square(p), SMALLEST)} for p in trained if p.numel()]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     clock = _Clock(steps, minutes)
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(Path(checkpoint), student, optimizer, clock)
@@ -85,7 +92,7 @@ def distill(
                 if clock.done() >= 1:
                     break
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * rate(clock.done(), warmup)
+                    group["lr"] = lr * group["scale"] * rate(clock.done(), warmup)
                 losses.append(_step(student, teacher, names, images, optimizer, block_weight, logit_weight))
                 clock.tick()
                 bar.update(task, completed=clock.done(), description=f"distilling, loss {losses[-1]:.4f}")
@@ -104,6 +111,10 @@ def rate(done: float, warmup: float) -> float:
     if done < warmup:
         return (done + 0.01) / (warmup + 0.01)
     return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9))
+
+
+def _root_mean_square(p: Tensor) -> float:
+    return p.detach().float().square().mean().sqrt().item()
 
 
 class _Clock:
