@@ -12,7 +12,7 @@ from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
 from torch import nn
 
 import repavit_ops
-from repavit_ops.idling import solving
+from repavit_ops.idling import pretrained, solving
 from repavit_ops.idling.allocation import Sensitivity, allocated, within_budget
 from repavit_ops.idling.blocks import in_call_order, open_blocks
 from repavit_ops.idling.refining import TOKENS, Sample, refine
@@ -212,14 +212,21 @@ def test_the_goal_mends_part_of_what_was_lost():
     assert torch.allclose(goal, MEND * after + (1 - MEND) * ffn(inside), atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-def test_both_fit_and_steps_go_for_that_goal(monkeypatch, steps):
-    model = tiny_vit(**VANILLA)
-    half = ffns(idle(model, 0.75, steps=steps))
+def test_both_fit_and_steps_go_for_that_goal(monkeypatch):
+    model, goals = tiny_vit(**VANILLA), []
+
+    def recorded(ffn, sample, steps, seed):
+        goals.append(torch.cat(sample.goal))
+        return refine(ffn, sample, steps, seed)
+
+    monkeypatch.setattr(pretrained, "refine", recorded)
+    half = ffns(idle(model, 0.75))
     monkeypatch.setattr(solving, "MEND", 1.0)
-    whole = ffns(idle(model, 0.75, steps=steps))
+    whole = ffns(idle(model, 0.75))
     assert torch.equal(half[0].w_out, whole[0].w_out)  # nothing is lost in front of the first
+    assert torch.allclose(goals[0], goals[2], atol=1e-5)
     assert not torch.allclose(half[1].w_out, whole[1].w_out, rtol=1e-3)
+    assert relative(goals[1], goals[3]) > 1e-3
 
 
 @torch.no_grad()

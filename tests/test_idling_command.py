@@ -63,18 +63,9 @@ def test_a_timm_model_comes_from_its_weights(timm, photos, tmp_path):
     torch.save(model.state_dict(), tmp_path / "timm.pth")
     out = tmp_path / "idled.safetensors"
     result = run(
-        f"vit_tiny_patch16_224={tmp_path / 'timm.pth'}",
-        "--data",
-        photos,
-        "--out",
-        out,
-        "--img-size",
-        32,
-        "--crops",
-        1,
-        "--steps",
-        0,
-    )
+        f"vit_tiny_patch16_224={tmp_path / 'timm.pth'}", "--data", photos, "--out", out,
+        "--img-size", 32, "--crops", 1, "--steps", 0,
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     again = repavit_ops.load_checkpoint(out)
     assert again.head.out_features == 3

@@ -30,8 +30,7 @@ def allocated(sensitivities: list[Sensitivity], keep: list[int]) -> list[int]:
     """m of every block: halfway between ``keep`` and :func:`within_budget`, in whole multiples of 16.
 
     A sensitivity is of one idled block in an unchanged model. When all are idled and mend what is lost in front, the
-    whole way is too far: on DINOv2 ViT-S/14 at θ = .75 it kept a cosine of .930, ``keep`` itself .932, halfway .933 (at
-    θ = .25: .9893 and, halfway, .9918).
+    whole way is too far (examples/idle has what was measured).
     """
     best = within_budget(sensitivities, keep)
     return [(m + other) // 2 // GRAIN * GRAIN for m, other in zip(keep, best, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +16,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN
+from .rates import adam, set_rates
 from .streams import images_of
 
-BETAS, CLIP = (0.9, 0.98), 1.0
-SMALLEST = 1e-3  # a weight of a lower root mean square, a bias of zeros, say, steps as if it had this one
+CLIP = 1.0  # norm of all gradients
 
 
 def distill(
@@ -76,8 +75,7 @@ def distill(
         raise ValueError("student: got a model without idled blocks, wanted the result of idle_pretrained")
     student.eval()
     trained = [p for p in student.parameters() if p.is_floating_point()]
-    groups = [{"params": [p], "scale": max(_root_mean_square(p), SMALLEST)} for p in trained if p.numel()]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+    optimizer = adam(trained)
     clock = _Clock(steps, minutes)
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(Path(checkpoint), student, optimizer, clock)
@@ -91,8 +89,7 @@ def distill(
             for images in _endless(loader, trained[0]):
                 if clock.done() >= 1:
                     break
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["scale"] * rate(clock.done(), warmup)
+                set_rates(optimizer, lr, clock.done(), warmup)
                 losses.append(_step(student, teacher, names, images, optimizer, block_weight, logit_weight))
                 clock.tick()
                 bar.update(task, completed=clock.done(), description=f"distilling, loss {losses[-1]:.4f}")
@@ -104,17 +101,6 @@ def distill(
         for module, mode in modes.items():
             module.training = mode
     return losses
-
-
-def rate(done: float, warmup: float) -> float:
-    """Share of the highest learning rate when ``done`` of the training lies behind: linear, then a cosine to 0."""
-    if done < warmup:
-        return (done + 0.01) / (warmup + 0.01)
-    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9))
-
-
-def _root_mean_square(p: Tensor) -> float:
-    return p.detach().float().square().mean().sqrt().item()
 
 
 class _Clock:

@@ -70,7 +70,7 @@ def idle_pretrained(
     behind the block, so that each also mends some of what was lost.
 
     **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.89 to 0.94 to the
-    original (examples/idle has what was measured). :func:`repavit_ops.distill` trains on from there.
+    original, with ``allocate=True`` (examples/idle has what was measured). :func:`repavit_ops.distill` goes on from there.
 
     Memory holds the model, one block's Gram matrix, (ρC + C + 1)² float64, and 65,536 tokens for the gradient steps
     (one per image where there are more images); images and tokens pass through ``scratch``. The same loader gives the
@@ -88,7 +88,7 @@ def idle_pretrained(
         ridge: penalty of the least squares as a share of a feature's mean square; None chooses it per block.
         steps: gradient steps behind every block's closed form (Adam, 1,024 tokens each); 0 for the closed form alone.
         tokens_per_image: how many tokens of an image enter the statistics, drawn anew in every block; None takes all.
-        seed: of that draw.
+        seed: of that draw, and of what each gradient step sees.
         scratch: folder for temporary files, removed at the end: per image two token maps in the model's dtype and the
             image itself; None for the system's.
         progress: show a progress bar on stderr.

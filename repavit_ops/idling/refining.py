@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import PartialGELUFFN
-from .distillation import BETAS, rate
+from .rates import adam, set_rates
 
 TOKENS = 65_536  # kept in memory at most, while there are fewer images than that
 ROWS = 1_024  # tokens of a step
@@ -47,9 +47,6 @@ class Refined(NamedTuple):
 def refine(ffn: PartialGELUFFN, sample: Sample, steps: int, seed: int) -> Refined:
     """Adam on every weight of a deployed FFN, towards the goal of ``sample``. The module that is given stays.
 
-    The learning rate of a weight is a share of its root mean square, so that no model needs rates of its own; it rises
-    linearly, then falls as a cosine.
-
     Args:
         ffn: of :func:`repavit_ops.idling.solving.solve_ffn`, in plain PyTorch. steps: 0 changes nothing; neither does
             any number where no hidden channel is active, for the closed form is the optimum then.
@@ -61,13 +58,10 @@ def refine(ffn: PartialGELUFFN, sample: Sample, steps: int, seed: int) -> Refine
     x, goal = (torch.cat(parts).to(dtype) for parts in (sample.inside, sample.goal))
     energy = (goal - x).square().sum(dim=1).mean().clamp_min(1e-30)
     student = copy.deepcopy(ffn).to(dtype)
-    weights = [p.requires_grad_() for p in student.parameters() if p.numel()]
-    scales = [STEP * w.detach().square().mean().sqrt().item() for w in weights]
-    optimizer = torch.optim.Adam([{"params": [w]} for w in weights], betas=BETAS)
+    optimizer = adam(student.requires_grad_().parameters())
     generator, losses = torch.Generator().manual_seed(seed), list[float]()
     for step in range(steps):
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = scale * rate(step / steps, WARMUP)
+        set_rates(optimizer, STEP, step / steps, WARMUP)
         rows = torch.randint(len(x), (min(ROWS, len(x)),), generator=generator).to(x.device)
         loss = (student(x[rows]) - goal[rows]).square().sum(dim=1).mean() / energy
         optimizer.zero_grad(set_to_none=True)
