@@ -8,51 +8,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
+from idling_helpers import OURS, TIMM, VANILLA, VIT, batches, ffns, fitted, idle, vanilla_ffn
+from model_helpers import images, randomise, relative, tiny_vit
 from torch import nn
 
 import repavit_ops
 from repavit_ops.idling import pretrained, solving
 from repavit_ops.idling.allocation import Sensitivity, allocated, within_budget
 from repavit_ops.idling.blocks import in_call_order, open_blocks
-from repavit_ops.idling.refining import TOKENS, Sample, refine
+from repavit_ops.idling.refining import refine
 from repavit_ops.idling.scratch import Scratch
 from repavit_ops.idling.selection import eliminate
-from repavit_ops.idling.solving import MEND, empty_split, goal_of, original, solve_ffn
+from repavit_ops.idling.solving import MEND, goal_of, original, solve_ffn
 from repavit_ops.idling.statistics import FitStatistics
 from repavit_ops.idling.streams import Streams, Tokens
-from repavit_ops.nn import PartialGELUFFN
-
-VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
-SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5, "img_size": 56}
-VANILLA = {"idle_ratio": None, "act_channels": None}
-TIMM = {
-    "vit_base_patch16_224": VIT,
-    "deit3_small_patch16_224": VIT,
-    "vit_small_patch14_dinov2": VIT,
-    "vit_base_patch16_clip_224": VIT,
-    "vit_base_patch16_siglip_224": VIT,
-    "swin_tiny_patch4_window7_224": SWIN,
-}
-OURS = {"vit": lambda: tiny_vit(**VANILLA), "swin": lambda: tiny_swin(**VANILLA)}
-
-
-def batches(count=5, size=32, of=8):
-    return [images(of, size, seed=seed) for seed in range(count)]
-
-
-def idle(model, idle_ratio=0.5, size=32, steps=0, **options):
-    return repavit_ops.idle_pretrained(model, batches(size=size), idle_ratio, steps=steps, progress=False, **options)
-
-
-def ffns(model):
-    return [module for module in model.modules() if isinstance(module, PartialGELUFFN)]
-
-
-def vanilla_ffn(dim=12, hidden=40, seed=0):
-    ffn = PartialGELUFFN(dim, hidden, merged=False, norm_eps=1e-6, residual=True, backend="reference")
-    return randomise(ffn, seed)
-
 
 # --- the result -------------------------------------------------------------------------------------------------------
 
@@ -195,16 +164,6 @@ def _input(model, name, x):
 
 
 @torch.no_grad()
-def fitted(ffn, tokens=600, seed=3, noise=0.1):
-    generator = torch.Generator().manual_seed(seed)
-    x, error = torch.randn(2, 8, tokens // 8, ffn.dim, generator=generator).to(ffn.w_in)
-    after = ffn(x) + noise * error
-    split = empty_split(ffn)
-    split.update(ffn, Tokens(x, after, torch.arange(8) % 4 == 3))
-    return x, after, split
-
-
-@torch.no_grad()
 def test_the_goal_mends_part_of_what_was_lost():
     ffn, inside, after = vanilla_ffn(), *torch.randn(2, 4, 6, 12)
     goal = goal_of(ffn, Tokens(inside, after, torch.zeros(4, dtype=torch.bool)))
@@ -296,58 +255,6 @@ def test_statistics_do_not_depend_on_how_tokens_arrive():
         assert statistics.count == 10_000
 
 
-# --- gradient steps ---------------------------------------------------------------------------------------------------
-
-
-def sampled(x, after):
-    sample = Sample(len(x))
-    sample.add(x, after)
-    return sample
-
-
-def test_steps_explain_more_than_the_closed_form():
-    ffn = vanilla_ffn(hidden=48)
-    x, after, split = fitted(ffn, tokens=4000, noise=0.0)
-    fit = solve_ffn(ffn, split, 12, ridge=1e-9)
-    before = {key: value.clone() for key, value in fit.ffn.state_dict().items()}
-    refined = refine(fit.ffn, sampled(x, after), 200, seed=0)
-    with torch.no_grad():
-        left = (refined.ffn(x) - after).square().sum() / (after - x).square().sum()
-    assert left < 0.8 * fit.loss
-    assert refined.loss == pytest.approx(left.item(), rel=0.2)
-    assert not torch.equal(refined.ffn.w_in, fit.ffn.w_in)
-    assert all(torch.equal(value, before[key]) for key, value in fit.ffn.state_dict().items())
-
-
-def test_no_steps_and_no_active_channels_change_nothing():
-    ffn = vanilla_ffn()
-    x, after, split = fitted(ffn)
-    sample = sampled(x, after)
-    for keep, steps in ((10, 0), (0, 50)):
-        fit = solve_ffn(ffn, split, keep, ridge=1e-3)
-        assert refine(fit.ffn, sample, steps, seed=0).ffn is fit.ffn
-
-
-def test_a_sample_takes_as_many_tokens_of_every_image():
-    x = torch.arange(2 * 7.0).view(2, 7, 1)
-    sample = Sample(images=TOKENS // 3)
-    sample.add(x, x + 0.5)
-    assert torch.cat(sample.inside).flatten().tolist() == [0, 3, 6, 7, 10, 13]
-    assert torch.equal(torch.cat(sample.goal), torch.cat(sample.inside) + 0.5)
-    assert Sample(images=10 * TOKENS).per_image == 1
-
-
-def test_steps_bring_a_model_closer_and_repeat():
-    model, x = tiny_vit(**VANILLA), images(8, seed=99)
-    closed, first, again, other = (idle(model, 0.75, steps=n, seed=s) for n, s in ((0, 0), (60, 0), (60, 0), (60, 1)))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-    assert all(block.unexplained == block.refined < block.loss for block in first.idle_report)
-    assert all(block.unexplained == block.loss for block in closed.idle_report)
-    with torch.no_grad():
-        assert (first(x) - model(x)).norm() < (closed(x) - model(x)).norm()
-
-
 # --- allocation -------------------------------------------------------------------------------------------------------
 
 
@@ -376,74 +283,6 @@ def test_allocation_keeps_the_budget_and_helps():
     assert sum(counts) <= 3 * 96
     assert counts[1] == max(counts)
     assert (uneven(x) - model(x)).norm() < 0.9 * (even(x) - model(x)).norm()
-
-
-# --- distillation -----------------------------------------------------------------------------------------------------
-
-
-def test_distilling_brings_the_student_closer_and_leaves_the_teacher(tmp_path):
-    teacher = tiny_vit(**VANILLA)
-    before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    student, x = idle(teacher, 1.0), torch.cat(batches())
-    gap = (student(x) - teacher(x)).norm().item()
-    losses = repavit_ops.distill(student, teacher, batches(), steps=60, lr=2e-2, progress=False)
-    assert len(losses) == 60
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert (student(x) - teacher(x)).norm() < 0.9 * gap
-    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
-    assert all(p.requires_grad for p in teacher.parameters())
-
-
-def test_the_learning_rate_is_a_share_of_each_weight():
-    teacher = tiny_vit(**VANILLA)
-    student = idle(teacher, 1.0)
-    before = [p.detach().clone() for p in student.parameters()]
-    repavit_ops.distill(student, teacher, batches(), steps=10, lr=1e-3, progress=False)
-    for old, new in zip(before, student.parameters(), strict=True):
-        size = max(old.square().mean().sqrt().item(), 1e-3) if old.numel() else 0.0
-        assert ((new - old).abs() <= 1.5 * 10 * 1e-3 * size).all()  # Adam's step is about its rate
-        assert not old.numel() or not torch.equal(old, new)
-
-
-def test_distillation_goes_on_where_it_stopped(tmp_path):
-    teacher, data = tiny_vit(**VANILLA), [images(4)]
-
-    class Stop(Exception):
-        pass
-
-    def interrupted():
-        for _ in range(20):
-            yield images(4)
-        raise Stop
-
-    file = tmp_path / "distill.pt"
-    long = {"steps": 24, "lr": 1e-2, "progress": False}
-    straight, broken = idle(teacher), idle(teacher)
-    repavit_ops.distill(straight, teacher, data, **long)
-    with pytest.raises(Stop):
-        repavit_ops.distill(broken, teacher, interrupted(), checkpoint=file, **long)
-    resumed = idle(teacher)  # another process: only the file is left
-    assert len(repavit_ops.distill(resumed, teacher, data, checkpoint=file, **long)) == 4
-    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-    assert repavit_ops.distill(resumed, teacher, data, checkpoint=file, **long) == []  # done
-    with pytest.raises(ValueError, match="another training"):
-        repavit_ops.distill(idle(teacher, 0.75), teacher, data, checkpoint=file, **long)
-
-
-def test_distillation_refuses_what_it_cannot_use():
-    teacher = tiny_vit(**VANILLA)
-    student = idle(teacher)
-    with pytest.raises(ValueError, match="exactly one"):
-        repavit_ops.distill(student, teacher, batches())
-    with pytest.raises(ValueError, match="without idled blocks"):
-        repavit_ops.distill(teacher, teacher, batches(), steps=1)
-    with pytest.raises(ValueError, match=r"lacks the student's blocks blocks\.1"):
-        repavit_ops.distill(student, tiny_vit(**VANILLA, depth=1), batches(), steps=1)
-    with pytest.raises(ValueError, match="no batches"):
-        repavit_ops.distill(student, teacher, iter(()), steps=1, progress=False)
-    with pytest.raises(RuntimeError, match="not finite"):
-        repavit_ops.distill(student, teacher, batches(), steps=9, lr=1e30, progress=False)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
