@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from idling_helpers import VANILLA, batches, fitted, idle, vanilla_ffn
 from model_helpers import images, tiny_vit
 
 import repavit_ops
+from repavit_ops.idling.distillation import idled_blocks, outputs
 from repavit_ops.idling.refining import TOKENS, Sample, refine
 from repavit_ops.idling.solving import solve_ffn
 
@@ -77,6 +81,24 @@ def test_distilling_brings_the_student_closer_and_leaves_the_teacher(tmp_path):
     assert (student(x) - teacher(x)).norm() < 0.9 * gap
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_loss_is_of_the_final_features_and_of_blocks_where_asked():
+    teacher, x = tiny_vit(**VANILLA), images(4)
+    student = idle(teacher, 1.0)
+    names = idled_blocks(student, teacher)
+    with torch.no_grad():
+        (blocks, features, logits), (true_blocks, true_features, true_logits) = (
+            outputs(model, names, x) for model in (student, teacher)
+        )
+    final = (1 - F.cosine_similarity(features, true_features, dim=-1)).mean()
+    relative = [(a - b).square().sum() / b.square().sum() for a, b in zip(blocks, true_blocks, strict=True)]
+    apart = F.softmax(true_logits, -1) * (F.log_softmax(true_logits, -1) - F.log_softmax(logits, -1))
+    for block_weight, logit_weight in ((None, 0.0), (0.0, 0.5), (2.0, 0.0)):
+        weights = {"logit_weight": logit_weight, **({} if block_weight is None else {"block_weight": block_weight})}
+        loss = repavit_ops.distill(copy.deepcopy(student), teacher, [x], steps=1, progress=False, **weights)[0]
+        wanted = final + (block_weight or 0.0) * sum(relative) / len(relative) + logit_weight * apart.sum(-1).mean()
+        assert loss == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_the_learning_rate_is_a_share_of_each_weight():

@@ -31,17 +31,17 @@ def distill(
     minutes: float | None = None,
     lr: float = 5e-5,
     warmup: float = 0.1,
-    block_weight: float = 1.0,
+    block_weight: float = 0.0,
     logit_weight: float = 1.0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train a deployed student towards the frozen model it was made from; no labels.
 
-    The loss is ``block_weight · mean_l |s_l - t_l|² / |t_l|² + (1 - cos(s, t)) + logit_weight · KL(t ‖ s)``: s_l, t_l
-    what both models have behind the idled blocks, s, t the features in front of the head, by token; KL of the logits
-    where there is a head. AdamW without weight decay, gradients clipped to 1, learning rate up linearly, then down as a
-    cosine. Every parameter trains; the student stays in evaluation mode (no dropout) and in its deployed shape.
+    The loss is ``(1 - cos(s, t)) + logit_weight · KL(t ‖ s) + block_weight · mean_l |s_l - t_l|² / |t_l|²``: s, t the
+    features in front of the head, by token; KL of the logits where there is a head; s_l, t_l what both models have
+    behind the idled blocks. AdamW without weight decay, gradients clipped to 1, learning rate up linearly, then down as
+    a cosine. Every parameter trains; the student stays in evaluation mode (no dropout) and in its deployed shape.
 
     The student is near its teacher from the start, so that a gradient is mostly noise, which Adam turns into steps as
     large as any other: on DINOv2 ViT-S/14 with 4 crops a step, shares of 5e-4 made the loss 2.6 times as large in
