@@ -43,9 +43,9 @@ def distill(
     behind the idled blocks. AdamW without weight decay, gradients clipped to 1, learning rate up linearly, then down as
     a cosine. Every parameter trains; the student stays in evaluation mode (no dropout) and in its deployed shape.
 
-    The student is near its teacher from the start, so that a gradient is mostly noise, which Adam turns into steps as
-    large as any other: on DINOv2 ViT-S/14 with 4 crops a step, shares of 5e-4 made the loss 2.6 times as large in
-    16 steps, and a common rate of 1e-4 for all weights thirty times.
+    It mends a rough student and can spoil a good one: near the teacher a gradient is mostly the noise of a few crops.
+    On DINOv2 ViT-S/14 at θ = 0.75, 90 steps of 8 crops at shares of 5e-4 took a patch cosine of 0.923 to 0.932, and 144
+    at 4e-4 one of 0.935 to 0.933 (examples/idle). Compare before and after on images that took no part.
 
     Args:
         student: of :func:`repavit_ops.idle_pretrained`, unfused; trained in place.
