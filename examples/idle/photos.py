@@ -3,7 +3,8 @@
     python examples/idle/photos.py fetch FOLDER     # once: the calibration extras, out of Debian's packages
 
 Test photos are among the 22 that scikit-image, scikit-learn and matplotlib install. Calibration takes the other 12 and
-228 free pictures of Debian's (wallpapers, OpenCV's samples and its manual), which need apt and dpkg-deb but no root.
+443 free pictures of Debian's (wallpapers, OpenCV's samples and its manual, panoramas, textures and skies of games and a
+planetarium), which need apt and dpkg-deb but no root.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +45,36 @@ def fetch(folder: Path) -> None:
     print(f"{len(PROTOCOL['debian']['photos']) - len(missing)} photos in {folder}; missing: {missing or 'none'}")
 
 
-def calibration_crops(split: int, extras: Path, seed: int | None = None) -> Tensor:
-    """Normalised crops [N, 3, 224, 224] by the protocol's seed or another: round by round one of every photo.
+def calibration_crops(split: int, extras: Path) -> Tensor:
+    """Normalised crops [N, 3, 224, 224] of the calibration photos: round by round one of every photo.
 
-    Photos are 240, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
+    Photos are 455, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
     """
-    test = PROTOCOL["splits"][split]["test"]
-    paths = [path for path in _installed() if path.name not in test]
-    paths += [extras / name for name in PROTOCOL["debian"]["photos"]]
+    paths = _calibration_photos(split, extras)
     random.Random(PROTOCOL["seed"]).shuffle(paths)
-    seed = PROTOCOL["seed"] if seed is None else seed
-    photos = [_random_crops(_opened(path), f"{seed} {path.name}") for path in paths]
+    count = PROTOCOL["calibration"]["crops_per_photo"]
+    photos = [_random_crops(_opened(path), count, f"{PROTOCOL['seed']} {path.name}") for path in paths]
     return torch.cat([_normalised(list(crops)) for crops in zip(*photos, strict=True)])
+
+
+def distillation_crops(split: int, extras: Path, batch: int, seed: int) -> Iterator[Tensor]:
+    """Batches of normalised crops, one of every calibration photo: other crops in another order with another seed."""
+    paths = _calibration_photos(split, extras)
+    random.Random(seed).shuffle(paths)
+    for first in range(0, len(paths), batch):
+        crops = [_random_crops(_opened(path), 1, f"{seed} {path.name}")[0] for path in paths[first : first + batch]]
+        yield _normalised(crops)
 
 
 def test_crops(split: int) -> Tensor:
     """Normalised crops [M, 3, 224, 224] of the split's test photos: the middle square and four corners of each."""
     test = PROTOCOL["splits"][split]["test"]
     return _normalised([crop for path in _installed() if path.name in test for crop in _fixed_crops(_opened(path))])
+
+
+def _calibration_photos(split: int, extras: Path) -> list[Path]:
+    paths = [path for path in _installed() if path.name not in PROTOCOL["splits"][split]["test"]]
+    return paths + [extras / name for name in PROTOCOL["debian"]["photos"]]
 
 
 def _installed() -> list[Path]:
@@ -79,12 +93,12 @@ def _opened(path: Path) -> Image.Image:
     return photo
 
 
-def _random_crops(photo: Image.Image, seed: str) -> list[np.ndarray]:
+def _random_crops(photo: Image.Image, count: int, seed: str) -> list[np.ndarray]:
     """Crops of random area, aspect and place, mirrored or grey or not; the same in every split."""
     recipe: dict[str, Any] = PROTOCOL["calibration"]
     rng = random.Random(seed)
     crops: list[np.ndarray] = []
-    while len(crops) < recipe["crops_per_photo"]:
+    while len(crops) < count:
         area = rng.uniform(*recipe["area"]) * photo.width * photo.height
         aspect = rng.uniform(*recipe["aspect"])
         width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)

@@ -79,14 +79,14 @@ def distilled(split: int, ratio: float, extras: Path, models: Path, minutes: flo
 
 
 class FreshCrops:
-    """Batches of calibration crops, other ones by every pass: a loader."""
+    """Batches of crops, other ones by every pass: a loader."""
 
     def __init__(self, split: int, extras: Path, batch: int) -> None:
         self.split, self.extras, self.batch, self.passes = split, extras, batch, 0
 
     def __iter__(self) -> Iterator[Tensor]:
         self.passes += 1
-        yield from photos.calibration_crops(self.split, self.extras, seed=self.passes).split(self.batch)
+        yield from photos.distillation_crops(self.split, self.extras, self.batch, seed=self.passes)
 
 
 def record(split: int, ratio: float, stage: str, original: nn.Module, idled: nn.Module, **facts: Any) -> None:
@@ -125,8 +125,8 @@ def table() -> str:
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("split*.json"))]
     rates = json.loads((RESULTS / "speed.json").read_text())["rates"] if (RESULTS / "speed.json").exists() else {}
     lines = [
-        "| θ | stage | patches, mean ± spread | target | class token | splits | images/s, original → result |",
-        "|---|---|---|---|---|---|---|",
+        "| θ | stage | crops | patches, mean ± spread | target | class token | splits | images/s, original → result |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for index, ratio in enumerate(RATIOS):
         for stage, targets in TARGETS.items():
@@ -135,7 +135,9 @@ def table() -> str:
                 patches, token = (_spread([run[key] for run in runs]) for key in ("patches", "class_token"))
                 pace = rates.get(str(ratio))
                 fast = "" if pace is None else f"{pace['original']:.1f} → {pace['idled']:.1f} ({pace['gain']:.2f}x)"
-                lines.append(f"| {ratio} | {stage} | {patches} | {targets[index]} | {token} | {len(runs)} | {fast} |")
+                crops = ", ".join(sorted({str(run.get("crops", "fresh")) for run in runs}))
+                cells = (ratio, stage, crops, patches, targets[index], token, len(runs), fast)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
