@@ -45,8 +45,8 @@ if [ "$mode" != aarch64 ] && [ "$(uname -m)" != x86_64 ]; then levels=scalar; fi
 # Whether this machine runs a level; what it cannot run is compiled without optimization, which is three times as quick.
 runs() {
   case $1 in
-    avx512) grep -q avx512f /proc/cpuinfo ;;
-    avx512_bf16) grep -q avx512_bf16 /proc/cpuinfo ;;
+    avx512) grep -qs avx512f /proc/cpuinfo ;;
+    avx512_bf16) grep -qs avx512_bf16 /proc/cpuinfo ;;
   esac
 }
 
