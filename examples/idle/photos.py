@@ -3,14 +3,16 @@
     python examples/idle/photos.py fetch FOLDER     # once: the calibration extras, out of Debian's packages
 
 Test photos are among the 22 that scikit-image, scikit-learn and matplotlib install. Calibration takes the other 12 and
-443 free pictures of Debian's (wallpapers, OpenCV's samples and its manual, panoramas, textures and skies of games and a
-planetarium), which need apt and dpkg-deb but no root.
+873 free pictures of Debian's (wallpapers, OpenCV's samples and its manual, panoramas, textures and skies of games and a
+planetarium; animals, things, monuments and people of a children's game and a photo album; landscapes and cities of a
+space game), which need apt and dpkg-deb but no root.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,14 +43,24 @@ def fetch(folder: Path) -> None:
     for package in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
         package.unlink()
+    for bundle in folder.glob("usr/share/gcompris-qt/rcc/*.rcc"):
+        _unbundle(bundle)
     missing = [name for name in PROTOCOL["debian"]["photos"] if not (folder / name).is_file()]
     print(f"{len(PROTOCOL['debian']['photos']) - len(missing)} photos in {folder}; missing: {missing or 'none'}")
+
+
+def _unbundle(bundle: Path) -> None:
+    """Write the WebP pictures inside a Qt resource file beside it, each named by where in the file it begins."""
+    data = bundle.read_bytes()
+    for riff in re.finditer(rb"RIFF(....)WEBP", data, re.DOTALL):
+        size = 8 + int.from_bytes(riff[1], "little")
+        bundle.with_name(f"{bundle.stem}_{riff.start()}.webp").write_bytes(data[riff.start() :][:size])
 
 
 def calibration_crops(split: int, extras: Path) -> Tensor:
     """Normalised crops [N, 3, 224, 224] of the calibration photos: round by round one of every photo.
 
-    Photos are 455, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
+    Photos are 885, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
     """
     paths = _calibration_photos(split, extras)
     random.Random(PROTOCOL["seed"]).shuffle(paths)
