@@ -42,10 +42,10 @@ def vanilla_ffn(dim=12, hidden=40, seed=0):
 
 
 @torch.no_grad()
-def fitted(ffn, tokens=600, seed=3, noise=0.1):
+def fitted(ffn, tokens=600, seed=3, noise=0.1, root=None):
     generator = torch.Generator().manual_seed(seed)
     x, error = torch.randn(2, 8, tokens // 8, ffn.dim, generator=generator).to(ffn.w_in)
     after = ffn(x) + noise * error
-    split = empty_split(ffn)
+    split = empty_split(ffn, torch.eye(ffn.dim) if root is None else root)
     split.update(ffn, Tokens(x, after, torch.arange(8) % 4 == 3))
     return x, after, split

@@ -16,6 +16,7 @@ import repavit_ops
 from repavit_ops.idling import pretrained, solving
 from repavit_ops.idling.allocation import Sensitivity, allocated, within_budget
 from repavit_ops.idling.blocks import in_call_order, open_blocks
+from repavit_ops.idling.metric import features, metric_roots
 from repavit_ops.idling.refining import refine
 from repavit_ops.idling.scratch import Scratch
 from repavit_ops.idling.selection import eliminate
@@ -174,9 +175,9 @@ def test_the_goal_mends_part_of_what_was_lost():
 def test_both_fit_and_steps_go_for_that_goal(monkeypatch):
     model, goals = tiny_vit(**VANILLA), []
 
-    def recorded(ffn, sample, steps, seed):
+    def recorded(ffn, sample, root, steps, seed):
         goals.append(torch.cat(sample.goal))
-        return refine(ffn, sample, steps, seed)
+        return refine(ffn, sample, root, steps, seed)
 
     monkeypatch.setattr(pretrained, "refine", recorded)
     half = ffns(idle(model, 0.75))
@@ -253,6 +254,64 @@ def test_statistics_do_not_depend_on_how_tokens_arrive():
         assert statistics.gram.dtype is torch.float64
         assert relative(statistics.gram, exact) < 1e-5
         assert statistics.count == 10_000
+
+
+# --- what errors cost -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OURS)
+def test_the_metric_tells_what_an_error_costs_at_the_end(name):
+    """Errors along its dearest and its median direction change the final features' directions as it says."""
+    model, x = OURS[name](), images(96, 64 if name == "swin" else 32)
+    opened, sites = open_blocks(model)
+    for site in (sites[0], sites[-1]):
+        values, vectors = torch.linalg.eigh(metric_roots(opened, sites, x)[site.name])
+        middle = len(values) // 2
+        dear, usual = (_cost(opened, site.block, 1e-3 * vectors[:, at].float(), x) for at in (-1, middle))
+        assert dear / usual == pytest.approx((values[-1] / values[middle]).item() ** 2, rel=0.3)
+        assert dear > 1.5 * usual
+
+
+def _cost(model, block, error, x):
+    """Squared change of the features' directions, summed, when ``error`` with random signs is added to tokens."""
+    generator, total = torch.Generator().manual_seed(1), 0.0
+    exact = F.normalize(features(model, x), dim=-1)
+    for _ in range(8):
+
+        def disturbed(_module, _args, output):
+            return output + error * torch.randn((*output.shape[:-1], 1), generator=generator)
+
+        handle = block.register_forward_hook(disturbed)
+        total += (F.normalize(features(model, x), dim=-1) - exact).square().sum().item()
+        handle.remove()
+    return total
+
+
+def test_a_model_that_tells_nothing_of_its_blocks_is_refused():
+    model = tiny_vit(**VANILLA)
+    nn.init.zeros_(model.norm.weight), nn.init.zeros_(model.norm.bias)
+    with pytest.raises(ValueError, match=r"blocks\.0 have a mean square of 0"):
+        idle(model)
+
+
+@torch.no_grad()
+def test_the_metric_chooses_channels_and_leaves_the_least_squares():
+    ffn = vanilla_ffn(hidden=16)
+    ffn.w_out[0] = 0
+    ffn.w_out[0, :4] = 0.5  # output 0 hears channels 0 to 3 alone, and softly
+    one = torch.eye(12)
+    outputs_0 = torch.diag(torch.tensor([1e3] + [1.0] * 11))
+    even, uneven = (fitted(ffn, tokens=4000, noise=0.0, root=root)[2] for root in (one, outputs_0))
+    assert _active(ffn, solve_ffn(ffn, uneven, 4, 1e-6)) == {0, 1, 2, 3}
+    assert _active(ffn, solve_ffn(ffn, even, 4, 1e-6)) != {0, 1, 2, 3}
+    whole = [solve_ffn(ffn, split, 16, 1e-3).ffn for split in (even, uneven)]
+    assert torch.allclose(whole[0].w_out, whole[1].w_out, atol=1e-4)
+    assert torch.allclose(whole[0].bias, whole[1].bias, atol=1e-4)
+
+
+def _active(ffn, fit):
+    return {(ffn.w_in - row).abs().sum(1).argmin().item() for row in fit.ffn.w_in}
 
 
 # --- allocation -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_steps_explain_more_than_the_closed_form():
     x, after, split = fitted(ffn, tokens=4000, noise=0.0)
     fit = solve_ffn(ffn, split, 12, ridge=1e-9)
     before = {key: value.clone() for key, value in fit.ffn.state_dict().items()}
-    refined = refine(fit.ffn, sampled(x, after), 200, seed=0)
+    refined = refine(fit.ffn, sampled(x, after), torch.eye(12), 200, seed=0)
     with torch.no_grad():
         left = (refined.ffn(x) - after).square().sum() / (after - x).square().sum()
     assert left < 0.8 * fit.loss
@@ -38,13 +38,25 @@ def test_steps_explain_more_than_the_closed_form():
     assert all(torch.equal(value, before[key]) for key, value in fit.ffn.state_dict().items())
 
 
+def test_steps_mend_what_the_metric_counts():
+    ffn = vanilla_ffn(hidden=48)
+    x, after, split = fitted(ffn, tokens=4000, noise=0.0)
+    fit = solve_ffn(ffn, split, 12, ridge=1e-9)
+    half = torch.diag(torch.tensor([1.0] * 6 + [1e-3] * 6))
+    even, uneven = (refine(fit.ffn, sampled(x, after), root, 200, seed=0).ffn for root in (torch.eye(12), half))
+    with torch.no_grad():
+        errors = [(model(x) - after).square().sum(dim=(0, 1)) for model in (even, uneven)]
+    assert errors[1][:6].sum() < 0.9 * errors[0][:6].sum()
+    assert errors[1][6:].sum() > errors[0][6:].sum()
+
+
 def test_no_steps_and_no_active_channels_change_nothing():
     ffn = vanilla_ffn()
     x, after, split = fitted(ffn)
     sample = sampled(x, after)
     for keep, steps in ((10, 0), (0, 50)):
         fit = solve_ffn(ffn, split, keep, ridge=1e-3)
-        assert refine(fit.ffn, sample, steps, seed=0).ffn is fit.ffn
+        assert refine(fit.ffn, sample, torch.eye(12), steps, seed=0).ffn is fit.ffn
 
 
 def test_a_sample_takes_as_many_tokens_of_every_image():

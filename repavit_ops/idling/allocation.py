@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Site
+from .metric import features
 from .selection import Elimination, eliminate
 from .solving import DEFAULT_RIDGE, deployed, empty_split, original, penalties
 from .streams import Streams
@@ -59,29 +60,35 @@ def within_budget(sensitivities: list[Sensitivity], keep: list[int]) -> list[int
 
 
 def measure(
-    model: nn.Module, sites: list[Site], streams: Streams, keep: list[int], step: Callable[[], None]
+    model: nn.Module,
+    sites: list[Site],
+    streams: Streams,
+    keep: list[int],
+    roots: Mapping[str, Tensor],
+    step: Callable[[], None],
 ) -> list[Sensitivity]:
     """The sensitivity of every block of the unchanged model.
 
     One block at a time is idled to ``keep``; the squared error of the final features over their own square is spread
-    along the block's elimination curve in proportion to the block's own loss, which holds where errors are small.
+    along the block's elimination curve in proportion to the block's own loss in the metric of ``roots``, which holds
+    where errors are small.
     """
-    images = torch.cat([streams.get("images", batch) for batch in range(batches_of(streams, PROBED))])[:PROBED]
+    images = streams.first_images(PROBED)
     final = features(model, images)
     found = []
     for index, (site, m) in enumerate(zip(sites, keep, strict=True)):
-        split = empty_split(site.ffn)
-        for tokens in islice(streams.at(model, sites, index), batches_of(streams, FITTED)):
+        split = empty_split(site.ffn, roots[site.name])
+        for tokens in islice(streams.at(model, sites, index), streams.batches_of(FITTED)):
             split.update(site.ffn, tokens)
             step()
         statistics, hidden = split.fitted + split.held_out, site.hidden
-        ridge, prior = penalties(statistics, hidden, DEFAULT_RIDGE), original(site.ffn)
+        ridge, prior = penalties(statistics, hidden, DEFAULT_RIDGE), original(site.ffn) @ split.root
         path = eliminate(statistics, hidden, 0, ridge, prior, COARSE)
         m = min(m, hidden - 1)
         probe = _kept_at(path, hidden, m)
         kept = torch.cat((probe, torch.arange(hidden, len(statistics.gram), device=probe.device)))
         solution = statistics.solve(kept, ridge, prior)
-        site.block.mlp = deployed(site.ffn, probe, solution)
+        site.block.mlp = deployed(site.ffn, probe, split.outside(solution))
         error = ((features(model, images) - final).square().sum() / final.square().sum()).item()
         site.block.mlp = site.ffn
         own = max(statistics.loss(solution, kept), 1e-12)
@@ -90,23 +97,6 @@ def measure(
     return found
 
 
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """What is compared at the end of a model: its features in front of the head, where it tells them."""
-    forward = getattr(model, "forward_features", model)
-    output = forward(images)
-    return (output if isinstance(output, Tensor) else output[0]).float()
-
-
 def _kept_at(path: Elimination, hidden: int, m: int) -> Tensor:
     gone = set(path.removed[: hidden - m])
     return torch.tensor([c for c in range(hidden) if c not in gone], device=path.kept.device, dtype=torch.long)
-
-
-def batches_of(streams: Streams, images: int) -> int:
-    """How many batches hold that many images."""
-    total = 0
-    for count, size in enumerate(streams.sizes, start=1):
-        total += size
-        if total >= images:
-            return count
-    return len(streams)

@@ -44,26 +44,28 @@ class Refined(NamedTuple):
 
 
 @torch.enable_grad()
-def refine(ffn: PartialGELUFFN, sample: Sample, steps: int, seed: int) -> Refined:
+def refine(ffn: PartialGELUFFN, sample: Sample, root: Tensor, steps: int, seed: int) -> Refined:
     """Adam on every weight of a deployed FFN, towards the goal of ``sample``. The module that is given stays.
 
     Args:
-        ffn: of :func:`repavit_ops.idling.solving.solve_ffn`, in plain PyTorch. steps: 0 changes nothing; neither does
-            any number where no hidden channel is active, for the closed form is the optimum then.
+        ffn: of :func:`repavit_ops.idling.solving.solve_ffn`, in plain PyTorch. root: R [C, C]; an error δ costs |δ R|².
+        steps: 0 changes nothing; neither does any number where no hidden channel is active, for the closed form is the
+            optimum then.
         seed: of the tokens that each step sees.
     """
     if steps == 0 or ffn.act_channels == 0:
         return Refined(ffn, float("nan"))
     dtype = torch.promote_types(ffn.w_in.dtype, torch.float32)
     x, goal = (torch.cat(parts).to(dtype) for parts in (sample.inside, sample.goal))
-    energy = (goal - x).square().sum(dim=1).mean().clamp_min(1e-30)
+    root = root.to(x)
+    energy = ((goal - x) @ root).square().sum(dim=1).mean().clamp_min(1e-30)
     student = copy.deepcopy(ffn).to(dtype)
     optimizer = adam(student.requires_grad_().parameters())
     generator, losses = torch.Generator().manual_seed(seed), list[float]()
     for step in range(steps):
         set_rates(optimizer, STEP, step / steps, WARMUP)
         rows = torch.randint(len(x), (min(ROWS, len(x)),), generator=generator).to(x.device)
-        loss = (student(x[rows]) - goal[rows]).square().sum(dim=1).mean() / energy
+        loss = ((student(x[rows]) - goal[rows]) @ root).square().sum(dim=1).mean() / energy
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

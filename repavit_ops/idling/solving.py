@@ -21,17 +21,27 @@ DEFAULT_RIDGE = 1e-3  # where there are too few images to hold any out
 
 
 class Split(NamedTuple):
-    """Statistics of the images that are fitted, and of those held out to choose the ridge."""
+    """Statistics of the images that are fitted, and of those held out to choose the ridge; targets Y are Y ``root``.
+
+    A least squares fit of Y R is that of Y, times R. What is chosen by its loss, channels and ridge, counts errors by
+    the metric R Rᵀ.
+    """
 
     fitted: FitStatistics
     held_out: FitStatistics
+    root: Tensor
+
+    def outside(self, solution: Tensor) -> Tensor:
+        """A solution for Y, of one for Y ``root``."""
+        return torch.linalg.solve(self.root, solution, left=False)
 
     def update(self, ffn: PartialGELUFFN, tokens: Tokens) -> None:
         """Add a batch: the features of what the FFN is given, and what it must add to reach the original's tokens."""
+        root = self.root.to(tokens.inside)
         for statistics, images in ((self.fitted, ~tokens.held_out), (self.held_out, tokens.held_out)):
             inside = tokens.inside[images].flatten(0, -2)
             targets = tokens.after[images].flatten(0, -2) - inside
-            statistics.update(features_of(ffn, inside), targets)
+            statistics.update(features_of(ffn, inside), targets @ root)
 
 
 class Fit(NamedTuple):
@@ -39,7 +49,7 @@ class Fit(NamedTuple):
 
     Attributes:
         ffn: the deployed module, shortcut and LayerNorm core kept.
-        loss: unexplained share of the target's energy on the calibration images.
+        loss: unexplained share of the target's energy on the calibration images, both in the metric.
         held_out: the same on the images held out to choose the ridge; NaN without any.
         ridge: what was chosen.
     """
@@ -62,9 +72,10 @@ def features_of(ffn: PartialGELUFFN, x: Tensor) -> Tensor:
     return torch.cat((h, n, n.new_ones((*n.shape[:-1], 1))), dim=-1)
 
 
-def empty_split(ffn: PartialGELUFFN) -> Split:
+def empty_split(ffn: PartialGELUFFN, root: Tensor) -> Split:
+    """Of a vanilla FFN, without tokens so far; root: its block's of :func:`repavit_ops.idling.metric.metric_roots`."""
     size, device = ffn.act_channels + ffn.dim + 1, ffn.w_in.device
-    return Split(FitStatistics(size, ffn.dim, device), FitStatistics(size, ffn.dim, device))
+    return Split(FitStatistics(size, ffn.dim, device), FitStatistics(size, ffn.dim, device), root.double())
 
 
 def original(ffn: PartialGELUFFN) -> Tensor:
@@ -91,7 +102,7 @@ def solve_ffn(ffn: PartialGELUFFN, split: Split, keep: int, ridge: float | None)
         ffn: the vanilla FFN. split: statistics of its features and of the targets, shortcut excluded. keep: m.
         ridge: penalty as a share of a feature's mean square; None chooses it on the held-out images.
     """
-    hidden, total, prior = ffn.act_channels, split.fitted + split.held_out, original(ffn)
+    hidden, total, prior = ffn.act_channels, split.fitted + split.held_out, original(ffn) @ split.root
     first = penalties(total, hidden, DEFAULT_RIDGE if ridge is None else ridge)
     chosen = eliminate(total, hidden, keep, first, prior)
     kept = torch.cat((chosen.kept, torch.arange(hidden, len(total.gram), device=chosen.kept.device)))
@@ -105,7 +116,7 @@ def solve_ffn(ffn: PartialGELUFFN, split: Split, keep: int, ridge: float | None)
         held_out = trials[ridge]
     ridge = DEFAULT_RIDGE if ridge is None else ridge
     solution = total.solve(kept, penalties(total, hidden, ridge), prior)
-    return Fit(deployed(ffn, chosen.kept, solution), total.loss(solution, kept), held_out, ridge)
+    return Fit(deployed(ffn, chosen.kept, split.outside(solution)), total.loss(solution, kept), held_out, ridge)
 
 
 def deployed(ffn: PartialGELUFFN, active: Tensor, solution: Tensor) -> PartialGELUFFN:

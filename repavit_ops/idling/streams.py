@@ -63,6 +63,19 @@ class Streams:
     def get(self, name: str, batch: int) -> Tensor:
         return self.scratch.get(name, batch).to(self.like)
 
+    def batches_of(self, images: int) -> int:
+        """How many batches hold that many images; all where there are not as many."""
+        total = 0
+        for count, size in enumerate(self.sizes, start=1):
+            total += size
+            if total >= images:
+                return count
+        return len(self)
+
+    def first_images(self, count: int) -> Tensor:
+        """The first ``count`` images, or all of them."""
+        return torch.cat([self.get("images", batch) for batch in range(self.batches_of(count))])[:count]
+
     def held_out(self, batch: int) -> Tensor:
         first = sum(self.sizes[:batch])
         return (torch.arange(first, first + self.sizes[batch]) % HOLD_OUT == HOLD_OUT - 1).to(self.like.device)
