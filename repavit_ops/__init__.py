@@ -21,7 +21,7 @@ from .verification import VerificationReport, verify
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .idling import distill, idle_pretrained
+    from .idling import distill, distill_blocks, idle_pretrained
 
 __all__ = [
     "FusionReport",
@@ -32,6 +32,7 @@ __all__ = [
     "create_model",
     "cuda_graph",
     "distill",
+    "distill_blocks",
     "fuse",
     "fusion_report",
     "idle_pretrained",
@@ -48,7 +49,7 @@ __all__ = [
     "verify",
 ]
 
-EXTRAS = ("distill", "idle_pretrained")  # loaded when they are asked for: the core does without
+EXTRAS = ("distill", "distill_blocks", "idle_pretrained")  # loaded when they are asked for: the core does without
 
 
 def __getattr__(name: str) -> Any:

@@ -346,7 +346,7 @@ def idle(
     crops: Annotated[int, typer.Option(min=1, help="Calibration crops of each photo.")] = 4,
     steps: Annotated[int, typer.Option(min=0, help="Gradient steps of each block; 0: closed form alone.")] = 200,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a crop in the fit; default all.")] = None,
-    minutes: Annotated[float, typer.Option("--distill", min=0, help="Minutes of distillation after it.")] = 0.0,
+    fresh: Annotated[int, typer.Option("--distill", min=0, help="Then distill on that many other crops of each.")] = 0,
     img_size: Annotated[int | None, typer.Option(help="Pixels of the side; default the model's own.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the photos' split, crops and tokens.")] = 0,
@@ -362,7 +362,7 @@ def idle(
 
         ratios = _overrides(idle_ratio, None)["idle_ratio"]
         pretrained = command.load(model, img_size)
-        settings = {"crops": crops, "steps": steps, "tokens": tokens, "minutes": minutes, "batch": batch, "seed": seed}
+        settings = {"crops": crops, "steps": steps, "tokens": tokens, "distill": fresh, "batch": batch, "seed": seed}
         outcome = command.run(pretrained, data, out, ratios, allocate=allocate, **settings)  # type: ignore[arg-type]
         if picture is not None:
             command.plot(outcome, picture, f"{model}, θ = {idle_ratio}")

@@ -42,7 +42,7 @@ def test_it_writes_a_deployed_model_a_report_and_a_plot(photos, tmp_path):
     out, report, plot = (tmp_path / name for name in ("idled.safetensors", "report.json", "plot.png"))
     result = run(
         tmp_path / "vanilla.pth", "--data", photos, "--idle-ratio", "0.5,0.75", "--out", out,
-        "--crops", 1, "--steps", 5, "--distill", 0.005, "--json", report, "--plot", plot,
+        "--crops", 1, "--steps", 5, "--distill", 2, "--json", report, "--plot", plot,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "cosine of patches" in result.output

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from idling_helpers import VANILLA, batches, fitted, idle, vanilla_ffn
-from model_helpers import images, tiny_vit
+from idling_helpers import OURS, VANILLA, batches, ffns, fitted, idle, vanilla_ffn
+from model_helpers import images, relative, tiny_vit
 
 import repavit_ops
+from repavit_ops.idling import block_distillation
 from repavit_ops.idling.distillation import idled_blocks, outputs
 from repavit_ops.idling.refining import TOKENS, Sample, refine
 from repavit_ops.idling.solving import solve_ffn
@@ -79,7 +80,63 @@ def test_steps_bring_a_model_closer_and_repeat():
         assert (first(x) - model(x)).norm() < (closed(x) - model(x)).norm()
 
 
-# --- distillation -----------------------------------------------------------------------------------------------------
+# --- distillation, block by block -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_distilling_blocks_brings_the_student_closer_and_repeats(name):
+    teacher, size = OURS[name](), 64 if name == "swin" else 32
+    data = batches(size=size)
+    student, x = idle(teacher, 0.75, size), torch.cat(data)
+    with torch.no_grad():
+        for ffn in ffns(student):
+            ffn.w_merged.add_(0.1 * ffn.w_merged.std() * torch.randn_like(ffn.w_merged))
+    again = copy.deepcopy(student)
+    theirs, ours = (copy.deepcopy(model.state_dict()) for model in (teacher, student))
+    with torch.no_grad():
+        gap = (student(x) - teacher(x)).norm()
+        losses = repavit_ops.distill_blocks(student, teacher, data, steps=60, lr=0.03, progress=False)
+        repavit_ops.distill_blocks(again, teacher, data, steps=60, lr=0.03, progress=False)
+        assert (student(x) - teacher(x)).norm() < 0.9 * gap
+        assert torch.equal(student(x), again(x))
+    assert len(losses) == len(student.idle_report)
+    assert all(torch.equal(theirs[key], value) for key, value in teacher.state_dict().items())
+    changed = {key for key, value in student.state_dict().items() if not torch.equal(ours[key], value)}
+    assert changed == {key for key, value in ours.items() if ".mlp." in key and value.numel()}
+
+
+def test_a_block_is_distilled_on_what_the_trained_ones_in_front_give(monkeypatch):
+    teacher, data, seen = tiny_vit(**VANILLA), batches(), []
+    student = idle(teacher, 0.75)
+
+    def recorded(ffn, sample, *others):
+        seen.append(torch.cat(sample.inside))
+        return refine(ffn, sample, *others)
+
+    monkeypatch.setattr(block_distillation, "refine", recorded)
+    repavit_ops.distill_blocks(student, teacher, data, steps=20, progress=False)
+    given = []
+    student.blocks[1].mlp.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
+    with torch.no_grad():
+        student(torch.cat(data))
+    assert relative(seen[1], given[0].flatten(0, 1)) < 1e-5
+
+
+def test_block_distillation_refuses_what_it_cannot_use():
+    teacher = tiny_vit(**VANILLA)
+    student = idle(teacher)
+    with pytest.raises(ValueError, match=r"steps: got 0"):
+        repavit_ops.distill_blocks(student, teacher, batches(), steps=0)
+    with pytest.raises(ValueError, match="without idled blocks"):
+        repavit_ops.distill_blocks(teacher, teacher, batches())
+    with pytest.raises(ValueError, match="got no batches"):
+        repavit_ops.distill_blocks(student, teacher, [], progress=False)
+    repavit_ops.distill(student, teacher, batches(), steps=2, lr=1e-2, progress=False)
+    with pytest.raises(ValueError, match=r"differs from the teacher at .*comes before distill"):
+        repavit_ops.distill_blocks(student, teacher, batches())
+
+
+# --- distillation, end to end -----------------------------------------------------------------------------------------
 
 
 def test_distilling_brings_the_student_closer_and_leaves_the_teacher(tmp_path):

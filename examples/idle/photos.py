@@ -15,7 +15,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +61,19 @@ def calibration_crops(split: int, extras: Path) -> Tensor:
 
     Photos are 885, a multiple of five: the fifth of the images that idle_pretrained holds out is whole photos.
     """
+    return _drawn(split, extras, PROTOCOL["calibration"]["crops_per_photo"], str(PROTOCOL["seed"]))
+
+
+def distillation_crops(split: int, extras: Path) -> Tensor:
+    """Other crops of the same photos, alike."""
+    return _drawn(split, extras, PROTOCOL["distillation"]["crops_per_photo"], f"distillation {PROTOCOL['seed']}")
+
+
+def _drawn(split: int, extras: Path, count: int, seed: str) -> Tensor:
     paths = _calibration_photos(split, extras)
     random.Random(PROTOCOL["seed"]).shuffle(paths)
-    count = PROTOCOL["calibration"]["crops_per_photo"]
-    photos = [_random_crops(_opened(path), count, f"{PROTOCOL['seed']} {path.name}") for path in paths]
+    photos = [_random_crops(_opened(path), count, f"{seed} {path.name}") for path in paths]
     return torch.cat([_normalised(list(crops)) for crops in zip(*photos, strict=True)])
-
-
-def distillation_crops(split: int, extras: Path, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of normalised crops, one of every calibration photo: other crops in another order with another seed."""
-    paths = _calibration_photos(split, extras)
-    random.Random(seed).shuffle(paths)
-    for first in range(0, len(paths), batch):
-        crops = [_random_crops(_opened(path), 1, f"{seed} {path.name}")[0] for path in paths[first : first + batch]]
-        yield _normalised(crops)
 
 
 def test_crops(split: int) -> Tensor:

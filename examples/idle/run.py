@@ -3,11 +3,11 @@
     pip install "repavit-ops[pretrained]" scikit-image scikit-learn matplotlib
     python examples/idle/photos.py fetch FOLDER
     python examples/idle/run.py --extras FOLDER                    # block by block: 3 splits x 3 ratios
-    python examples/idle/run.py --extras FOLDER --distill 7.5      # minutes each, end to end, after it
+    python examples/idle/run.py --extras FOLDER --distill          # block by block again, on other crops, after it
     python examples/idle/run.py --speed                            # images/s of the original and of every ratio
     python examples/idle/run.py --table                            # mean ± spread over the splits, from the files
 
-What is there already is not computed again; models go to --models, which distillation starts from and resumes in.
+What is there already is not computed again; models go to --models, which distillation starts from.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import photos
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import repavit_ops
 from repavit_ops.idling import fidelity, speed
@@ -59,34 +58,19 @@ def block_by_block(split: int, ratio: float, extras: Path, models: Path) -> None
     record(split, ratio, "block by block", original, idled, cpu_seconds=seconds, crops=len(crops), fits=fits)
 
 
-def distilled(split: int, ratio: float, extras: Path, models: Path, minutes: float) -> None:
-    """Distill a split's idled model on fresh crops of its calibration photos."""
+def distilled(split: int, ratio: float, extras: Path, models: Path) -> None:
+    """Distill a split's idled model on other crops of its calibration photos."""
     original = load_dinov2_small(img_size=photos.PROTOCOL["resolution"])
     idled = repavit_ops.load_checkpoint(models / f"{split}_{ratio}.safetensors")
     recipe = photos.PROTOCOL["distillation"]
     started = time.process_time()
-    losses = repavit_ops.distill(
-        idled,
-        original,
-        FreshCrops(split, extras, recipe["batch"]),
-        minutes=minutes,
-        lr=recipe["lr"],
-        checkpoint=models / f"{split}_{ratio}.distilling.pt",
+    crops = photos.distillation_crops(split, extras)
+    left = repavit_ops.distill_blocks(
+        idled, original, crops.split(BATCH), steps=recipe["steps"], lr=recipe["lr"], seed=photos.PROTOCOL["seed"]
     )
     seconds = time.process_time() - started
     repavit_ops.save_checkpoint(idled, models / f"{split}_{ratio}.distilled.safetensors")
-    record(split, ratio, "distilled", original, idled, cpu_seconds=seconds, minutes=minutes, steps=len(losses))
-
-
-class FreshCrops:
-    """Batches of crops, other ones by every pass: a loader."""
-
-    def __init__(self, split: int, extras: Path, batch: int) -> None:
-        self.split, self.extras, self.batch, self.passes = split, extras, batch, 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.passes += 1
-        yield from photos.distillation_crops(self.split, self.extras, self.batch, seed=self.passes)
+    record(split, ratio, "distilled", original, idled, cpu_seconds=seconds, crops=len(crops), unexplained=left)
 
 
 def record(split: int, ratio: float, stage: str, original: nn.Module, idled: nn.Module, **facts: Any) -> None:
@@ -135,7 +119,7 @@ def table() -> str:
                 patches, token = (_spread([run[key] for run in runs]) for key in ("patches", "class_token"))
                 pace = rates.get(str(ratio))
                 fast = "" if pace is None else f"{pace['original']:.1f} → {pace['idled']:.1f} ({pace['gain']:.2f}x)"
-                crops = ", ".join(sorted({str(run.get("crops", "fresh")) for run in runs}))
+                crops = ", ".join(sorted({str(run["crops"]) for run in runs}))
                 cells = (ratio, stage, crops, patches, targets[index], token, len(runs), fast)
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -151,7 +135,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("idled_models"), help="folder for weights")
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--idle-ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--distill", type=float, metavar="MINUTES", help="distill what that left")
+    parser.add_argument("--distill", action="store_true", help="distill what that left")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -164,7 +148,7 @@ def main() -> None:
                 if not file(split, ratio, "block by block").exists():
                     block_by_block(split, ratio, options.extras, options.models)
                 if options.distill and not file(split, ratio, "distilled").exists():
-                    distilled(split, ratio, options.extras, options.models, options.distill)
+                    distilled(split, ratio, options.extras, options.models)
     if options.table or options.speed:
         print(table())
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..models import Complexity, complexity, load_checkpoint, load_dinov2_small
 from ..models.checkpoint_files import SUFFIXES, read_checkpoint
 from ..models.patch_embed import image_of
-from .distillation import distill
+from .block_distillation import distill_blocks
 from .fidelity import Fidelity, Speed, fidelity, speed
 from .files import save_idled
 from .folder import Crops, Preprocessing, photos_in
@@ -101,11 +101,11 @@ def run(
     crops: int,
     steps: int,
     tokens: int | None,
-    minutes: float,
+    distill: int,
     batch: int,
     seed: int,
 ) -> Outcome:
-    """Idle, distill if minutes are given, write the file, measure."""
+    """Idle, distill block by block on ``distill`` other crops of each photo if not 0, write the file, measure."""
     model, preprocessing = pretrained.model, pretrained.preprocessing
     calibrating, testing = photos_in(data, seed)
     tested = Crops(testing, preprocessing, 0, batch, seed)
@@ -120,9 +120,9 @@ def run(
     )
     blocks: Any = idled.idle_report
     kept, undistilled = fidelity(model, idled, tested), None
-    if minutes:
+    if distill:
         undistilled = kept
-        distill(idled, model, Crops(calibrating, preprocessing, 1, batch, seed + 1), minutes=minutes)
+        distill_blocks(idled, model, Crops(calibrating, preprocessing, distill, batch, seed + 1), seed=seed)
         kept = fidelity(model, idled, tested)
     save_idled(idled, out, pretrained.timm_name, **(pretrained.arguments or {}))
     size = preprocessing.size

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN
+from .bar import bar
 from .rates import adam, set_rates
 from .streams import images_of
 
@@ -86,15 +85,15 @@ def distill(
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval().requires_grad_(False)
     try:
-        with Progress(disable=not progress, transient=True, console=Console(stderr=True)) as bar:
-            task = bar.add_task("distilling", total=1.0)
+        with bar(progress) as shown:
+            task = shown.add_task("distilling", total=1.0)
             for images in _endless(loader, trained[0]):
                 if clock.done() >= 1:
                     break
                 set_rates(optimizer, lr, clock.done(), warmup)
                 losses.append(_step(student, teacher, names, images, optimizer, block_weight, logit_weight))
                 clock.tick()
-                bar.update(task, completed=clock.done(), description=f"distilling, loss {losses[-1]:.4f}")
+                shown.update(task, completed=clock.done(), description=f"distilling, loss {losses[-1]:.4f}")
                 if checkpoint is not None and (len(losses) % 20 == 0 or clock.done() >= 1):
                     _save(Path(checkpoint), student, optimizer, clock)
     finally:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from ..models.schedule import per_block
 from ..reparam import active_channels
 from .allocation import FITTED, allocated, measure
+from .bar import bar
 from .blocks import in_call_order, open_blocks
 from .metric import IMAGES, metric_roots
 from .refining import Sample, refine
@@ -113,25 +112,25 @@ def idle_pretrained(
         raise ValueError(f"steps: got {steps}, wanted a number of gradient steps >= 0")
     if allocate and isinstance(idle_ratio, Sequence):
         raise ValueError("allocate, idle_ratio: got True and a ratio per block, wanted one ratio, the budget of all")
-    with Scratch(scratch) as folder, _bar(progress) as bar:
+    with Scratch(scratch) as folder, bar(progress) as shown:
         streams = Streams(folder, loader, sites[0].ffn.w_in, tokens_per_image, seed)
         sites = in_call_order(opened, sites, streams.get("images", 0))
         roots = metric_roots(opened, sites, streams.first_images(IMAGES))
         keep = [active_channels(site.hidden, ratio) for site, ratio in zip(sites, ratios, strict=True)]
         if allocate:
-            task = bar.add_task("measuring", total=len(sites) * streams.batches_of(FITTED))
-            keep = allocated(measure(opened, sites, streams, keep, roots, lambda: bar.advance(task)), keep)
+            task = shown.add_task("measuring", total=len(sites) * streams.batches_of(FITTED))
+            keep = allocated(measure(opened, sites, streams, keep, roots, lambda: shown.advance(task)), keep)
         results = {s.name: BlockResult(s.name, s.hidden, m) for s, m in zip(sites, keep, strict=True)}
         opened, found = open_blocks(model, only={r.name for r in results.values() if r.act_channels < r.hidden})
         changing = sorted(found, key=lambda site: list(results).index(site.name))
-        task = bar.add_task("idling", total=len(changing) * len(streams))
+        task = shown.add_task("idling", total=len(changing) * len(streams))
         for index, site in enumerate(changing):
             split, sample = empty_split(site.ffn, roots[site.name]), Sample(sum(streams.sizes))
             for tokens in streams.at(opened, changing, index):
                 goal = goal_of(site.ffn, tokens)
                 split.update(site.ffn, tokens._replace(after=goal))
                 sample.add(tokens.inside, goal)
-                bar.advance(task)
+                shown.advance(task)
             m = results[site.name].act_channels
             fit = solve_ffn(site.ffn, split, m, ridge)
             refined = refine(fit.ffn, sample, roots[site.name], steps, seed)
@@ -139,10 +138,6 @@ def idle_pretrained(
             results[site.name] = BlockResult(site.name, site.hidden, m, fit.loss, fit.held_out, fit.ridge, refined.loss)
     opened.idle_report = list(results.values())  # type: ignore[assignment]
     return opened
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(disable=not shown, transient=True, console=Console(stderr=True))
 
 
 def _checked_ratios(idle_ratio: float | Sequence[float], depth: int) -> list[float]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..nn import PartialGELUFFN
 from .rates import adam, set_rates
 
-TOKENS = 65_536  # kept in memory at most, while there are fewer images than that
+TOKENS = 65_536  # of a sample behind a closed form
 ROWS = 1_024  # tokens of a step
-STEP = 0.03  # the highest learning rate, as a share of a weight's root mean square
+LR = 0.03  # behind a closed form
 WARMUP = 0.1  # share of the steps until then
 
 
@@ -21,11 +21,11 @@ class Sample:
     """Tokens of one block, as many of every image: what its FFN is given, and what it should make of that.
 
     Args:
-        images: how many will come.
+        images: how many will come. tokens: kept in memory at most, while there are fewer images than that.
     """
 
-    def __init__(self, images: int) -> None:
-        self.per_image = max(1, TOKENS // images)
+    def __init__(self, images: int, tokens: int = TOKENS) -> None:
+        self.per_image = max(1, tokens // images)
         self.inside, self.goal = list[Tensor](), list[Tensor]()
 
     def add(self, inside: Tensor, goal: Tensor) -> None:
@@ -44,7 +44,7 @@ class Refined(NamedTuple):
 
 
 @torch.enable_grad()
-def refine(ffn: PartialGELUFFN, sample: Sample, root: Tensor, steps: int, seed: int) -> Refined:
+def refine(ffn: PartialGELUFFN, sample: Sample, root: Tensor, steps: int, seed: int, lr: float = LR) -> Refined:
     """Adam on every weight of a deployed FFN, towards the goal of ``sample``. The module that is given stays.
 
     Args:
@@ -52,6 +52,7 @@ def refine(ffn: PartialGELUFFN, sample: Sample, root: Tensor, steps: int, seed: 
         steps: 0 changes nothing; neither does any number where no hidden channel is active, for the closed form is the
             optimum then.
         seed: of the tokens that each step sees.
+        lr: the highest learning rate, as a share of a weight's root mean square.
     """
     if steps == 0 or ffn.act_channels == 0:
         return Refined(ffn, float("nan"))
@@ -63,7 +64,7 @@ def refine(ffn: PartialGELUFFN, sample: Sample, root: Tensor, steps: int, seed: 
     optimizer = adam(student.requires_grad_().parameters())
     generator, losses = torch.Generator().manual_seed(seed), list[float]()
     for step in range(steps):
-        set_rates(optimizer, STEP, step / steps, WARMUP)
+        set_rates(optimizer, lr, step / steps, WARMUP)
         rows = torch.randint(len(x), (min(ROWS, len(x)),), generator=generator).to(x.device)
         loss = ((student(x[rows]) - goal[rows]) @ root).square().sum(dim=1).mean() / energy
         optimizer.zero_grad(set_to_none=True)

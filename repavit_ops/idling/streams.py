@@ -37,7 +37,7 @@ class Streams:
         seed: of that draw.
 
     Attributes:
-        tokens_per_image: of the block that was walked over last.
+        tokens_per_image: of the block that was walked over last. sampled: may be changed between two walks.
 
     Raises:
         TypeError, ValueError: as :func:`images_of`; the loader is empty; sampled is below 1.
