@@ -71,8 +71,9 @@ def idle_pretrained(
     block as ``δᵀ M δ``, M of what such errors change in the direction of the final features (96 images, one backward
     pass each).
 
-    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.92 to 0.94 to the
-    original, with ``allocate=True`` (examples/idle has what was measured). :func:`repavit_ops.distill` goes on from it.
+    **It loses accuracy**: at θ = 0.75 the patch features of DINOv2 ViT-S/14 keep a cosine of 0.91 to 0.94 to the
+    original, with ``allocate=True`` (examples/idle has what was measured). :func:`repavit_ops.distill_blocks` goes on
+    from it.
 
     Memory holds the model, one block's Gram matrix, (ρC + C + 1)² float64, and 65,536 tokens for the gradient steps
     (one per image where there are more images); images and tokens pass through ``scratch``. The same loader gives the
