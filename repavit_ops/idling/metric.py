@@ -54,7 +54,8 @@ def _gradients(model: nn.Module, sites: list[Site], images: Tensor, first: int) 
             handle.remove()
     shape, generator = directions.shape[1:], torch.Generator()
     v = torch.stack([torch.randn(shape, generator=generator.manual_seed(first + i)) for i in range(len(images))])
-    return [gradient.float() for gradient in torch.autograd.grad((directions * v.to(directions)).sum(), outputs)]
+    gradients = torch.autograd.grad((directions * v.to(directions)).sum(), outputs, materialize_grads=True)
+    return [gradient.float() for gradient in gradients]
 
 
 def _root(metric: Tensor, name: str) -> Tensor:
