@@ -42,9 +42,9 @@ def distill(
     behind the idled blocks. AdamW without weight decay, gradients clipped to 1, learning rate up linearly, then down as
     a cosine. Every parameter trains; the student stays in evaluation mode (no dropout) and in its deployed shape.
 
-    :func:`distill_blocks` comes first and mends more in the same time. Near the teacher the gradient of a few crops is
-    mostly noise: 124 steps of 8 crops took DINOv2 ViT-S/14 at θ = 0.75 from a patch cosine of 0.918 to 0.924 on kinds
-    of pictures that its fit had not seen, at 2e-4, and from 0.945 to 0.936 on kinds that it had, at 1e-3
+    :func:`distill_blocks` comes first and has mended more. Near the teacher the gradient of a few crops is mostly
+    noise: 124 steps of 8 crops took DINOv2 ViT-S/14 at θ = 0.75 from a patch cosine of 0.918 to 0.924 on kinds of
+    pictures that its fit had not seen, at 2e-4, and from 0.945 to 0.936 on kinds that it had, at 1e-3
     (examples/idle). Compare before and after on images that took no part.
 
     Args:
