@@ -13,8 +13,9 @@ from model_helpers import images, randomise, relative, tiny_vit
 from torch import nn
 
 import repavit_ops
-from repavit_ops.idling import pretrained, solving
+from repavit_ops.idling import allocation, pretrained, solving
 from repavit_ops.idling.allocation import Sensitivity, allocated, within_budget
+from repavit_ops.idling.bar import bar
 from repavit_ops.idling.blocks import in_call_order, open_blocks
 from repavit_ops.idling.metric import features, metric_roots
 from repavit_ops.idling.refining import refine
@@ -266,7 +267,7 @@ def test_the_metric_tells_what_an_error_costs_at_the_end(name):
     model, x = OURS[name](), images(96, 64 if name == "swin" else 32)
     opened, sites = open_blocks(model)
     for site in (sites[0], sites[-1]):
-        values, vectors = torch.linalg.eigh(metric_roots(opened, sites, x)[site.name])
+        values, vectors = torch.linalg.eigh(metric_roots(opened, sites, x, bar(False))[site.name])
         middle = len(values) // 2
         dear, usual = (_cost(opened, site.block, 1e-3 * vectors[:, at].float(), x) for at in (-1, middle))
         assert dear / usual == pytest.approx((values[-1] / values[middle]).item() ** 2, rel=0.3)
@@ -286,6 +287,28 @@ def _cost(model, block, error, x):
         total += (F.normalize(features(model, x), dim=-1) - exact).square().sum().item()
         handle.remove()
     return total
+
+
+@torch.no_grad()
+def test_fit_steps_and_allocation_all_count_by_the_metric(monkeypatch):
+    model, used = tiny_vit(**VANILLA), []
+
+    def recorded(function, position):
+        def call(*arguments):
+            used.append(arguments[position])
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(pretrained, "empty_split", recorded(pretrained.empty_split, 1))
+    monkeypatch.setattr(pretrained, "refine", recorded(refine, 2))
+    monkeypatch.setattr(allocation, "empty_split", recorded(allocation.empty_split, 1))
+    idle(model, 0.75, allocate=True)
+    opened, sites = open_blocks(model)
+    first, second = metric_roots(opened, sites, torch.cat(batches()), bar(False)).values()
+    assert len(used) == 6
+    for root, wanted in zip(used, (first, second, first, first, second, second), strict=True):
+        assert torch.equal(root, wanted)
 
 
 def test_a_model_that_tells_nothing_of_its_blocks_is_refused():

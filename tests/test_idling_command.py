@@ -50,6 +50,7 @@ def test_it_writes_a_deployed_model_a_report_and_a_plot(photos, tmp_path):
     assert [block["act_channels"] for block in told["blocks"]] == [96, 48]
     assert told["fidelity"]["images"] == 2  # every fifth photo
     assert told["undistilled"]["patches"] > 0.5
+    assert told["fidelity"]["patches"] != told["undistilled"]["patches"]
     assert 0 <= told["fidelity"]["top1"] <= 1
     assert told["images_per_second"]["gain"] > 0
     assert told["macs"][1] < told["macs"][0]

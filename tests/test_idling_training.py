@@ -12,9 +12,13 @@ from model_helpers import images, relative, tiny_vit
 
 import repavit_ops
 from repavit_ops.idling import block_distillation
+from repavit_ops.idling.bar import bar
+from repavit_ops.idling.blocks import open_blocks
 from repavit_ops.idling.distillation import idled_blocks, outputs
+from repavit_ops.idling.metric import metric_roots
 from repavit_ops.idling.refining import TOKENS, Sample, refine
-from repavit_ops.idling.solving import solve_ffn
+from repavit_ops.idling.solving import goal_of, solve_ffn
+from repavit_ops.idling.streams import Tokens
 
 # --- gradient steps ---------------------------------------------------------------------------------------------------
 
@@ -99,7 +103,7 @@ def test_distilling_blocks_brings_the_student_closer_and_repeats(name):
         repavit_ops.distill_blocks(again, teacher, data, steps=60, lr=0.03, progress=False)
         assert (student(x) - teacher(x)).norm() < 0.9 * gap
         assert torch.equal(student(x), again(x))
-    assert len(losses) == len(student.idle_report)
+    assert list(losses) == [block.name for block in student.idle_report]
     assert all(torch.equal(theirs[key], value) for key, value in teacher.state_dict().items())
     changed = {key for key, value in student.state_dict().items() if not torch.equal(ours[key], value)}
     assert changed == {key for key, value in ours.items() if ".mlp." in key and value.numel()}
@@ -110,16 +114,24 @@ def test_a_block_is_distilled_on_what_the_trained_ones_in_front_give(monkeypatch
     student = idle(teacher, 0.75)
 
     def recorded(ffn, sample, *others):
-        seen.append(torch.cat(sample.inside))
+        seen.append((torch.cat(sample.inside), torch.cat(sample.goal), *others))
         return refine(ffn, sample, *others)
 
     monkeypatch.setattr(block_distillation, "refine", recorded)
     repavit_ops.distill_blocks(student, teacher, data, steps=20, progress=False)
-    given = []
+    inside, goal, root, *settings = seen[1]
+    opened, sites = open_blocks(teacher)
+    given, after, x = [], [], torch.cat(data)
     student.blocks[1].mlp.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
     with torch.no_grad():
-        student(torch.cat(data))
-    assert relative(seen[1], given[0].flatten(0, 1)) < 1e-5
+        student(x)
+        assert relative(root, metric_roots(opened, sites, x, bar(False))["blocks.1"]) < 1e-4
+        opened.blocks[1].register_forward_hook(lambda _m, _args, output: after.append(output))
+        opened(x)
+        tokens = Tokens(given[0], after[0], torch.zeros(len(x), dtype=torch.bool))
+        assert relative(goal, goal_of(sites[1].ffn, tokens).flatten(0, 1)) < 1e-5
+    assert relative(inside, given[0].flatten(0, 1)) < 1e-5
+    assert settings == [20, 0, 0.015]
 
 
 def test_block_distillation_refuses_what_it_cannot_use():

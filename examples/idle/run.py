@@ -70,7 +70,16 @@ def distilled(split: int, ratio: float, extras: Path, models: Path) -> None:
     )
     seconds = time.process_time() - started
     repavit_ops.save_checkpoint(idled, models / f"{split}_{ratio}.distilled.safetensors")
-    record(split, ratio, "distilled", original, idled, cpu_seconds=seconds, crops=len(crops), unexplained=left)
+    record(
+        split,
+        ratio,
+        "distilled",
+        original,
+        idled,
+        cpu_seconds=seconds,
+        crops=len(crops),
+        unexplained=list(left.values()),
+    )
 
 
 def record(split: int, ratio: float, stage: str, original: nn.Module, idled: nn.Module, **facts: Any) -> None:

@@ -33,7 +33,7 @@ def distill_blocks(
     seed: int = 0,
     scratch: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> list[float]:
+) -> dict[str, float]:
     """Train every idled FFN by itself, block after block, towards the model it was made from; no labels.
 
     Each block is given what the trained blocks in front of it make of the images, and learns what
@@ -51,8 +51,8 @@ def distill_blocks(
         progress: show a progress bar on stderr.
 
     Returns:
-        Per idled block the unexplained share of the goal's energy in the last tenth of the steps; NaN for a block
-        without active channels, whose closed form is its optimum.
+        By the name of each idled block, in the order of the calls, the unexplained share of the goal's energy in the
+        last tenth of the steps; NaN for a block without active channels, whose closed form is its optimum.
 
     Raises:
         ValueError: steps is below 1; the student has no idled block, or differs from the teacher elsewhere too (after
@@ -71,7 +71,7 @@ def distill_blocks(
     with Scratch(scratch) as folder, bar(progress) as shown:
         streams = Streams(folder, loader, sites[0].ffn.w_in, seed=seed)
         sites = in_call_order(opened, sites, streams.get("images", 0))
-        roots = metric_roots(opened, sites, streams.first_images(IMAGES))
+        roots = metric_roots(opened, sites, streams.first_images(IMAGES), shown)
         task = shown.add_task("distilling", total=len(sites) * len(streams))
         for index, site in enumerate(sites):
             sample = Sample(sum(streams.sizes), TOKENS)
@@ -79,17 +79,12 @@ def distill_blocks(
             for tokens in streams.at(opened, sites, index):
                 sample.add(tokens.inside, goal_of(site.ffn, tokens))
                 shown.advance(task)
-            ffn = _ffn(student, site.name)
+            ffn = student.get_submodule(f"{site.name}.mlp")
+            assert isinstance(ffn, PartialGELUFFN)
             refined = refine(ffn, sample, roots[site.name], steps, seed, lr)
             ffn.load_state_dict(refined.ffn.state_dict())
             site.block.mlp, losses[site.name] = ffn, refined.loss
-    return [losses[name] for name in names]
-
-
-def _ffn(student: nn.Module, block: str) -> PartialGELUFFN:
-    ffn = student.get_submodule(block).mlp
-    assert isinstance(ffn, PartialGELUFFN)
-    return ffn
+    return losses
 
 
 def _check_rest(student: nn.Module, opened: nn.Module, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from .blocks import Site
@@ -13,7 +14,7 @@ CHUNK = 16  # images whose activations are in memory at once
 FLOOR = 0.05  # of the mean eigenvalue, added to all: no error is free
 
 
-def metric_roots(model: nn.Module, sites: list[Site], images: Tensor) -> dict[str, Tensor]:
+def metric_roots(model: nn.Module, sites: list[Site], images: Tensor, shown: Progress) -> dict[str, Tensor]:
     """Symmetric roots R [C, C] of every block's metric, float64: an error δ behind the block costs ``|δ R|²``.
 
     A small δ changes the final features, each token of them scaled to length 1, by J δ. Its expected cost is ``δᵀ M δ``
@@ -22,6 +23,7 @@ def metric_roots(model: nn.Module, sites: list[Site], images: Tensor) -> dict[st
 
     Args:
         model: unchanged so far. sites: its blocks in the order of the calls. images: [B, 3, H, W].
+        shown: gets a task for it.
 
     Returns:
         By the site's name.
@@ -30,7 +32,7 @@ def metric_roots(model: nn.Module, sites: list[Site], images: Tensor) -> dict[st
         ValueError: the gradients of a block are zero or not finite.
     """
     metrics = {site.name: torch.zeros(site.ffn.dim, site.ffn.dim, dtype=torch.float64) for site in sites}
-    for first in range(0, len(images), CHUNK):
+    for first in shown.track(range(0, len(images), CHUNK), description="weighing errors"):
         for site, gradient in zip(sites, _gradients(model, sites, images[first : first + CHUNK], first), strict=True):
             rows = gradient.flatten(0, -2)
             metrics[site.name] += (rows.T @ rows).double().cpu()

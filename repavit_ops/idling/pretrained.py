@@ -75,9 +75,9 @@ def idle_pretrained(
     original, with ``allocate=True`` (examples/idle has what was measured). :func:`repavit_ops.distill_blocks` goes on
     from it.
 
-    Memory holds the model, one block's Gram matrix, (ρC + C + 1)² float64, and 65,536 tokens for the gradient steps
-    (one per image where there are more images); images and tokens pass through ``scratch``. The same loader gives the
-    same model.
+    Memory holds the model, what a backward pass of 16 images keeps, one C² metric per block, one block's Gram matrix,
+    (ρC + C + 1)² float64, and 65,536 tokens for the gradient steps (one per image where there are more images);
+    images and tokens pass through ``scratch``. The same loader gives the same model.
 
     Args:
         model: pretrained, in evaluation mode; not changed. timm's ViT, DeiT, DINOv2, CLIP, SigLIP and Swin, and the
@@ -116,7 +116,7 @@ def idle_pretrained(
     with Scratch(scratch) as folder, bar(progress) as shown:
         streams = Streams(folder, loader, sites[0].ffn.w_in, tokens_per_image, seed)
         sites = in_call_order(opened, sites, streams.get("images", 0))
-        roots = metric_roots(opened, sites, streams.first_images(IMAGES))
+        roots = metric_roots(opened, sites, streams.first_images(IMAGES), shown)
         keep = [active_channels(site.hidden, ratio) for site, ratio in zip(sites, ratios, strict=True)]
         if allocate:
             task = shown.add_task("measuring", total=len(sites) * streams.batches_of(FITTED))
