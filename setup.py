@@ -87,7 +87,7 @@ def write_ninja(build: Path, torch: Path) -> Path:
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
     torch_flags = f"{target} -isystem {torch}/include -ffile-prefix-map={torch}/=torch/"
     flags = dict.fromkeys(sorted(csrc.glob("bindings*.cpp")), torch_flags)
-    flags |= {csrc / f"cpu/{name}.cpp": "" for name in ("dispatch", "arena", "fused_blocks")}
+    flags |= {csrc / f"cpu/{name}.cpp": "" for name in ("dispatch", "arena")}
     flags |= {csrc / f"cpu/isa_{level}.cpp": value for level, value in isa_flags().items()}
 
     rules = NINJA_RULES.format(

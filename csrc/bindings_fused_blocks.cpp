@@ -2,7 +2,6 @@
 #include <deque>
 
 #include "bindings_common.h"
-#include "cpu/fused_blocks.h"
 
 namespace {
 
@@ -88,7 +87,6 @@ Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vect
   if (x.numel() == 0) return y;
   const RowView rows(x);
   repavit::StackArgs args{};
-  args.dtype = dtype_of("x", x);
   args.batch = x.dim() > 2 ? x.size(0) : 1;
   args.tokens = rows.rows / args.batch;
   args.channels = x.size(x.dim() - 1);
@@ -97,7 +95,7 @@ Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vect
   args.x = rows.owner.const_data_ptr();
   args.x_stride = rows.stride;
   args.y = y.mutable_data_ptr();
-  repavit::fused_blocks(args, repavit::kernels(), torch_pool());
+  repavit::kernels().fused_blocks[dtype_of("x", x)](args, torch_pool());
   return y;
 }
 

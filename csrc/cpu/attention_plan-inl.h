@@ -6,11 +6,17 @@
 #pragma once
 
 #include "arena.h"
+#include "owners-inl.h"
 #include "rep_attention_pack-inl.h"
 #include "windows-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
+
+// Asks for every sequence to be split into so many blocks.
+struct SplitByRows {
+  ptrdiff_t blocks;
+};
 
 template <class T>
 struct AttentionPlan {
@@ -34,15 +40,17 @@ struct AttentionPlan {
   E* keys = nullptr;
   E* values = nullptr;
 
-  AttentionPlan(const RepAttentionArgs& a, int threads)
+  AttentionPlan(const RepAttentionArgs& a, int threads) : AttentionPlan(a, SplitByRows{1}) { share_work(threads); }
+
+  AttentionPlan(const RepAttentionArgs& a, SplitByRows by_rows)
       : args(a), layout(a.shape), panels(a.packed != nullptr ? AttentionLayout<T>::panels(a.packed) : nullptr),
         windows(a.windows != nullptr ? *a.windows : kNoWindows),
         unit(static_cast<A>(a.scale * kLog2EExact)),
-        length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)) {
+        length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)),
+        whole(0), split(sequences()), group(1), blocks(by_rows.blocks) {
     z_stride = scratch_stride<E>(layout.channels);
     qkv_stride = scratch_stride<E>(layout.head_columns);
     o_stride = scratch_stride<E>(layout.heads * layout.d_v);
-    share_work(threads);
   }
 
   bool windowed() const { return args.windows != nullptr; }
@@ -58,10 +66,7 @@ struct AttentionPlan {
   // Bias tables of the heads, then masks of the classes but the first, which has none.
   ptrdiff_t table_count() const { return windowed() ? layout.heads + windows.classes() - 1 : 0; }
   A* table(ptrdiff_t i) const { return tables + i * length * table_stride(); }
-  ptrdiff_t block_begin(ptrdiff_t block) const {
-    const ptrdiff_t step = kInterleave<E>;  // keys that are interleaved in V have one owner
-    return block == blocks ? length : length * block / blocks / step * step;
-  }
+  ptrdiff_t block_begin(ptrdiff_t block) const { return row_begin<E>(length, blocks, block); }
 
   HeadPanels<E> head_panels(E* k, E* v) const { return {length, layout.d_qk, layout.d_v, k, v}; }
   ptrdiff_t key_elements() const { return HeadPanels<E>::key_elements(length, layout.d_qk); }
@@ -106,21 +111,19 @@ struct AttentionPlan {
   static constexpr WindowGrid kNoWindows{{0, 0}, {1, 1}, {0, 0}, false, nullptr, nullptr};
 
   void share_work(int threads) {
-    constexpr int64_t kWorkPerThread = int64_t{1} << 20;  // a fork pays from about a million operations a thread
     constexpr ptrdiff_t kManyPerThread = 8;               // one sequence more or less is then no imbalance
     constexpr ptrdiff_t kGroupRows = 98;                  // rows that meet each panel of weights: seven tiles of 14
     const ptrdiff_t n = sequences();
     const int64_t width = layout.heads * layout.head_columns;
     const int64_t per_row = width * (layout.channels + length) + layout.channels_out * layout.heads * layout.d_v;
-    const int64_t useful = 1 + 2 * per_row * length * n / kWorkPerThread;
-    const ptrdiff_t owners = static_cast<ptrdiff_t>(useful < threads ? useful : threads);
+    const ptrdiff_t owners = useful_threads(2 * per_row * length * n, threads);
     split = n >= kManyPerThread * owners ? 0 : n % owners;
     whole = n - split;
     const ptrdiff_t each = whole / owners;
     group = windowed() ? least(kGroupRows / length, each) : 1;
     while (group > 1 && each < kManyPerThread && each % group != 0) --group;
     if (group < 1) group = 1;
-    blocks = least(owners, (length + kInterleave<E> - 1) / kInterleave<E>);
+    blocks = row_blocks<E>(length, split, owners);
   }
 };
 

@@ -3,6 +3,7 @@
 #define REPAVIT_ISA_LEVEL 2
 
 #include "dispatch.h"
+#include "fused_blocks-inl.h"
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
 #include "peak-inl.h"
@@ -12,6 +13,9 @@ namespace repavit {
 namespace avx512 {
 
 void install(Kernels& table) {
+  table.fused_blocks[kFloat32] = fused_blocks<float>;
+  table.fused_blocks[kBFloat16] = fused_blocks<bf16>;
+  table.fused_blocks[kFloat16] = fused_blocks<fp16>;
   table.partial_gelu_ffn[kFloat32] = partial_gelu_ffn<float>;
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.partial_gelu_ffn[kFloat16] = partial_gelu_ffn<fp16>;

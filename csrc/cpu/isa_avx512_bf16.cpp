@@ -3,6 +3,7 @@
 #define REPAVIT_ISA_LEVEL 3
 
 #include "dispatch.h"
+#include "fused_blocks-inl.h"
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
 #include "peak-inl.h"
@@ -12,6 +13,7 @@ namespace repavit {
 namespace avx512_bf16 {
 
 void install(Kernels& table) {
+  table.fused_blocks[kBFloat16] = fused_blocks<bf16>;
   table.partial_gelu_ffn[kBFloat16] = partial_gelu_ffn<bf16>;
   table.patch_projection[kBFloat16] = patch_projection<bf16>;
   table.product_peak[kBFloat16] = product_peak<bf16>;

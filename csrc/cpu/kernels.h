@@ -183,9 +183,8 @@ struct StackStep {
   PartialGeluFfnArgs ffn;
 };
 
-// Steps one after the other, each from and to [B, T, C].
+// Steps one after the other, each from and to [B, T, C] of T.
 struct StackArgs {
-  DType dtype;
   int64_t batch, tokens, channels;  // B, T, C
   const StackStep* steps;
   int64_t count;                    // of steps, >= 1
@@ -213,6 +212,8 @@ struct Kernels {
   int64_t (*rep_attention_packed_bytes[kDTypes])(const AttentionShape&);
   void (*rep_attention_pack[kDTypes])(const AttentionWeights&, void* destination, const Pool&);  // as for the FFN
   void (*rep_attention_unpack[kDTypes])(const void* packed, const AttentionMutableWeights&, const Pool&);
+
+  void (*fused_blocks[kDTypes])(const StackArgs&, const Pool&);
 };
 
 }  // namespace repavit

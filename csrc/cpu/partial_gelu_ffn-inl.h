@@ -10,6 +10,7 @@
 #include "bias_residual-inl.h"
 #include "gelu-inl.h"
 #include "layernorm-inl.h"
+#include "owners-inl.h"
 #include "partial_gelu_ffn_pack-inl.h"
 #include "scratch-inl.h"
 
@@ -80,11 +81,8 @@ FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
   FfnPlan<T> plan{args, FfnLayout<T>(args.channels, args.active, header.has_merged != 0),
                   first_panel<T>(args.packed), 1, 0, 0, 0};
 
-  // A fork pays from about a million operations a thread.
-  constexpr int64_t kWorkPerThread = int64_t{1} << 20;
   const int64_t work = 2 * args.rows * args.channels * (2 * args.active + (header.has_merged ? args.channels : 0));
-  const int64_t useful = 1 + work / kWorkPerThread;
-  const ptrdiff_t owners = static_cast<ptrdiff_t>(useful < threads ? useful : threads);
+  const ptrdiff_t owners = useful_threads(work, threads);
   const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(plan.layout);
   const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);
   plan.blocks = owners * rounds < rows ? owners * rounds : rows;

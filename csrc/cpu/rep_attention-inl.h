@@ -91,6 +91,15 @@ struct AttentionScratch {
   }
 };
 
+// This thread's, until it asks its arena again.
+template <class T>
+AttentionScratch<T> thread_scratch(const AttentionPlan<T>& plan, ptrdiff_t rows) {
+  Carver count;
+  (void)AttentionScratch<T>(count, plan, rows);
+  Carver carver(thread_arena(count.bytes()));
+  return {carver, plan, rows};
+}
+
 template <class E>
 struct HeadRows {
   TokenRows<const E> q, k, v;
@@ -312,10 +321,7 @@ void for_each_item(const AttentionPlan<T>& plan, const Pool& pool, ptrdiff_t ite
   } context{plan, rows, step};
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
-    Carver count;
-    (void)AttentionScratch<T>(count, c.plan, c.rows);
-    Carver carver(thread_arena(count.bytes()));
-    AttentionScratch<T> scratch(carver, c.plan, c.rows);
+    AttentionScratch<T> scratch = thread_scratch(c.plan, c.rows);
     for (int64_t i = begin; i < end; ++i) c.step(c.plan, static_cast<ptrdiff_t>(i), scratch);
   };
   if (items > 0) pool.run(items, body, &context);

@@ -65,7 +65,7 @@ done
 for job in $jobs; do wait "$job"; done
 objects=$(for level in $levels; do echo "$out/isa_$level.o"; done)
 # shellcheck disable=SC2086
-$cxx $flags tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp cpu/fused_blocks.cpp $objects -o "$out/driver"
+$cxx $flags tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
 shift $(( $# > 0 ? 1 : 0 ))
 # shellcheck disable=SC2086
 exec $launch "$out/driver" $emulated "$@"

@@ -3,7 +3,6 @@
 
 #include <string>
 
-#include "../cpu/fused_blocks.h"
 #include "driver.h"
 #include "test_partial_gelu_ffn.h"
 
@@ -11,9 +10,9 @@ namespace driver {
 
 template <class T>
 void test_stack_case(const repavit::Kernels& kernels, repavit::DType dtype, int64_t batch, int64_t tokens, int64_t gap,
-                     const char* level) {
+                     int ffn_first, const char* level) {
   const std::string name = std::string(level) + " stack B=" + std::to_string(batch) + " T=" + std::to_string(tokens) +
-                           " gap=" + std::to_string(gap);
+                           " gap=" + std::to_string(gap) + " ffn_first=" + std::to_string(ffn_first);
   constexpr int64_t kChannels = 20, kActive = 12, kHeads = 2, kHead = 10;
   constexpr size_t kWeights = kChannels * kChannels, kFfnWeights = kActive * kChannels;
   const size_t size = static_cast<size_t>(batch * tokens * kChannels);
@@ -33,12 +32,12 @@ void test_stack_case(const repavit::Kernels& kernels, repavit::DType dtype, int6
 
   repavit::StackStep steps[4]{};
   for (const int i : {0, 2}) {
-    repavit::RepAttentionArgs& args = steps[i].attention;
+    repavit::RepAttentionArgs& args = steps[i + ffn_first].attention;
     args.shape = shape, args.packed = attention.data();
-    args.scale = 0.3, args.norm_eps = 1e-6, args.normalize = args.residual = true;
+    args.scale = i == 0 ? -0.3 : 0.3, args.norm_eps = 1e-6, args.normalize = args.residual = true;
   }
   for (const int i : {1, 3}) {
-    repavit::PartialGeluFfnArgs& args = steps[i].ffn;
+    repavit::PartialGeluFfnArgs& args = steps[i - ffn_first].ffn;
     args.channels = kChannels, args.active = kActive, args.packed = ffn.data();
     args.norm_eps = 1e-6, args.normalize = args.residual = true;
   }
@@ -64,7 +63,7 @@ void test_stack_case(const repavit::Kernels& kernels, repavit::DType dtype, int6
 
   for (const repavit::Pool& pool : {kSerial, kThreaded}) {
     Guarded<T> y(size);
-    repavit::fused_blocks({dtype, batch, tokens, kChannels, steps, 4, x.data(), stride, y.data()}, kernels, pool);
+    kernels.fused_blocks[dtype]({batch, tokens, kChannels, steps, 4, x.data(), stride, y.data()}, pool);
     expect(y.intact() && x.intact(), "wrote outside the output", name.c_str());
     expect(std::memcmp(y.data(), wanted.data(), size * sizeof(T)) == 0, "is not its steps", name.c_str());
   }
@@ -74,7 +73,11 @@ template <class T>
 void test_stack(const repavit::Kernels& kernels, repavit::DType dtype, const char* level) {
   if (kernels.rep_attention[dtype] == nullptr || kernels.partial_gelu_ffn[dtype] == nullptr) return;
   for (const int64_t batch : {0, 1, 2, 3, 4, 7}) {
-    for (const int64_t tokens : {1, 9, 34}) test_stack_case<T>(kernels, dtype, batch, tokens, batch % 2 * 3, level);
+    for (const int64_t tokens : {1, 9, 34}) {
+      for (const int ffn_first : {0, 1}) {
+        test_stack_case<T>(kernels, dtype, batch, tokens, batch % 2 * 3, ffn_first, level);
+      }
+    }
   }
 }
 
