@@ -35,6 +35,15 @@ struct IsSame<A, A> {
   static constexpr bool value = true;
 };
 
+template <bool kFirst, class A, class B>
+struct Choose {
+  using Type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using Type = B;
+};
+
 template <class E, class T>
 struct PlainDot {
   using S = Simd<E>;

@@ -32,6 +32,51 @@ REPAVIT_INLINE ptrdiff_t panel_elements(ptrdiff_t depth) {
   return groups_of<T>(depth) * kInterleave<T> * kPanelColumns;
 }
 
+// Hides where a pointer comes from: the compiler would make up pointers of its own, one per row, or per k and row.
+template <class A>
+REPAVIT_INLINE const A* opaque(const A* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+// Where a tile's rows of A stand. Six pointers fit in the integer registers, and move by the index that they share: on
+// AVX2, whose products leave few slots to anything else, that is 5 % of the time.
+template <class A, int kRows>
+struct PointerPerRow {
+  const A* row[kRows];
+  ptrdiff_t k = 0;
+
+  REPAVIT_INLINE PointerPerRow(const A* data, ptrdiff_t stride) {
+    REPAVIT_UNROLL
+    for (int r = 0; r < kRows; ++r) row[r] = opaque(data + r * stride);
+  }
+  REPAVIT_INLINE const A* at(int r, ptrdiff_t ahead) const { return row[r] + k + ahead; }
+  REPAVIT_INLINE void next_group(ptrdiff_t) {}
+  REPAVIT_INLINE void skip(ptrdiff_t elements) {
+    k += elements;
+    __asm__("" : "+r"(k));
+  }
+};
+
+// More rows are base + {0, 1, 2} * stride from every third row: a pointer for each would cost a reload per product.
+template <class A, int kRows>
+struct PointerPerThree {
+  static constexpr int kBases = (kRows + 2) / 3;
+  const A* base[kBases];
+  ptrdiff_t stride;
+
+  REPAVIT_INLINE PointerPerThree(const A* data, ptrdiff_t row_stride) : stride(row_stride) {
+    REPAVIT_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = opaque(data + 3 * i * stride);
+  }
+  REPAVIT_INLINE const A* at(int r, ptrdiff_t) const { return base[r / 3] + (r % 3) * stride; }
+  REPAVIT_INLINE void next_group(ptrdiff_t elements) {
+    REPAVIT_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + elements);
+  }
+  REPAVIT_INLINE void skip(ptrdiff_t) {}
+};
+
 template <class T, int kRows, int kVectors>
 struct Tile {
   using S = SimdOf<T>;
@@ -40,22 +85,15 @@ struct Tile {
   using A = Operand<T>;
   using E = Accumulator<T>;
   static constexpr int kStep = kInterleave<T>;
-  // Rows are addressed as base + {0, 1, 2} * stride from every third row: a pointer for each would not fit in the
-  // integer registers and cost a reload per product.
-  static constexpr int kBases = (kRows + 2) / 3;
-  static constexpr int kUnroll = 4;
-  static constexpr int kPrefetchBytes = 8192;
+  static constexpr bool kFewRows = kTileRows <= 6;
+  using Left = typename Choose<kFewRows, PointerPerRow<A, kRows>, PointerPerThree<A, kRows>>::Type;
+  static constexpr int kUnroll = kFewRows ? 8 : 4;
   // Products added one by one before the sum moves to memory: a longer chain in fp32 loses digits that peers, which block
   // K, still have. Sums of 16-bit products have none to lose.
   static constexpr bool kChains = sizeof(T) == 4;
   static constexpr ptrdiff_t kChain = kChains ? 256 : PTRDIFF_MAX;
 
   V acc[kRows][kVectors];
-  // Hides where a pointer comes from: the compiler would expand the bases into a pointer per row, or per k and row.
-  static REPAVIT_INLINE const A* opaque(const A* p) {
-    __asm__("" : "+r"(p));
-    return p;
-  }
 
   REPAVIT_INLINE void clear() {
     REPAVIT_UNROLL
@@ -80,8 +118,8 @@ struct Tile {
     if (!last) clear();
   }
 
-  // One group of k: kRows x kVectors products, then on to the next k.
-  REPAVIT_INLINE void step(const A* (&base)[kBases], ptrdiff_t stride, const T* b) {
+  // One group of k, `ahead` elements from where the rows of A are: kRows x kVectors products.
+  REPAVIT_INLINE void step(Left& rows, ptrdiff_t ahead, const T* b) {
     REPAVIT_UNROLL
     for (int part = 0; part < D::kParts; ++part) {
       typename D::Factor right[kVectors];
@@ -89,36 +127,42 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) right[v] = D::right(b + v * S::kLanes * kStep, part);
       REPAVIT_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const typename D::Factor left = D::left(base[r / 3] + (r % 3) * stride, part);
+        const typename D::Factor left = D::left(rows.at(r, ahead), part);
         REPAVIT_UNROLL
         for (int v = 0; v < kVectors; ++v) D::accumulate(acc[r][v], left, right[v]);
       }
     }
-    REPAVIT_UNROLL
-    for (int i = 0; i < kBases; ++i) base[i] = opaque(base[i] + kStep);
+    rows.next_group(kStep);
   }
 
-  // Adds A B over one segment; b is the first group's row of B, whose rows stand kRow elements apart. kFetch: they come
-  // from outer memory and are fetched ahead.
-  template <int kRow, bool kFetch>
-  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b) {
-    constexpr int kBytes = kVectors * S::kLanes * kStep * static_cast<int>(sizeof(T));
-    const A* base[kBases];
-    REPAVIT_UNROLL
-    for (int i = 0; i < kBases; ++i) base[i] = opaque(a.data + 3 * i * a.stride);
-    const ptrdiff_t groups = groups_of<T>(a.depth);
-    ptrdiff_t k = 0;
-    for (; k + kUnroll <= groups; k += kUnroll) {
+  // Adds A B over one segment; b is the first group's row of B, whose rows stand kRow elements apart. fetch(b, left)
+  // is called in front of each group, `left` more of its round behind it, and may ask for memory that will be wanted.
+  template <int kRow, class Fetch>
+  REPAVIT_INLINE void accumulate(const Rows<T>& a, const T* b, Fetch& fetch) {
+    Left rows(a.data, a.stride);
+    ptrdiff_t groups = groups_of<T>(a.depth);
+    for (; groups >= kUnroll; groups -= kUnroll) {
       REPAVIT_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
-        for (int line = 0; kFetch && line < kBytes; line += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(b + u * kRow) + kPrefetchBytes + line);
-        }
-        step(base, a.stride, b + u * kRow);
+        fetch(b + u * kRow, kUnroll - 1 - u);
+        step(rows, u * kStep, b + u * kRow);
       }
+      rows.skip(kUnroll * kStep);
       b += kUnroll * kRow;
     }
-    for (; k < groups; ++k, b += kRow) step(base, a.stride, b);
+    for (; groups > 0; --groups, b += kRow) {
+      step(rows, 0, b);
+      rows.skip(kStep);
+    }
+  }
+};
+
+// Fetches a panel, kBytes of each of its rows, ahead of where it is read.
+template <class T, int kBytes>
+struct FetchAhead {
+  static constexpr int kDistance = 8192;  // bytes
+  REPAVIT_INLINE void operator()(const T* b, int) const {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(b) + kDistance + line);
   }
 };
 
@@ -133,6 +177,7 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
   alignas(64) typename TileOf::E storage[TileOf::kChains ? kRows * kVectors * TileOf::S::kLanes : 1];
   auto* total = &storage[0];
   __asm__("" : "+r"(total));  // or gcc warns of values that `chains` guards
+  FetchAhead<T, kVectors * TileOf::S::kLanes * TileOf::kStep * static_cast<int>(sizeof(T))> fetch;
   int chains = 0;
   for (int s = 0; s < count; ++s) {
     const Rows<T>& segment = segments[s];
@@ -141,7 +186,7 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
       ++chains;
       const ptrdiff_t left = segment.depth - k, depth = left < TileOf::kChain ? left : TileOf::kChain;
       const Rows<T> a{segment.data + row * segment.stride + k, segment.stride, depth};
-      tile.template accumulate<kPanelColumns * kInterleave<T>, true>(a, panel);
+      tile.template accumulate<kPanelColumns * kInterleave<T>>(a, panel, fetch);
       panel += panel_elements<T>(depth);
       if (depth == left) break;
     }

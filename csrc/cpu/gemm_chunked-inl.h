@@ -39,34 +39,47 @@ struct ChunkPlace {
   bool first, last;
 };
 
+// Brings groups [next, end) of a panel, 64 bytes of each, to L2: some while the products run, not to stop the loads of A,
+// and what is left behind them.
+template <class T>
+struct FetchNext {
+  const T *next, *end;
+
+  REPAVIT_INLINE void one() {
+    if (next >= end) return;
+    __builtin_prefetch(next, 0, 2);
+    next += kPanelColumns * kInterleave<T>;
+  }
+  template <class E>
+  REPAVIT_INLINE void operator()(const E*, int left) {
+    if (left == 0) one();
+  }
+  REPAVIT_INLINE void rest() {
+    while (next < end) one();
+  }
+};
+
 // One tile over one chunk: rows [row, row + kRows) of C; `a` and `sums` are those of its first row.
-template <int kRows, int kVectors, class E, class Epilogue>
-__attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, E* sums, ChunkPlace place, ptrdiff_t row,
-                                         ptrdiff_t col, int valid, const Epilogue& epilogue) {
+template <int kRows, int kVectors, class E, class T, class Epilogue>
+__attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, FetchNext<T> fetch, E* sums, ChunkPlace place,
+                                         ptrdiff_t row, ptrdiff_t col, int valid, const Epilogue& epilogue) {
   Tile<E, kRows, kVectors> tile;
   tile.clear();
-  tile.template accumulate<kVectors * Simd<E>::kLanes, false>(a, chunk);
+  tile.template accumulate<kVectors * Simd<E>::kLanes>(a, chunk, fetch);
+  fetch.rest();
   if (!place.first || !place.last) tile.end_chain(sums, place.first, place.last);
   if (!place.last) return;
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
 }
 
-template <int kMaxRows, int kVectors, class E, class Epilogue>
-REPAVIT_INLINE void choose_chunk_rows(int rows, const Rows<E>& a, const E* chunk, E* sums, ChunkPlace place,
-                                      ptrdiff_t row, ptrdiff_t col, int valid, const Epilogue& epilogue) {
-  if (rows == kMaxRows) return run_chunk<kMaxRows, kVectors>(a, chunk, sums, place, row, col, valid, epilogue);
+template <int kMaxRows, int kVectors, class E, class T, class Epilogue>
+REPAVIT_INLINE void choose_chunk_rows(int rows, const Rows<E>& a, const E* chunk, FetchNext<T> fetch, E* sums,
+                                      ChunkPlace place, ptrdiff_t row, ptrdiff_t col, int valid,
+                                      const Epilogue& epilogue) {
+  if (rows == kMaxRows) return run_chunk<kMaxRows, kVectors>(a, chunk, fetch, sums, place, row, col, valid, epilogue);
   if constexpr (kMaxRows > 1) {
-    choose_chunk_rows<kMaxRows - 1, kVectors>(rows, a, chunk, sums, place, row, col, valid, epilogue);
-  }
-}
-
-// Brings the part of a chunk that falls to tile `t` of `tiles` to L2.
-template <class T>
-REPAVIT_INLINE void fetch_chunk(const T* next, ptrdiff_t groups, ptrdiff_t t, ptrdiff_t tiles) {
-  constexpr ptrdiff_t kPanelRow = kPanelColumns * kInterleave<T>;
-  for (ptrdiff_t g = groups * t / tiles; g < groups * (t + 1) / tiles; ++g) {
-    __builtin_prefetch(next + g * kPanelRow, 0, 2);
+    choose_chunk_rows<kMaxRows - 1, kVectors>(rows, a, chunk, fetch, sums, place, row, col, valid, epilogue);
   }
 }
 
@@ -82,13 +95,14 @@ void run_strip(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* panel
   E* chunk = storage;
   __asm__("" : "+r"(chunk));  // or gcc warns of values that a depth of 0 leaves undefined and unread
   expand_chunk<kVectors>(panel, a.depth, chunk);
-  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows, groups = groups_of<T>(a.depth);
+  const auto next_from = [&](ptrdiff_t t) { return next + groups * t / tiles * kPanelColumns * kInterleave<T>; };
   for (ptrdiff_t t = 0; t < tiles; ++t) {
     const ptrdiff_t row = rows * t / tiles;
     const int height = static_cast<int>(rows * (t + 1) / tiles - row);
-    fetch_chunk(next, groups_of<T>(a.depth), t, tiles);
     choose_chunk_rows<kTileRows, kVectors>(height, Rows<E>{a.data + row * a.stride, a.stride, a.depth}, chunk,
-                                           sums + row * kWidth, place, begin + row, col, valid, epilogue);
+                                           FetchNext<T>{next_from(t), next_from(t + 1)}, sums + row * kWidth, place,
+                                           begin + row, col, valid, epilogue);
   }
 }
 

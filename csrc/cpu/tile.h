@@ -25,7 +25,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 #if REPAVIT_ISA_LEVEL < 2
-constexpr int kStripRows = 192;  // rows of A that L2 keeps a chunk of K of (gemm_chunked-inl.h): 192 KiB of fp32
+constexpr int kStripRows = 200;  // rows of A that L2 keeps a chunk of K of (gemm_chunked-inl.h): 200 KiB of fp32
 #endif
 
 }  // namespace REPAVIT_ISA
