@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backends, reference
 from ..backends import Backend
-from . import _check
+from . import _check, _direct
 
 
 def partial_gelu_ffn(
@@ -46,6 +48,11 @@ def partial_gelu_ffn(
         ValueError: a shape, dtype, device or option disagrees; names the argument, what came, what was wanted.
         RuntimeError: a forced backend is not available; says why.
     """
+    weights = (w_in, b_in, w_out, w_merged, bias)
+    operator = torch.ops.repavit_ops.partial_gelu_ffn
+    static: dict[str, Any] = {"residual": residual, "approximate": approximate}
+    if (y := _direct.call(operator, backend, norm_eps, (x, *weights, packed), **static)) is not None:
+        return y
     if x.dim() < 1 or w_in.dim() != 2:
         raise ValueError(f"x, w_in: got shapes {list(x.shape)}, {list(w_in.shape)}, wanted [..., C] and [m, C]")
     m, c = w_in.shape
@@ -63,10 +70,7 @@ def partial_gelu_ffn(
     _check.norm(norm_eps)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
 
-    weights = (w_in, b_in, w_out, w_merged, bias)
     if backend == "reference":
-        return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, residual=residual, approximate=approximate)
+        return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, **static)
     backends.select(backend, x, "partial_gelu_ffn")
-    return torch.ops.repavit_ops.partial_gelu_ffn(
-        x, *weights, packed, norm_eps=norm_eps, residual=residual, approximate=approximate
-    )
+    return operator(x, *weights, packed, norm_eps=norm_eps, **static)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backends, reference
 from ..backends import Backend
-from . import _check
+from . import _check, _direct
 
 
 def rep_attention(
@@ -51,6 +53,11 @@ def rep_attention(
         ValueError: a shape, dtype, device or option disagrees (a bool mask too); names the argument and the fix.
         RuntimeError: a forced backend is not available; says why.
     """
+    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias)
+    operator = torch.ops.repavit_ops.rep_attention
+    static: dict[str, Any] = {"num_heads": num_heads, "scale": scale, "d_qk": d_qk, "residual": residual}
+    if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
+        return y
     d_v = _check.heads(num_heads, d_qk, w_qkv, w_proj)
     _check.shape("x", x, "B", "T", w_qkv.shape[1])
     if b_qkv is not None:
@@ -64,15 +71,10 @@ def rep_attention(
     _check.norm(norm_eps)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
 
-    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias)
     if backend == "reference":
-        return reference.rep_attention(
-            *tensors, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
-        )
+        return reference.rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "rep_attention")
-    return torch.ops.repavit_ops.rep_attention(
-        *tensors, packed, num_heads=num_heads, scale=scale, d_qk=d_qk, norm_eps=norm_eps, residual=residual
-    )
+    return operator(*tensors, packed, norm_eps=norm_eps, **static)
 
 
 def _check_bias(attn_bias: Tensor, wanted: tuple[int, int, int, int]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from ..backends import Backend
-from . import _check
+from . import _check, _direct
 
 
 def window_rep_attention(
@@ -60,6 +60,18 @@ def window_rep_attention(
         RuntimeError: a forced backend is not available; says why.
     """
     window, shift = _pair("window", window), _pair("shift", shift)
+    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, rel_bias, pad_kv)
+    static: dict[str, Any] = {
+        "num_heads": num_heads,
+        "scale": scale,
+        "window": list(window),
+        "shift": list(shift),
+        "residual": residual,
+        "roll_first": roll_first,
+    }
+    operator = torch.ops.repavit_ops.window_rep_attention
+    if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
+        return y
     if min(window) < 1 or any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"shift: got {shift} with window {window}, wanted 0 <= shift < window in both directions")
     if w_proj.dim() != 2 or w_qkv.dim() != 2:
@@ -80,20 +92,10 @@ def window_rep_attention(
     _check.norm(norm_eps)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
 
-    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, rel_bias, pad_kv)
-    static: dict[str, Any] = {
-        "num_heads": num_heads,
-        "scale": scale,
-        "window": list(window),
-        "shift": list(shift),
-        "norm_eps": norm_eps,
-        "residual": residual,
-        "roll_first": roll_first,
-    }
     if backend == "reference":
-        return reference.window_rep_attention(*tensors, **static)
+        return reference.window_rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "window_rep_attention")
-    return torch.ops.repavit_ops.window_rep_attention(*tensors, packed, **static)
+    return operator(*tensors, packed, norm_eps=norm_eps, **static)
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
