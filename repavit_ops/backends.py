@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Literal, get_args
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 Backend = Literal["auto", "reference", "cpp", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -91,6 +92,14 @@ def cpu_isa() -> str:
     if _cpp_failure is not None:
         raise RuntimeError(f"backend 'cpp' is not available: {_cpp_failure}")
     return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on (``torch.func.jvp``, ``forward_ad.dual_level``).
+
+    Kernels would lose its tangents without a word, so the reference takes their place meanwhile.
+    """
+    return forward_ad._current_level >= 0
 
 
 def select(backend: str, x: torch.Tensor, operator: str) -> None:

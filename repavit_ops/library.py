@@ -5,7 +5,8 @@ Design:
    so autograd, autocast and the reference are registered by the same few lines for every operator.
 2. The plain-PyTorch reference is CompositeExplicitAutograd: it serves every device that no kernel claims.
    C++ claims CPU from within its shared library; Triton claims CUDA below, imported at the first call.
-3. Gradients recompute the reference formula. No kernel needs a backward of its own to be trainable.
+3. Gradients recompute the reference formula. No kernel needs a backward of its own to be trainable. Forward-mode
+   derivatives are those of the reference, which then runs instead.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def _register_fused_blocks() -> None:
 
     def autograd(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
         tensors = [x, *(w for w in weights if w is not None)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if backends.in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)

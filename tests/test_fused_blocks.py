@@ -10,6 +10,7 @@ import pytest
 import torch
 from model_helpers import images, tiny_swin, tiny_vit
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import repavit_ops
 from repavit_ops import backends, ops, reference, stack_plan
@@ -125,6 +126,21 @@ def test_gradient_of_the_operator_is_that_of_its_steps():
     (ours,) = torch.autograd.grad(torch_ops.fused_blocks(x, weights, plan=plan, scalars=scalars).square().sum(), x)
     (theirs,) = torch.autograd.grad(one_by_one(stack, x).square().sum(), x)
     torch.testing.assert_close(ours, theirs)
+
+
+@needs_cpp
+def test_tangents_are_those_of_the_steps():
+    stack = vit_blocks(torch.float32)
+    x, v = torch.randn(2, 2, 5, 24)
+    weights, plan, scalars = stack_plan.encode(part.step() for block in stack for part in (block.attn, block.mlp))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.func.jvp(lambda x: reference.fused_blocks(x, weights, plan=plan, scalars=scalars), (x,), (v,))
+        for call in (stack, lambda x: torch_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)):
+            torch.testing.assert_close(torch.func.jvp(call, (x,), (v,)), expected)
+    for block in stack:
+        block.mlp.drop_unpacked()
+    with pytest.raises(RuntimeError, match="keep_unpacked=False"):
+        torch.func.jvp(stack, (x,), (v,))
 
 
 @needs_cpp

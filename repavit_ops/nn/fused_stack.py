@@ -114,6 +114,8 @@ class FusedStack(nn.Sequential):
             return "autocast chooses the dtype of each operator"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
+        if backends.in_forward_mode():
+            return "forward-mode derivatives are wanted"
         return None
 
     def _runs(self) -> Iterator[tuple[nn.Module, list[Any] | None]]:

@@ -96,10 +96,11 @@ class PackedWeights(nn.Module):
         self._packed_stamp = self._stamp()
 
     def check_trainable(self, x: Tensor) -> None:
-        """Raise RuntimeError if a gradient would need weights that are not there any more."""
-        if not self._unpacked_dropped or not torch.is_grad_enabled():
+        """Raise RuntimeError if a derivative would need weights that are not there any more."""
+        if not self._unpacked_dropped:
             return
-        if x.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False)):
+        backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
+        if backward or backends.in_forward_mode():
             raise RuntimeError(
                 f"{type(self).__name__} was fused with keep_unpacked=False and has no weights to differentiate; "
                 "fuse with keep_unpacked=True, or call it under torch.no_grad()"

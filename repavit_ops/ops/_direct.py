@@ -18,7 +18,7 @@ def call(
     tensors: tuple[Tensor | None, ...],
     **static: Any,
 ) -> Tensor | None:
-    """The kernel's result; None where the long way must be taken: other devices, gradients, compilation, autocast.
+    """The kernel's result; None where the long way must be taken: other devices, derivatives, compilation, autocast.
 
     The kernel checks its arguments itself, but for ``norm_eps``. What it refuses takes the long way too, whose checks
     say in Python's terms what is wrong.
@@ -28,6 +28,7 @@ def call(
         or torch.compiler.is_compiling()
         or backends.why_unavailable("cpp") is not None
         or torch.is_autocast_enabled("cpu")
+        or backends.in_forward_mode()
         or not (norm_eps is None or norm_eps >= 0)
     ):
         return None

@@ -54,7 +54,7 @@ def patch_projection(
         _check.shape("bias", bias, weight.shape[0])
     _check.norm(norm_eps)
     _check.same_kind(x, weight=weight, bias=bias)
-    if backend == "reference":
+    if backend == "reference" or backends.in_forward_mode():
         return reference.patch_projection(
             x, weight, bias, patch=(ph, pw), channels_last=channels_last, norm_eps=norm_eps
         )

@@ -71,7 +71,7 @@ def rep_attention(
     _check.norm(norm_eps)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
 
-    if backend == "reference":
+    if backend == "reference" or backends.in_forward_mode():
         return reference.rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "rep_attention")
     return operator(*tensors, packed, norm_eps=norm_eps, **static)
