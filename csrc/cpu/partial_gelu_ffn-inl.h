@@ -58,7 +58,8 @@ struct FfnPlan {
   size_t z_bytes() const { return sizeof(Operand<T>) * static_cast<size_t>(block_rows * z_stride); }
 };
 
-// Rows per block, in whole tiles: what L2 holds beside one panel, or a strip where gemm keeps chunks of K there.
+// Rows per block, in whole tiles: what L2 holds beside one panel, or a strip where gemm keeps chunks of K there. Where L2
+// holds few tiles, z and H had better come from L3 than all weights once per few tiles.
 template <class T>
 ptrdiff_t most_rows(const FfnLayout<T>& layout) {
 #if REPAVIT_ISA_LEVEL < 2
@@ -66,11 +67,12 @@ ptrdiff_t most_rows(const FfnLayout<T>& layout) {
   return kStripRows;
 #else
   constexpr ptrdiff_t kPanelElement = sizeof(T), kRowElement = sizeof(Operand<T>);
+  constexpr ptrdiff_t kFewTiles = 4, kTilesFromL3 = 8;
   const ptrdiff_t widest = layout.out_stride > layout.in_stride ? layout.out_stride : layout.in_stride;
   const ptrdiff_t room = static_cast<ptrdiff_t>(l2_cache_bytes()) * 5 / 8 - widest * kPanelElement;
   const ptrdiff_t rows = room / (kRowElement * (layout.channels + layout.active));
   const ptrdiff_t tiles = rows / kTileRows;
-  return (tiles < 2 ? 2 : tiles) * kTileRows;
+  return (tiles <= kFewTiles ? kTilesFromL3 : tiles) * kTileRows;
 #endif
 }
 
