@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -108,8 +109,10 @@ def machine() -> dict[str, Any]:
     """What a result was measured on: enough to compare, nothing that names the machine."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+        fields = dict(re.findall(r"^(.+?)\s*: (.+)$", first, re.MULTILINE))
+        if "cpu family" in fields:  # x86; virtual machines often give a name without a generation
+            model = f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     return {
         "cpu": model,
         "isa": backends.cpu_isa() if backends.why_unavailable("cpp") is None else None,

@@ -7,7 +7,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from op_helpers import cast
 from test_partial_gelu_ffn import operands as ffn_operands
+from test_rep_attention import op as attention
 from test_rep_attention import operands as attention_operands
+from test_window_rep_attention import op as windows
 from test_window_rep_attention import operands as window_operands
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,12 +20,12 @@ pytestmark = pytest.mark.skipif(backends.why_unavailable("cpp") is not None, rea
 
 
 def cases():
-    attention, heads = attention_operands(2, 5, 8, 2, 3, 4)
-    window, windows = window_operands(2, 5, 6, 8, 2, 4, [4, 4], [2, 2])
+    operands, heads = attention_operands(2, 5, 8, 2, 3, 4)
+    window_tensors, windowed = window_operands(2, 5, 6, 8, 2, 4, [4, 4], [2, 2])
     return {
         "partial_gelu_ffn": (cast(ffn_operands(3, 8, 5), torch.float32), {}),
-        "rep_attention": (cast((*attention, None), torch.float32), heads),
-        "window_rep_attention": (cast(window, torch.float32), windows),
+        "rep_attention": (cast((*operands, None), torch.float32), heads),
+        "window_rep_attention": (cast(window_tensors, torch.float32), windowed),
     }
 
 
@@ -32,10 +34,9 @@ every_operator = pytest.mark.parametrize("name", CASES)
 
 
 def run(name, tensors, **static):
-    """The public function, whose optional operands from the sixth on are keywords."""
-    names = {"rep_attention": ("attn_bias",), "window_rep_attention": ("rel_bias", "pad_kv")}.get(name, ())
-    first = len(CASES[name][0]) - len(names) if names else len(tensors)
-    return getattr(ops, name)(*tensors[:first], **dict(zip(names, tensors[first:], strict=True)), **static)
+    """The public function, every operand positional as the reference takes it."""
+    calls = {"partial_gelu_ffn": ops.partial_gelu_ffn, "rep_attention": attention, "window_rep_attention": windows}
+    return calls[name](*tensors, **static)
 
 
 @pytest.fixture

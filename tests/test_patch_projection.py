@@ -50,6 +50,18 @@ def test_is_the_convolution_whose_stride_is_its_kernel(name):
     torch.testing.assert_close(projected.permute(0, 3, 1, 2), convolved, rtol=1e-12, atol=1e-12)
 
 
+def test_tangents_are_not_lost():
+    """Forward mode through every operand at once."""
+    tensors = operands(*CASES["primes"])
+    tangents = tuple(torch.ones_like(t) for t in tensors)
+    static = {"patch": CASES["primes"][4], "channels_last": False}
+    ours, expected = (
+        torch.func.jvp(lambda *t, f=f: f(*t, **static), tensors, tangents)
+        for f in (ops.patch_projection, reference.patch_projection)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_strided_inputs_equal_contiguous_ones(channels_last):
     x, w, _ = cast(operands(2, 5, 12, 20, (4, 4), 9, channels_last), torch.float32)

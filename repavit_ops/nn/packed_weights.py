@@ -103,7 +103,7 @@ class PackedWeights(nn.Module):
         if backward or backends.in_forward_mode():
             raise RuntimeError(
                 f"{type(self).__name__} was fused with keep_unpacked=False and has no weights to differentiate; "
-                "fuse with keep_unpacked=True, or call it under torch.no_grad()"
+                "fuse with keep_unpacked=True, or ask for no derivatives: torch.no_grad(), no forward mode"
             )
 
     def _wants_packing(self) -> bool:
