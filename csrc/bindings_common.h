@@ -72,6 +72,15 @@ inline const void* ordered_data(const MaybeTensor& t, std::vector<Tensor>& copie
   return t ? ordered_data(*t, copies) : nullptr;
 }
 
+// The same once shape and kind are right; null where there is no tensor.
+inline const void* checked_data(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> shape,
+                                const Tensor& x, std::vector<Tensor>& copies) {
+  if (!t) return nullptr;
+  check_shape(name, *t, shape);
+  check_same_kind(name, *t, x);
+  return ordered_data(*t, copies);
+}
+
 // Uninitialised and contiguous, straight from the allocator: the dispatcher would cost microseconds.
 inline Tensor new_empty(const int64_t* sizes, int64_t dims, int32_t aoti_dtype) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));
@@ -173,5 +182,20 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
 repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
                                 const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
                                 std::vector<Tensor>& copies);
+
+
+// ---- Whole operators, as a call of its own and fused_blocks make them.
+
+// bindings_patch_projection.cpp
+Tensor patch_projection(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+                        std::vector<int64_t> patch, bool channels_last, std::optional<double> norm_eps);
+Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+                       const MaybeTensor& prefix, const MaybeTensor& position, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, const std::vector<int64_t>& patch, bool as_map,
+                       std::optional<double> norm_eps);
+
+// bindings_pooled_head.cpp
+Tensor pooled_head(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& norm_weight,
+                   const MaybeTensor& norm_bias, int64_t first, int64_t count, std::optional<double> norm_eps);
 
 }  // namespace repavit_bindings

@@ -10,18 +10,23 @@ using namespace repavit_bindings;
 // One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
 struct Step {
   static constexpr size_t kTensors = 7, kIntegers = 9, kScalars = 2;
-  enum Kind : int64_t { kFfn, kAttention, kWindowAttention };
+  enum Kind : int64_t { kFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
   const MaybeTensor* tensors;
   const int64_t* integers;
   const double* scalars;
 
   int64_t kind() const { return integers[0]; }
+  bool in_block() const { return kind() <= kWindowAttention; }
   bool residual() const { return integers[1] != 0; }
-  bool flag() const { return integers[2] != 0; }  // an FFN's: GELU by tanh; of windows: roll first
+  // Of an FFN GELU by tanh, of windows roll first, of patches channels last, of tokens as a map.
+  bool flag() const { return integers[2] != 0; }
   int64_t heads() const { return integers[3]; }
   int64_t d_qk() const { return integers[4]; }
   std::vector<int64_t> window() const { return {integers[5], integers[6]}; }
   std::vector<int64_t> shift() const { return {integers[7], integers[8]}; }
+  std::vector<int64_t> patch() const { return window(); }
+  int64_t first() const { return integers[3]; }
+  int64_t count() const { return integers[4]; }
   double scale() const { return scalars[0]; }
   std::optional<double> norm_eps() const { return scalars[1] < 0 ? std::nullopt : std::optional<double>(scalars[1]); }
 
@@ -31,8 +36,8 @@ struct Step {
   }
 };
 
-// The steps' arguments and what they point to.
-struct Steps {
+// The arguments of consecutive steps within blocks, and what they point to.
+struct Run {
   std::vector<repavit::StackStep> list;
   std::vector<Tensor> copies;
   std::deque<repavit::WindowGrid> grids;  // does not move them
@@ -46,8 +51,6 @@ struct Steps {
       return;
     }
     const bool windowed = step.kind() == Step::kWindowAttention;
-    STD_TORCH_CHECK(windowed || step.kind() == Step::kAttention, "plan: got a step of kind ", step.kind(),
-                    ", wanted 0 (FFN), 1 (attention) or 2 (window attention)");
     STD_TORCH_CHECK(x.dim() == (windowed ? 4 : 3), "x: got shape ", shape_of(x), ", wanted ",
                     windowed ? "[B, H, W, C]" : "[B, T, C]", " for this kind of attention");
     const Tensor &w_qkv = step.tensor(0, "w_qkv"), &w_proj = step.tensor(2, "w_proj");
@@ -71,6 +74,38 @@ struct Steps {
   }
 };
 
+// All steps of a run, from x to y; in place where they are one.
+void run_blocks(const Run& run, const Tensor& x, const Tensor& y) {
+  if (x.numel() == 0) return;
+  const RowView rows(x);
+  repavit::StackArgs args{};
+  args.batch = x.dim() > 2 ? x.size(0) : 1;
+  args.tokens = rows.rows / args.batch;
+  args.channels = x.size(x.dim() - 1);
+  args.steps = run.list.data();
+  args.count = static_cast<int64_t>(run.list.size());
+  args.x = rows.owner.const_data_ptr();
+  args.x_stride = rows.stride;
+  args.y = y.mutable_data_ptr();
+  repavit::kernels().fused_blocks[dtype_of("x", x)](args, torch_pool());
+}
+
+// A step that is no part of a block.
+Tensor run_alone(const Step& step, const Tensor& x) {
+  const MaybeTensor* t = step.tensors;
+  switch (step.kind()) {
+    case Step::kPatches:
+      return patch_projection(x, step.tensor(0, "weight"), t[1], t[2], step.patch(), step.flag(), step.norm_eps());
+    case Step::kTokens:
+      return token_embedding(x, step.tensor(0, "weight"), t[1], t[2], t[3], t[4], t[5], t[6], step.patch(), step.flag(),
+                             step.norm_eps());
+    case Step::kHead:
+      return pooled_head(x, t[0], t[1], t[2], t[3], step.first(), step.count(), step.norm_eps());
+    default:
+      STD_TORCH_CHECK(false, "plan: got a step of kind ", step.kind(), ", wanted 0 to 5");
+  }
+}
+
 Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vector<int64_t> plan,
                     std::vector<double> scalars) {
   const size_t count = plan.size() / Step::kIntegers;
@@ -79,23 +114,22 @@ Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vect
                   "plan: got ", plan.size(), " integers, ", weights.size(), " weights and ", scalars.size(),
                   " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars,
                   " for each step");
-  Steps steps;
-  for (size_t i = 0; i < count; ++i) {
-    steps.add({&weights[i * Step::kTensors], &plan[i * Step::kIntegers], &scalars[i * Step::kScalars]}, x);
+  const auto step = [&](size_t i) {
+    return Step{&weights[i * Step::kTensors], &plan[i * Step::kIntegers], &scalars[i * Step::kScalars]};
+  };
+  Tensor y = x;
+  for (size_t i = 0; i < count;) {
+    if (!step(i).in_block()) {
+      y = run_alone(step(i++), y);
+      continue;
+    }
+    const bool own = i > 0;  // y is a step's result, which nobody else sees
+    Run run;
+    for (; i < count && step(i).in_block(); ++i) run.add(step(i), y);
+    const Tensor from = y;
+    if (!own) y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
+    run_blocks(run, from, y);
   }
-  Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
-  if (x.numel() == 0) return y;
-  const RowView rows(x);
-  repavit::StackArgs args{};
-  args.batch = x.dim() > 2 ? x.size(0) : 1;
-  args.tokens = rows.rows / args.batch;
-  args.channels = x.size(x.dim() - 1);
-  args.steps = steps.list.data();
-  args.count = static_cast<int64_t>(count);
-  args.x = rows.owner.const_data_ptr();
-  args.x_stride = rows.stride;
-  args.y = y.mutable_data_ptr();
-  repavit::kernels().fused_blocks[dtype_of("x", x)](args, torch_pool());
   return y;
 }
 

@@ -1,4 +1,4 @@
-// Binding of patch_projection and of packing a matrix for the CPU (see bindings_common.h).
+// Bindings of patch_projection, of token_embedding and of packing a matrix for the CPU (see bindings_common.h).
 #include "bindings_common.h"
 
 namespace {
@@ -47,49 +47,96 @@ Tensor with_whole_runs(const Tensor& x, bool channels_last) {
   return whole ? x : torch::stable::contiguous(x);
 }
 
+// One call's arguments but y, and what they point to.
+struct Patches {
+  repavit::PatchProjectionArgs args{};
+  DType dtype;
+  Tensor source, weights;
+  std::vector<Tensor> copies;
+
+  Patches(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+          const std::vector<int64_t>& patch, bool channels_last)
+      : dtype(dtype_of("x", x)) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 2, "x, weight: got shapes ", shape_of(x), ", ", shape_of(weight),
+                    ", wanted four dimensions and [N, K]");
+    STD_TORCH_CHECK(patch.size() == 2 && patch[0] >= 1 && patch[1] >= 1, "patch: wanted two numbers >= 1");
+    const int down = channels_last ? 1 : 2, across = down + 1, channel = channels_last ? 3 : 1;
+    const int64_t channels = x.size(channel);
+    STD_TORCH_CHECK(weight.size(1) == channels * patch[0] * patch[1], "weight: got shape ", shape_of(weight),
+                    ", wanted [N, K = ", channels * patch[0] * patch[1], "] for x of ", channels, " channels");
+    check_same_kind("weight", weight, x);
+    if (bias) {
+      check_shape("bias", *bias, {weight.size(0)});
+      check_same_kind("bias", *bias, x);
+    }
+    args.batch = x.size(0);
+    args.grid[0] = x.size(down) / patch[0];
+    args.grid[1] = x.size(across) / patch[1];
+    args.planes = channels_last ? 1 : channels;
+    args.lines = patch[0];
+    args.run = patch[1] * (channels_last ? channels : 1);
+    args.outputs = weight.size(0);
+    if (results() == 0) return;
+    source = with_whole_runs(x, channels_last), weights = packed_for(packed, weight);
+    const int64_t line = source.stride(down), column = source.stride(across);
+    const int64_t strides[5] = {source.stride(0), line * patch[0], column * patch[1],
+                                channels_last ? 0 : source.stride(1), line};
+    for (int i = 0; i < 5; ++i) args.strides[i] = strides[i];
+    args.x = source.const_data_ptr();
+    args.packed = weights.const_data_ptr();
+    args.bias = ordered_data(bias, copies);
+  }
+
+  int64_t results() const { return args.batch * args.grid[0] * args.grid[1] * args.outputs; }
+};
+
+}  // namespace
+
+namespace repavit_bindings {
+
 Tensor patch_projection(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
                         std::vector<int64_t> patch, bool channels_last, std::optional<double> norm_eps) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 2, "x, weight: got shapes ", shape_of(x), ", ", shape_of(weight),
-                  ", wanted four dimensions and [N, K]");
-  STD_TORCH_CHECK(patch.size() == 2 && patch[0] >= 1 && patch[1] >= 1, "patch: wanted two numbers >= 1");
-  const int down = channels_last ? 1 : 2, across = down + 1, channel = channels_last ? 3 : 1;
-  const int64_t channels = x.size(channel);
-  STD_TORCH_CHECK(weight.size(1) == channels * patch[0] * patch[1], "weight: got shape ", shape_of(weight),
-                  ", wanted [N, K = ", channels * patch[0] * patch[1], "] for x of ", channels, " channels");
-  check_same_kind("weight", weight, x);
-  if (bias) {
-    check_shape("bias", *bias, {weight.size(0)});
-    check_same_kind("bias", *bias, x);
-  }
-  const int64_t sizes[4] = {x.size(0), x.size(down) / patch[0], x.size(across) / patch[1], weight.size(0)};
+  Patches patches(x, weight, bias, packed, patch, channels_last);
+  repavit::PatchProjectionArgs& args = patches.args;
+  const int64_t sizes[4] = {args.batch, args.grid[0], args.grid[1], args.outputs};
   Tensor y = new_empty(sizes, 4, aoti_dtype_of(x));
-  if (y.numel() == 0) return y;
-
-  const Tensor source = with_whole_runs(x, channels_last), weights = packed_for(packed, weight);
-  std::vector<Tensor> copies;
-  repavit::PatchProjectionArgs args{};
-  args.batch = sizes[0];
-  args.grid[0] = sizes[1];
-  args.grid[1] = sizes[2];
-  args.planes = channels_last ? 1 : channels;
-  args.lines = patch[0];
-  args.run = patch[1] * (channels_last ? channels : 1);
-  args.outputs = sizes[3];
-  args.x = source.const_data_ptr();
-  const int64_t line = source.stride(down), column = source.stride(across);
-  const int64_t strides[5] = {source.stride(0), line * patch[0], column * patch[1],
-                              channels_last ? 0 : source.stride(1), line};
-  for (int i = 0; i < 5; ++i) args.strides[i] = strides[i];
-  args.packed = weights.const_data_ptr();
-  args.bias = ordered_data(bias, copies);
+  if (patches.results() == 0) return y;
   args.y = y.mutable_data_ptr();
   args.norm_eps = norm_eps.value_or(0.0);
   args.normalize = norm_eps.has_value();
-  repavit::kernels().patch_projection[dtype_of("x", x)](args, torch_pool());
+  repavit::kernels().patch_projection[patches.dtype](args, torch_pool());
   return y;
 }
 
-}  // namespace
+Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+                       const MaybeTensor& prefix, const MaybeTensor& position, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, const std::vector<int64_t>& patch, bool as_map,
+                       std::optional<double> norm_eps) {
+  Patches patches(x, weight, bias, packed, patch, false);
+  STD_TORCH_CHECK(patches.args.grid[0] * patches.args.grid[1] * patches.args.outputs > 0, "x: got shape ", shape_of(x),
+                  ", which holds no patch of ", patch[0], "x", patch[1]);
+  STD_TORCH_CHECK(!(as_map && prefix), "prefix: a map has no rows in front of its patches; ask for tokens");
+  repavit::TokenEmbeddingArgs args{patches.args, 0, nullptr, nullptr, nullptr, nullptr, 0.0, false};
+  const int64_t channels = patches.args.outputs, rows = patches.args.grid[0] * patches.args.grid[1];
+  if (prefix) {
+    args.prefix = prefix->dim() == 2 ? prefix->size(0) : 0;
+    args.prefix_rows = checked_data("prefix", prefix, {args.prefix, channels}, x, patches.copies);
+  }
+  args.position = checked_data("position", position, {args.prefix + rows, channels}, x, patches.copies);
+  args.norm_weight = checked_data("norm_weight", norm_weight, {channels}, x, patches.copies);
+  args.norm_bias = checked_data("norm_bias", norm_bias, {channels}, x, patches.copies);
+  args.norm_eps = norm_eps.value_or(0.0);
+  args.normalize = norm_eps.has_value();
+  STD_TORCH_CHECK(!args.normalize || (norm_weight && norm_bias), "norm_weight, norm_bias: both are wanted for a norm");
+  const int64_t map[4] = {patches.args.batch, patches.args.grid[0], patches.args.grid[1], channels};
+  const int64_t tokens[3] = {patches.args.batch, args.prefix + rows, channels};
+  Tensor y = as_map ? new_empty(map, 4, aoti_dtype_of(x)) : new_empty(tokens, 3, aoti_dtype_of(x));
+  args.patches.y = y.mutable_data_ptr();
+  repavit::kernels().token_embedding[patches.dtype](args, torch_pool());
+  return y;
+}
+
+}  // namespace repavit_bindings
 
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
   m.impl("patch_projection", TORCH_BOX(&patch_projection));

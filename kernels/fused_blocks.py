@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import stack_plan
+from .. import reference, stack_plan
 from . import launcher
+
+WITHOUT_KERNEL = ("token_embedding", "pooled_head")  # of a whole model; the modules of one do not ask for them here
 
 
 def fused_blocks(
@@ -15,5 +17,8 @@ def fused_blocks(
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.fused_blocks`, with its steps as stack_plan.py encodes them."""
     for step in stack_plan.decode(weights, plan, scalars):
-        x = launcher(step.operator)(x, *step.tensors, **step.static)
+        if step.operator in WITHOUT_KERNEL:
+            x = reference.run_step(step, x)
+        else:
+            x = launcher(step.operator)(x, *step.tensors, **step.static)
     return x

@@ -11,6 +11,7 @@ from torch import nn
 from . import reparam
 from .backends import BACKENDS, Backend, why_unavailable
 from .folding import fold_batchnorm
+from .models.classifier import ImageClassifier
 from .nn import (
     Attention,
     ChannelIdleFFN,
@@ -65,7 +66,8 @@ def fuse(
 
     Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
     Convolutions over patches and Swin's mergings become projections without im2col, and runs of fused blocks in an
-    ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them.
+    ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them; a plain ViT or Swin of
+    :mod:`repavit_ops.models` goes through one call from the image to the logits.
     What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
 
     Args:
@@ -144,6 +146,8 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
 
 
 def _stacked(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, ImageClassifier):
+        module.in_one_call = True
     if type(module) is not nn.Sequential:
         return module
     stack = FusedStack.replacing(module)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, stack_plan
 
 NAMESPACE = "repavit_ops"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -187,12 +187,15 @@ def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
 
 
 def _register_fused_blocks() -> None:
-    """The run of operators: inference only. Where a gradient is wanted its steps run apart, differentiable."""
+    """The run of steps: inference only. Where a gradient is wanted its steps run apart, differentiable."""
     name = "fused_blocks"
     _LIBRARY.define(f"{name}(Tensor x, Tensor?[] weights, *, int[] plan, float[] scalars) -> Tensor")
 
     def fake(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
         refuse_onnx()
+        for step in stack_plan.decode(weights, plan, scalars):
+            if step.operator not in stack_plan.IN_BLOCKS:
+                x = reference.run_step(step, x)
         return x.new_empty(x.shape)
 
     def autograd(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:

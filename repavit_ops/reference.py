@@ -122,18 +122,92 @@ def patches(x: Tensor, patch: Sequence[int], channels_last: bool) -> Tensor:
     return z.reshape(b, h, w, c * ph * pw)
 
 
+def token_embedding(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor | None,
+    position: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    patch: Sequence[int],
+    as_map: bool,
+    norm_eps: float | None,
+) -> Tensor:
+    """``norm([prefix; patches Wᵀ + bias] + position)`` per image, the start of a model (a step of ``fused_blocks``).
+
+    Shapes:
+        x         [B, C, H, W]    weight [N, C·ph·pw], bias [N] or None
+        prefix    [P, N] or None  rows in front; position [P + h·w, N] or None
+        returns   [B, P + h·w, N] or with ``as_map``, which has no prefix, [B, h, w, N]
+
+    ``norm_eps`` is that of a LayerNorm over N with ``norm_weight`` and ``norm_bias``; None for no norm.
+    """
+    y = patch_projection(x, weight, bias, patch=patch, channels_last=False)
+    size = y.shape
+    y = y.flatten(1, 2)
+    if prefix is not None:
+        y = torch.cat((prefix.expand(y.shape[0], *prefix.shape), y), dim=1)
+    if position is not None:
+        y = y + position
+    if as_map:
+        y = y.view(size)
+    return y if norm_eps is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, norm_eps)
+
+
+def pooled_head(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    first: int,
+    count: int,
+    norm_eps: float | None,
+) -> Tensor:
+    """``mean(norm(x)) Wᵀ + bias`` over tokens, the end of a classifier (a step of ``fused_blocks``).
+
+    Shapes:
+        x         [B, T, C] or [B, H, W, C]
+        weight    [N, C] or None: the pooled feature itself; bias [N] or None
+        returns   [B, N]  or [B, C]
+
+    The mean is over ``count`` tokens (0: all the rest) from ``first`` on; the norm as in :func:`token_embedding`.
+    """
+    x = x.flatten(1, -2)[:, first : first + count if count else None]
+    if norm_eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = x.mean(dim=1)
+    return x if weight is None else F.linear(x, weight, bias)
+
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (
+        partial_gelu_ffn,
+        rep_attention,
+        window_rep_attention,
+        patch_projection,
+        token_embedding,
+        pooled_head,
+    )
+}
+
+
 def fused_blocks(
     x: Tensor, weights: Sequence[Tensor | None], *, plan: Sequence[int], scalars: Sequence[float]
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.fused_blocks`: its steps one after the other."""
-    operators: dict[str, Callable[..., Tensor]] = {
-        "partial_gelu_ffn": partial_gelu_ffn,
-        "rep_attention": rep_attention,
-        "window_rep_attention": window_rep_attention,
-    }
     for step in stack_plan.decode(weights, plan, scalars):
-        x = operators[step.operator](x, *step.tensors, **step.static)
+        x = run_step(step, x)
     return x
+
+
+def run_step(step: stack_plan.Step, x: Tensor) -> Tensor:
+    """One step of :func:`fused_blocks`."""
+    return OPERATORS[step.operator](x, *step.tensors, **step.static)
 
 
 def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, reparam
 from .fusing import TRAINING_FORMS
+from .models.classifier import ImageClassifier
 from .nn import FusedStack, PartialGELUFFN, PatchConv2d, PatchProjection
 from .nn.foreign_block import MaskedAttention, OpenBranch
 from .nn.packed_weights import PackedWeights
@@ -101,6 +102,12 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
     if isinstance(module, TRAINING_FORMS):
         note = "training form, slower than the vanilla block: call reparameterize() or fuse()"
         return ReportEntry(name, type(module).__name__, "skipped", note)
+    if isinstance(module, ImageClassifier):
+        if not module.in_one_call:
+            return None
+        apart = module.why_apart()
+        note = "the whole model in one call; part by part under gradients, autocast or hooks"
+        return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
     if isinstance(module, FusedStack):
         apart = module.why_apart()
         note = f"{len(module)} blocks in one call; one by one under gradients or autocast"

@@ -1,10 +1,16 @@
 """How the operator ``fused_blocks`` is told its steps: what a schema can carry (tensors, integers, floats) and back.
 
-A step is one sub-block: an operator with all its arguments but x. Every step has the same number of each:
+A step is an operator with all its arguments but x: a sub-block, or what stands in front of the blocks, between and
+behind them. Every step has the same number of each, absent tensors None:
 
-    tensors   0 w_in | w_qkv   1 b_in | b_qkv   2 w_out | w_proj   3 w_merged | b_proj   4 bias | packed
-              5 packed | rel_bias   6 - | pad_kv                                 (FFN | attention); absent ones are None
-    integers  0 kind   1 residual   2 GELU by tanh | roll first   3 num_heads   4 d_qk   5-6 window   7-8 shift
+    tensors   partial_gelu_ffn      w_in, b_in, w_out, w_merged, bias, packed
+              rep_attention         w_qkv, b_qkv, w_proj, b_proj, packed
+              window_rep_attention  w_qkv, b_qkv, w_proj, b_proj, packed, rel_bias, pad_kv
+              patch_projection      weight, bias, packed
+              token_embedding       weight, bias, packed, prefix, position, norm_weight, norm_bias
+              pooled_head           weight, bias, norm_weight, norm_bias
+    integers  0 kind   1 residual   2 GELU by tanh | roll first | channels last | as map   3 num_heads | first
+              4 d_qk | count   5-6 window | patch   7-8 shift
     scalars   0 scale   1 norm_eps, -1 for no norm
 
 csrc/bindings_fused_blocks.cpp reads the same table.
@@ -13,13 +19,14 @@ csrc/bindings_fused_blocks.cpp reads the same table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 TENSORS, INTEGERS, SCALARS = 7, 9, 2
-KINDS = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")
+IN_BLOCKS = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
+KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 NO_NORM = -1.0
 
 Plan = tuple[list[Tensor | None], list[int], list[float]]
@@ -27,12 +34,41 @@ Plan = tuple[list[Tensor | None], list[int], list[float]]
 
 @dataclass(frozen=True)
 class Step:
-    """One sub-block: the operator's name, its tensors after x and before ``packed``, and its keyword arguments."""
+    """One step: the operator's name, its tensors after x without ``packed``, and its keyword arguments."""
 
     operator: str
     tensors: tuple[Tensor | None, ...]
     static: dict[str, Any]
     packed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Where a kind of step keeps what: how many tensors, which is ``packed``, which integers are which argument."""
+
+    tensors: int
+    packed: int | None
+    flags: dict[int, str] = field(default_factory=dict)
+    numbers: dict[int, str] = field(default_factory=dict)
+    pairs: dict[int, str] = field(default_factory=dict)
+    scaled: bool = False
+
+
+_FORMS = {
+    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual", 2: "approximate"}),
+    "rep_attention": _Form(5, 4, flags={1: "residual"}, numbers={3: "num_heads", 4: "d_qk"}, scaled=True),
+    "window_rep_attention": _Form(
+        7,
+        4,
+        flags={1: "residual", 2: "roll_first"},
+        numbers={3: "num_heads"},
+        pairs={5: "window", 7: "shift"},
+        scaled=True,
+    ),
+    "patch_projection": _Form(3, 2, flags={2: "channels_last"}, pairs={5: "patch"}),
+    "token_embedding": _Form(7, 2, flags={2: "as_map"}, pairs={5: "patch"}),
+    "pooled_head": _Form(4, None, numbers={3: "first", 4: "count"}),
+}
 
 
 def encode(steps: Iterable[Step]) -> Plan:
@@ -41,39 +77,41 @@ def encode(steps: Iterable[Step]) -> Plan:
     plan: list[int] = []
     scalars: list[float] = []
     for step in steps:
-        static = step.static
+        form, static = _FORMS[step.operator], step.static
+        tensors = list(step.tensors)
+        if form.packed is not None:
+            tensors.insert(form.packed, step.packed)
+        weights += tensors + [None] * (TENSORS - len(tensors))
+        integers = [KINDS.index(step.operator)] + [0] * (INTEGERS - 1)
+        for i, name in form.flags.items():
+            integers[i] = int(static[name] in (True, "tanh"))
+        for i, name in form.numbers.items():
+            integers[i] = static[name]
+        for i, name in form.pairs.items():
+            integers[i : i + 2] = static[name]
+        plan += integers
         eps = static["norm_eps"]
-        if step.operator == "partial_gelu_ffn":
-            tensors = [*step.tensors, step.packed, None]
-            integers = [int(static["approximate"] == "tanh"), 0, 0, 0, 0, 0, 0]
-        elif step.operator == "rep_attention":
-            tensors = [*step.tensors, step.packed, None, None]
-            integers = [0, static["num_heads"], static["d_qk"], 0, 0, 0, 0]
-        else:
-            *matrices, rel_bias, pad_kv = step.tensors
-            tensors = [*matrices, step.packed, rel_bias, pad_kv]
-            integers = [int(static["roll_first"]), static["num_heads"], 0, *static["window"], *static["shift"]]
-        weights += tensors
-        plan += [KINDS.index(step.operator), int(static["residual"]), *integers]
-        scalars += [static.get("scale", 1.0), NO_NORM if eps is None else eps]
+        scalars += [static["scale"] if form.scaled else 1.0, NO_NORM if eps is None else eps]
     return weights, plan, scalars
 
 
 def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Sequence[float]) -> Iterator[Step]:
     """Inverse of :func:`encode`."""
-    for i in range(len(plan) // INTEGERS):
-        tensors = tuple(weights[i * TENSORS : (i + 1) * TENSORS])
-        kind, residual, flag, heads, d_qk, *grid = plan[i * INTEGERS : (i + 1) * INTEGERS]
-        scale, eps = scalars[i * SCALARS : (i + 1) * SCALARS]
-        static: dict[str, Any] = {"residual": bool(residual), "norm_eps": None if eps < 0 else eps}
-        operator = KINDS[kind]
-        if operator == "partial_gelu_ffn":
-            static["approximate"] = "tanh" if flag else "none"
-            yield Step(operator, tensors[:5], static, tensors[5])
-        elif operator == "rep_attention":
-            static |= {"num_heads": heads, "d_qk": d_qk, "scale": scale}
-            yield Step(operator, tensors[:4], static, tensors[4])
-        else:
-            static |= {"num_heads": heads, "scale": scale, "roll_first": bool(flag)}
-            static |= {"window": tuple(grid[0:2]), "shift": tuple(grid[2:4])}
-            yield Step(operator, (*tensors[:4], *tensors[5:7]), static, tensors[4])
+    for n in range(len(plan) // INTEGERS):
+        integers = plan[n * INTEGERS : (n + 1) * INTEGERS]
+        scale, eps = scalars[n * SCALARS : (n + 1) * SCALARS]
+        operator = KINDS[integers[0]]
+        form = _FORMS[operator]
+        tensors = list(weights[n * TENSORS : n * TENSORS + form.tensors])
+        packed = None if form.packed is None else tensors.pop(form.packed)
+        static: dict[str, Any] = {"norm_eps": None if eps < 0 else eps}
+        if form.scaled:
+            static["scale"] = scale
+        for i, name in form.flags.items():
+            on = bool(integers[i])
+            static[name] = ("tanh" if on else "none") if name == "approximate" else on
+        for i, name in form.numbers.items():
+            static[name] = integers[i]
+        for i, name in form.pairs.items():
+            static[name] = tuple(integers[i : i + 2])
+        yield Step(operator, tuple(tensors), static, packed)

@@ -7,7 +7,9 @@
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
 #include "peak-inl.h"
+#include "pooled_head-inl.h"
 #include "rep_attention-inl.h"
+#include "token_embedding-inl.h"
 
 namespace repavit {
 namespace scalar {
@@ -45,6 +47,10 @@ void install(Kernels& table) {
   table.patch_projection[kBFloat16] = patch_projection<bf16>;
   table.patch_projection[kFloat16] = patch_projection<fp16>;
   table.patch_projection[kFloat64] = patch_projection<double>;
+  table.pooled_head[kFloat32] = pooled_head<float>;
+  table.pooled_head[kBFloat16] = pooled_head<bf16>;
+  table.pooled_head[kFloat16] = pooled_head<fp16>;
+  table.pooled_head[kFloat64] = pooled_head<double>;
   table.product_peak[kFloat32] = product_peak<float>;
   table.product_peak[kBFloat16] = product_peak<bf16>;
   table.product_peak[kFloat16] = product_peak<fp16>;
@@ -53,6 +59,10 @@ void install(Kernels& table) {
   table.rep_attention[kBFloat16] = rep_attention<bf16>;
   table.rep_attention[kFloat16] = rep_attention<fp16>;
   table.rep_attention[kFloat64] = rep_attention<double>;
+  table.token_embedding[kFloat32] = token_embedding<float>;
+  table.token_embedding[kBFloat16] = token_embedding<bf16>;
+  table.token_embedding[kFloat16] = token_embedding<fp16>;
+  table.token_embedding[kFloat64] = token_embedding<double>;
 }
 
 }  // namespace scalar

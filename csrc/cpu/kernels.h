@@ -116,6 +116,34 @@ struct PatchProjectionArgs {
   bool normalize;             // z = core(patch, norm_eps)
 };
 
+// ---- token_embedding -------------------------------------------------------------------------------------------------
+// Per image the rows of `prefix`, then patches Wᵀ [+ bias]; all [+ position]; of all of them LayerNorm, if asked for.
+struct TokenEmbeddingArgs {
+  PatchProjectionArgs patches;  // its y: [B, prefix + grid, N], contiguous; at least one patch, N >= 1
+  int64_t prefix;               // rows, any may be 0
+  const void* prefix_rows;      // [prefix, N] of T
+  const void* position;         // [prefix + grid, N] of T, or null
+  const void* norm_weight;      // [N] of T; read, as the next two, when normalize
+  const void* norm_bias;        // [N] of T
+  double norm_eps;
+  bool normalize;
+};
+
+// ---- pooled_head -----------------------------------------------------------------------------------------------------
+// y = z Wᵀ [+ bias] per image, z the mean of tokens [first, first + count), each through LayerNorm if asked for.
+struct PooledHeadArgs {
+  int64_t batch, tokens, channels, outputs;  // B, T, C, N
+  int64_t first, count;                      // 0 <= first, 1 <= count, first + count <= T
+  const void* x;                             // [B, T, C] of T, contiguous
+  const void* weight;                        // [N, C] of T, contiguous; null: y = z, N = C
+  const void* bias;                          // [N] of T, or null
+  void* y;                                   // [B, N] of T, contiguous
+  const void* norm_weight;                   // [C] of T; read, as the next two, when normalize
+  const void* norm_bias;                     // [C] of T
+  double norm_eps;
+  bool normalize;
+};
+
 // ---- rep_attention, window_rep_attention -----------------------------------------------------------------------------
 // First 64 bytes of a packed attention block. Per head follow the panels of its [w_q; w_k; w_v] (N = 2 d_qk + d_v,
 // K = C), so that one head's product is one run of panels; then those of w_proj (N = C_out, K = h d_v).
@@ -207,6 +235,9 @@ struct Kernels {
   int64_t (*matrix_packed_bytes[kDTypes])(int64_t outputs, int64_t depth);
   void (*matrix_pack[kDTypes])(const void* w, int64_t outputs, int64_t depth, void* destination, const Pool&);
   void (*matrix_unpack[kDTypes])(const void* packed, void* w, const Pool&);
+
+  void (*token_embedding[kDTypes])(const TokenEmbeddingArgs&, const Pool&);
+  void (*pooled_head[kDTypes])(const PooledHeadArgs&, const Pool&);
 
   void (*rep_attention[kDTypes])(const RepAttentionArgs&, const Pool&);
   int64_t (*rep_attention_packed_bytes[kDTypes])(const AttentionShape&);

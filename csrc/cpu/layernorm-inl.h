@@ -1,5 +1,5 @@
-// Rows of the input on their way into scratch: converted as they are, or as LayerNorm without affine,
-// out = (x - mean) / sqrt(var + eps), in passes over a row that stays in L1.
+// Rows converted as they are, or through LayerNorm, out = (x - mean) / sqrt(var + eps) [· weight + bias], in passes over
+// a row that stays in L1. On their way into scratch rows get the core alone: the affine part is in the weights.
 #pragma once
 
 #include "simd-inl.h"
@@ -34,9 +34,26 @@ void convert_row(const T* x, O* out, ptrdiff_t columns) {
                                   __attribute__((always_inline)) { store_some<S>(out + i, v, n); });
 }
 
+// LayerNorm's core as it is.
+template <class S>
+struct NoAffine {
+  REPAVIT_INLINE typename S::V operator()(typename S::V v, ptrdiff_t, int) const { return v; }
+};
+
+// weight and bias [columns] of T.
+template <class T>
+struct Affine {
+  using S = SimdOf<T>;
+  const T *weight, *bias;
+  REPAVIT_INLINE typename S::V operator()(typename S::V v, ptrdiff_t i, int n) const {
+    return n == S::kLanes ? S::fma(v, S::load(weight + i), S::load(bias + i))
+                          : S::fma(v, S::load(weight + i, n), S::load(bias + i, n));
+  }
+};
+
 // One row: x [columns] of T → out [columns] of O; they may be the same.
-template <class T, class O>
-void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps) {
+template <class T, class O, class Finish = NoAffine<SimdOf<T>>>
+void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Finish& finish = {}) {
   using S = SimdOf<T>;
   using V = typename S::V;
   using E = Accumulator<T>;
@@ -59,7 +76,7 @@ void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps) {
   const V scale = S::broadcast(E{1} / static_cast<E>(__builtin_sqrt(static_cast<double>(variance) + eps)));
 
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
-    store_some<S>(out + i, (v - mean) * scale, n);
+    store_some<S>(out + i, finish((v - mean) * scale, i, n), n);
   });
 }
 

@@ -57,15 +57,31 @@ void gather_patch(const PatchPlan<T>& plan, ptrdiff_t row, Operand<T>* z) {
   for (ptrdiff_t k = plan.layout.depth; k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
 }
 
-template <class T>
-void project_patches(const PatchPlan<T>& plan, ptrdiff_t block, Operand<T>* z) {
-  const ptrdiff_t begin = plan.block_begin(block), rows = plan.block_begin(block + 1) - begin;
+// The product of `rows` patches from `begin` on, given to the epilogue.
+template <class T, class Epilogue>
+void project_patches(const PatchPlan<T>& plan, ptrdiff_t begin, ptrdiff_t rows, const Epilogue& epilogue) {
+  const size_t bytes = sizeof(Operand<T>) * static_cast<size_t>(plan.block_rows() * plan.z_stride);
+  auto* z = static_cast<Operand<T>*>(thread_arena(bytes));
   for (ptrdiff_t r = 0; r < rows; ++r) gather_patch(plan, begin + r, z + r * plan.z_stride);
   const Rows<T> patches{z, plan.z_stride, plan.layout.depth};
-  const ptrdiff_t outputs = plan.layout.outputs;
-  const BiasResidual<T> epilogue{static_cast<T*>(plan.args.y) + begin * outputs, outputs,
-                                 static_cast<const T*>(plan.args.bias), nullptr, 0};
-  gemm(&patches, 1, rows, plan.panels, plan.layout.stride, outputs, epilogue);
+  gemm(&patches, 1, rows, plan.panels, plan.layout.stride, plan.layout.outputs, epilogue);
+}
+
+// Runs `project(first patch, patches)` for every block.
+template <class T, class Project>
+void for_each_block(const PatchPlan<T>& plan, const Pool& pool, const Project& project) {
+  struct Context {
+    const PatchPlan<T>& plan;
+    const Project& project;
+  } context{plan, project};
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(raw);
+    for (ptrdiff_t block = static_cast<ptrdiff_t>(begin); block < end; ++block) {
+      const ptrdiff_t first = c.plan.block_begin(block);
+      c.project(first, c.plan.block_begin(block + 1) - first);
+    }
+  };
+  pool.run(plan.blocks, body, &context);
 }
 
 // patch_projection_<T>: see PatchProjectionArgs.
@@ -73,13 +89,12 @@ template <class T>
 void patch_projection(const PatchProjectionArgs& args, const Pool& pool) {
   if (args.batch * args.grid[0] * args.grid[1] * args.outputs == 0) return;
   const PatchPlan<T> plan(args, pool.threads);
-  const auto body = [](void* raw, int64_t begin, int64_t end) {
-    const PatchPlan<T>& p = *static_cast<const PatchPlan<T>*>(raw);
-    const size_t bytes = sizeof(Operand<T>) * static_cast<size_t>(p.block_rows() * p.z_stride);
-    auto* scratch = static_cast<Operand<T>*>(thread_arena(bytes));
-    for (int64_t block = begin; block < end; ++block) project_patches(p, static_cast<ptrdiff_t>(block), scratch);
-  };
-  pool.run(plan.blocks, body, const_cast<PatchPlan<T>*>(&plan));
+  for_each_block(plan, pool, [&](ptrdiff_t first, ptrdiff_t rows) {
+    const ptrdiff_t outputs = plan.layout.outputs;
+    T* const y = static_cast<T*>(args.y) + first * outputs;
+    project_patches(plan, first, rows,
+                    BiasResidual<T>{y, outputs, static_cast<const T*>(args.bias), nullptr, 0});
+  });
 }
 
 }  // namespace REPAVIT_ISA

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "test_fused_blocks.h"
+#include "test_model_ends.h"
 #include "test_partial_gelu_ffn.h"
 #include "test_patch_projection.h"
 #include "test_rep_attention.h"
@@ -35,6 +36,7 @@ void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const
   driver::test_attention<T>(kernels, dtype, level, thorough);
   driver::test_softmax<T>(kernels, dtype, level);
   driver::test_patches<T>(kernels, dtype, level);
+  driver::test_model_ends<T>(kernels, dtype, level);
   driver::test_stack<T>(kernels, dtype, level);
 }
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..nn import WindowAttention
 from ..nn.branch import ResidualBranch
+from ..stack_plan import Step
+from . import one_call
 from .classifier import ImageClassifier, take_indices
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import pair
@@ -172,6 +174,17 @@ class SwinTransformer(ImageClassifier):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images → map [B, H', W', num_features] after the final norm."""
         return self.norm(self.layers(self.patch_embed(x)))
+
+    def steps(self, x: Tensor) -> list[Step]:
+        size = one_call.patch_grid(self.patch_embed, SwinPatchEmbed, x, self.patch_size)
+        steps = [one_call.embedding(self.patch_embed.proj, norm=self.patch_embed.norm, as_map=True)]
+        stage: SwinStage
+        for stage in self.layers:  # type: ignore[assignment]
+            steps += one_call.blocks(stage.blocks, size)
+            if type(stage.downsample) is not nn.Identity:
+                merging, size = one_call.merging(stage.downsample, size)
+                steps.append(merging)
+        return [*steps, one_call.head(self.norm, self.head, first=0, count=0)]
 
     def pool(self, x: Tensor) -> Tensor:
         return x.mean(dim=(1, 2))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention, Block
+from ..stack_plan import Step
+from . import one_call
 from .classifier import ImageClassifier, take_indices, to_map, trunc_normal_parameter
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import PatchEmbed, pair
@@ -136,6 +138,16 @@ class VisionTransformer(ImageClassifier):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images → tokens [B, 1 + h·w, C] after the final norm, the class token first."""
         return self.norm(self.blocks(self.embed(x)[0]))
+
+    def steps(self, x: Tensor) -> list[Step]:
+        grid = one_call.patch_grid(self.patch_embed, PatchEmbed, x, self.patch_size)
+        position = resample_position(self.pos_embed, self.grid_size, grid)
+        embedding = one_call.embedding(
+            self.patch_embed.get_submodule("proj"), prefix=self.cls_token[0], position=position[0], norm=self.norm_pre
+        )
+        first, count = (0, 1) if self.global_pool == "token" else (1, 0)
+        head = one_call.head(self.norm, self.head, first=first, count=count)
+        return [embedding, *one_call.blocks(self.blocks, (position.shape[1],)), head]
 
     def pool(self, x: Tensor) -> Tensor:
         return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)

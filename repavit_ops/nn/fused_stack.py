@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from .. import backends, stack_plan
+from .. import stack_plan
 from .block import Block
 from .foreign_block import FixedWindowBlock, MaskedBlock
-from .packed_weights import PACKABLE, PackedWeights
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
+from .route import Route, Segment, hooks_below, why_not_here, why_not_now
 from .window_rep_attention import WindowRepAttention
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
@@ -26,28 +24,6 @@ def steps_of(block: nn.Module) -> list[Any] | None:
     """The sub-blocks that a child of a stack consists of, in order; None if it is anything else."""
     parts = [block.attn, block.mlp] if type(block) in BLOCKS else [block]
     return parts if all(type(part) in STEPS for part in parts) else None
-
-
-Segment = nn.Module | stack_plan.Plan  # a block by itself, or a run of blocks in one call
-
-
-@dataclass(frozen=True)
-class _Route:
-    """How a stack runs on inputs of one kind, and what must still be as it was for that to hold."""
-
-    segments: list[Segment]
-    entries: tuple[tuple[dict[str, Any], str, Any], ...]  # dict[key] is value: children, parameters, packed copies
-    sizes: tuple[tuple[dict[str, Any], int], ...]  # len(dict): no parameter where there was none
-    versions: tuple[tuple[Tensor, int], ...]
-    hooks: tuple[dict[int, Any], ...]  # all empty
-
-    def holds(self) -> bool:
-        return (
-            all(d.get(key) is value for d, key, value in self.entries)
-            and all(len(d) == size for d, size in self.sizes)
-            and all(tensor._version == version for tensor, version in self.versions)
-            and not any(self.hooks)
-        )
 
 
 class FusedStack(nn.Sequential):
@@ -63,7 +39,7 @@ class FusedStack(nn.Sequential):
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
-        self._routes: dict[tuple[Any, ...], _Route] = {}
+        self._routes: dict[tuple[Any, ...], Route] = {}
 
     @classmethod
     def replacing(cls, blocks: nn.Sequential) -> FusedStack:
@@ -77,16 +53,12 @@ class FusedStack(nn.Sequential):
         steps = [part for _, parts in self._runs() if parts is not None for part in parts]
         if not steps:
             return "no two of its blocks are fused and follow each other"
-        if any(_hooks(self)):
+        if any(hooks_below(self)):
             return "a block has forward hooks"
-        if any(part.backend not in ("auto", "cpp") for part in steps) or backends.why_unavailable("cpp") is not None:
-            return "its blocks do not run on the C++ kernels"
-        tensor = steps[0].get_parameter(steps[0].packed_names[0]) if x is None else x
-        if tensor.device.type != "cpu":
-            return f"one call is for the CPU; on {tensor.device.type} every sub-block is called by itself"
-        if tensor.dtype not in PACKABLE:
-            return f"there is no kernel for {tensor.dtype}"
-        return None if x is None else self._why_not_now(x)
+        like = getattr(steps[0], steps[0].packed_names[0]) if x is None else x
+        if (reason := why_not_here(steps, like)) is not None or x is None:
+            return reason
+        return why_not_now(self, x)
 
     def has_no_run(self) -> bool:
         """Whether no two fused blocks follow each other, so that there is nothing to do in one call."""
@@ -94,29 +66,9 @@ class FusedStack(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         route = self._route(x)
-        if route is None or self._why_not_now(x) is not None:
+        if route is None or why_not_now(self, x) is not None:
             return super().forward(x)
-        for segment in route.segments:
-            if isinstance(segment, nn.Module):
-                x = segment(x)
-            else:
-                weights, plan, scalars = segment
-                x = torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
-        return x
-
-    def _why_not_now(self, x: Tensor) -> str | None:
-        """What can change from call to call and is not of the stack itself."""
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-            return "there are global forward hooks"
-        if torch.jit.is_tracing():
-            return "the model is traced"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast chooses the dtype of each operator"
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
-        if backends.in_forward_mode():
-            return "forward-mode derivatives are wanted"
-        return None
+        return route.run(x)
 
     def _runs(self) -> Iterator[tuple[nn.Module, list[Any] | None]]:
         """Children in order: of a run of at least two fused ones the first and all their steps, else one and None."""
@@ -134,16 +86,15 @@ class FusedStack(nn.Sequential):
                 yield child, None
             run = []
 
-    def _route(self, x: Tensor) -> _Route | None:
+    def _route(self, x: Tensor) -> Route | None:
         if torch.compiler.is_compiling():
-            return None if self.why_apart(x) else _Route(self._segments(x), (), (), (), ())
+            return None if self.why_apart(x) else Route(self._segments(x))
         key = (x.device, x.dtype, *x.shape[1:-1])
         route = self._routes.get(key)
         if route is None or not route.holds():
             if self.why_apart(x) is not None:
                 return None
-            segments = self._segments(x)
-            self._routes[key] = route = _Route(segments, _entries(self), _sizes(self), _versions(self), _hooks(self))
+            self._routes[key] = route = Route.of(self, self._segments(x))
         return route
 
     def _segments(self, x: Tensor) -> list[Segment]:
@@ -155,26 +106,3 @@ class FusedStack(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_routes": {}}
-
-
-def _entries(stack: nn.Module) -> tuple[tuple[dict[str, Any], str, Any], ...]:
-    entries: list[tuple[dict[str, Any], str, Any]] = []
-    for module in stack.modules():
-        entries += [(module._modules, name, child) for name, child in module._modules.items()]
-        entries += [(module._parameters, name, value) for name, value in module._parameters.items()]
-        if isinstance(module, PackedWeights):
-            entries += [(module.__dict__, name, module.__dict__[name]) for name in ("_packed", "backend")]
-    return tuple(entries)
-
-
-def _sizes(stack: nn.Module) -> tuple[tuple[dict[str, Any], int], ...]:
-    return tuple((module._parameters, len(module._parameters)) for module in stack.modules())
-
-
-def _versions(stack: nn.Module) -> tuple[tuple[Tensor, int], ...]:
-    return tuple((p, p._version) for p in stack.parameters() if not p.is_inference())
-
-
-def _hooks(stack: nn.Module) -> tuple[dict[int, Any], ...]:
-    below = [module for module in stack.modules() if module is not stack]
-    return tuple(hooks for module in below for hooks in (module._forward_hooks, module._forward_pre_hooks))

@@ -33,3 +33,24 @@ def test_run_of_blocks():
         expected = modules[1](modules[0](x))
         ours = fused_blocks(x, weights, plan=plan, scalars=scalars)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_model_runs_its_ends_too():
+    """Embedding and head have no kernel of their own; a merging between blocks has."""
+    static = {"patch": (2, 2), "as_map": True, "norm_eps": 1e-5}
+    norm = (torch.ones(16), torch.zeros(16))
+    merging = nn.PatchProjection(16, 24, 2, channels_last=True, norm_eps=1e-5)
+    merged = {"patch": (2, 2), "channels_last": True, "norm_eps": 1e-5}
+    steps = [
+        stack_plan.Step("token_embedding", (weight(16, 12, 1).float(), None, None, None, *norm), static),
+        nn.PartialGELUFFN(16, 8, norm_eps=1e-5, residual=True).step(),
+        stack_plan.Step("patch_projection", (merging.weight, merging.bias), merged),
+        stack_plan.Step("pooled_head", (None,) * 4, {"first": 0, "count": 0, "norm_eps": None}),
+    ]
+    x = randn(1, 3, 8, 8).float()
+    weights, plan, scalars = stack_plan.encode(steps)
+    with torch.no_grad():
+        expected = reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
+        ours = fused_blocks(x, weights, plan=plan, scalars=scalars)
+    assert ours.shape == (1, 24)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
