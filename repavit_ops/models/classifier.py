@@ -107,14 +107,17 @@ class ImageClassifier(nn.Module):
     def _overridden(self) -> str | None:
         owner = next(c for c in type(self).__mro__ if "steps" in c.__dict__)
         for name in SPOKEN_FOR:
-            if name in self.__dict__ or getattr(type(self), name, None) is not getattr(owner, name, None):
+            if getattr(type(self), name, None) is not getattr(owner, name, None):
                 return f"{type(self).__name__} has a {name} of its own"
         return None
 
     def _why_not_now(self, x: Tensor) -> str | None:
         if self.head_drop.training and self.head_drop.p > 0:
             return "the dropout in front of the head is in training mode"
-        return self._overridden() or why_not_now(self, x)
+        for name in SPOKEN_FOR:
+            if name in self.__dict__:
+                return f"it has a {name} of its own"
+        return why_not_now(self, x)
 
     def _own_image(self) -> Tensor:
         (height, width), channels = image_of(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +14,21 @@ from torch.nn.modules import module as nn_module
 from .. import backends, stack_plan
 from .packed_weights import PACKABLE, PackedWeights
 
+Columns = tuple[tuple[Any, ...], ...]
 Segment = nn.Module | stack_plan.Plan  # a module by itself, or a run of steps in one call
 
 
 @dataclass(frozen=True)
 class Route:
-    """What to call one after the other, and what must still be as it was for that to hold."""
+    """What to call one after the other, and what must still be as it was for that to hold.
+
+    That is looked at in every call, with cold caches, so in columns that need no bytecode per entry.
+    """
 
     segments: list[Segment]
-    entries: tuple[tuple[dict[str, Any], str, Any], ...] = ()  # dict[key] is value: children, parameters, packed copies
-    sizes: tuple[tuple[dict[str, Any], int], ...] = ()  # len(dict): no parameter where there was none
-    versions: tuple[tuple[Tensor, int], ...] = ()
+    entries: Columns = ((), (), ())  # dicts, keys and what stands there: children, parameters, packed copies
+    sizes: Columns = ((), ())  # dicts and their lengths: no parameter where there was none
+    versions: Columns = ((), ())  # tensors and their version counters
     hooks: tuple[dict[int, Any], ...] = ()  # all empty
 
     @classmethod
@@ -31,11 +37,14 @@ class Route:
         return cls(segments, _entries(module), _sizes(module), _versions(module), hooks_below(module))
 
     def holds(self) -> bool:
+        dicts, keys, values = self.entries
+        sized, sizes = self.sizes
+        tensors, versions = self.versions
         return (
-            all(d.get(key) is value for d, key, value in self.entries)
-            and all(len(d) == size for d, size in self.sizes)
-            and all(tensor._version == version for tensor, version in self.versions)
-            and not any(self.hooks)
+            not any(self.hooks)
+            and all(map(operator.is_, map(dict.get, dicts, keys), values))
+            and all(map(operator.eq, map(len, sized), sizes))
+            and all(map(operator.eq, map(_version, tensors), versions))
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -43,9 +52,18 @@ class Route:
             if isinstance(segment, nn.Module):
                 x = segment(x)
             else:
-                weights, plan, scalars = segment
-                x = torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
+                x = _in_one_call(x, segment)
         return x
+
+
+def _in_one_call(x: Tensor, segment: stack_plan.Plan) -> Tensor:
+    weights, plan, scalars = segment
+    if torch.compiler.is_compiling():
+        return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
+    with (
+        torch._C._AutoDispatchBelowAutograd()
+    ):  # nothing is differentiated here; hundreds of weights would be looked at
+        return torch.ops.repavit_ops.fused_blocks.default(x, weights, plan=plan, scalars=scalars)
 
 
 def why_not_here(steps: list[Any], x: Tensor) -> str | None:
@@ -79,19 +97,29 @@ def hooks_below(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return tuple(hooks for child in below for hooks in (child._forward_hooks, child._forward_pre_hooks))
 
 
-def _entries(module: nn.Module) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+def _entries(module: nn.Module) -> Columns:
     entries: list[tuple[dict[str, Any], str, Any]] = []
     for part in module.modules():
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
         entries += [(part._parameters, name, value) for name, value in part._parameters.items()]
         if isinstance(part, PackedWeights):
             entries += [(part.__dict__, name, part.__dict__[name]) for name in ("_packed", "backend")]
-    return tuple(entries)
+    return _columns(entries, 3)
 
 
-def _sizes(module: nn.Module) -> tuple[tuple[dict[str, Any], int], ...]:
-    return tuple((part._parameters, len(part._parameters)) for part in module.modules())
+def _sizes(module: nn.Module) -> Columns:
+    return _columns(((part._parameters, len(part._parameters)) for part in module.modules()), 2)
 
 
-def _versions(module: nn.Module) -> tuple[tuple[Tensor, int], ...]:
-    return tuple((p, p._version) for p in module.parameters() if not p.is_inference())
+def _versions(module: nn.Module) -> Columns:
+    """Of what steps hold a copy of: packed weights, and what a root computes from its own parameters."""
+    packed = [t for part in module.modules() if isinstance(part, PackedWeights) for t in part.sources()]
+    copied = [t for t in (*packed, *module.parameters(recurse=False)) if t is not None]
+    return _columns(((t, t._version) for t in copied if not t.is_inference()), 2)
+
+
+def _columns(rows: Iterable[tuple[Any, ...]], count: int) -> Columns:
+    return tuple(zip(*rows, strict=True)) or ((),) * count
+
+
+_version = operator.attrgetter("_version")
