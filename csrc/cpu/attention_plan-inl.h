@@ -32,11 +32,11 @@ struct AttentionPlan {
   ptrdiff_t whole, split;         // sequences done whole, and by rows
   ptrdiff_t group;                // whole sequences done together
   ptrdiff_t blocks;               // blocks of rows of a split sequence
-  ptrdiff_t z_stride, qkv_stride, o_stride;
+  ptrdiff_t z_stride, qkv_stride, q_stride, o_stride;
 
-  // Shared by the threads: bias tables and masks, and per split sequence and head q | k | v and panels.
+  // Shared by the threads: bias tables and masks, and per split sequence and head q and panels.
   A* tables = nullptr;
-  E* qkv = nullptr;
+  E* q = nullptr;
   E* keys = nullptr;
   E* values = nullptr;
 
@@ -50,6 +50,7 @@ struct AttentionPlan {
         whole(0), split(sequences()), group(1), blocks(by_rows.blocks) {
     z_stride = scratch_stride<E>(layout.channels);
     qkv_stride = scratch_stride<E>(layout.head_columns);
+    q_stride = scratch_stride<E>(layout.d_qk);
     o_stride = scratch_stride<E>(layout.heads * layout.d_v);
   }
 
@@ -72,13 +73,13 @@ struct AttentionPlan {
   ptrdiff_t key_elements() const { return HeadPanels<E>::key_elements(length, layout.d_qk); }
   ptrdiff_t value_elements() const { return HeadPanels<E>::value_elements(length, layout.d_v); }
 
-  // Panels and q | k | v of one head of a split sequence.
+  // Panels and q of one head of a split sequence.
   HeadPanels<E> shared_panels(ptrdiff_t sequence, ptrdiff_t head) const {
     const ptrdiff_t i = sequence * layout.heads + head;
     return head_panels(keys + i * key_elements(), values + i * value_elements());
   }
-  E* shared_qkv(ptrdiff_t sequence, ptrdiff_t head) const {
-    return qkv != nullptr ? qkv + (sequence * layout.heads + head) * length * qkv_stride : nullptr;
+  E* shared_q(ptrdiff_t sequence, ptrdiff_t head) const {
+    return q != nullptr ? q + (sequence * layout.heads + head) * length * q_stride : nullptr;
   }
 
   void carve_shared(Carver& carver) {
@@ -86,7 +87,7 @@ struct AttentionPlan {
     tables = carver.take<A>(zero_table() ? table_stride() : table_count() * length * table_stride());
     keys = carver.take<E>(heads * key_elements());
     values = carver.take<E>(heads * value_elements());
-    qkv = in_place() ? nullptr : carver.take<E>(heads * length * qkv_stride);
+    q = in_place() ? nullptr : carver.take<E>(heads * length * q_stride);
   }
 
   ScoreBias<T> score_bias(ptrdiff_t sequence, ptrdiff_t head) const {

@@ -265,10 +265,14 @@ void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t bloc
   const Tokens<T> at = locate(plan, plan.whole + index, begin, end - begin, s.tokens);
   if (plan.panels != nullptr) gather_input(plan, at, s.z);
   for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
-    auto* qkv = plan.shared_qkv(index, head);
-    const auto rows = head_rows(plan, head, at, s, qkv != nullptr ? qkv + begin * plan.qkv_stride : nullptr);
+    const auto rows = head_rows(plan, head, at, s, s.qkv);
     pack_keys(rows.k, begin, end, plan.shared_panels(index, head));
     pack_values(rows.v, begin, end, plan.shared_panels(index, head));
+    if (auto* q = plan.shared_q(index, head)) {  // k and v are not wanted any more
+      for (ptrdiff_t r = 0; r < end - begin; ++r) {
+        copy_elements(rows.q[r], q + (begin + r) * plan.q_stride, plan.layout.d_qk);
+      }
+    }
   }
 }
 
@@ -281,8 +285,8 @@ void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block
   const Tokens<T> at = locate(plan, sequence, begin, end - begin, s.tokens);
   for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
     TokenRows<const E> q;
-    if (const E* qkv = plan.shared_qkv(index, head)) {
-      q = {qkv + begin * plan.qkv_stride, plan.qkv_stride};
+    if (const E* shared = plan.shared_q(index, head)) {
+      q = {shared + begin * plan.q_stride, plan.q_stride};
     } else {
       q = head_rows(plan, head, at, s, static_cast<E*>(nullptr)).q;
     }
