@@ -11,7 +11,7 @@ from torch import nn
 from . import reparam
 from .backends import BACKENDS, Backend, why_unavailable
 from .folding import fold_batchnorm
-from .models.classifier import ImageClassifier
+from .models.one_call import OneCall
 from .nn import (
     Attention,
     ChannelIdleFFN,
@@ -146,7 +146,7 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
 
 
 def _stacked(module: nn.Module, name: str) -> nn.Module:
-    if isinstance(module, ImageClassifier):
+    if isinstance(module, OneCall):
         module.in_one_call = True
     if type(module) is not nn.Sequential:
         return module

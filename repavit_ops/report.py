@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, reparam
 from .fusing import TRAINING_FORMS
-from .models.classifier import ImageClassifier
+from .models.one_call import OneCall
 from .nn import FusedStack, PartialGELUFFN, PatchConv2d, PatchProjection
 from .nn.foreign_block import MaskedAttention, OpenBranch
 from .nn.packed_weights import PackedWeights
@@ -102,7 +102,7 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
     if isinstance(module, TRAINING_FORMS):
         note = "training form, slower than the vanilla block: call reparameterize() or fuse()"
         return ReportEntry(name, type(module).__name__, "skipped", note)
-    if isinstance(module, ImageClassifier):
+    if isinstance(module, OneCall):
         if not module.in_one_call:
             return None
         apart = module.why_apart()

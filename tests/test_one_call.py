@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import repavit_ops
 from repavit_ops import backends, ops, reference, stack_plan
 from repavit_ops.models import LVViT, SwinTransformer, VisionTransformer
+from repavit_ops.nn.route import KEPT
 from repavit_ops.stack_plan import Step
 
 torch_ops = torch.ops.repavit_ops
@@ -82,6 +83,19 @@ def test_other_images_than_the_model_was_built_for():
         for strided in (x, x.transpose(2, 3).contiguous().transpose(2, 3), images(2, height, width + 3)[..., 3:]):
             assert fused.why_apart(strided) is None
             torch.testing.assert_close(fused(strided), part_by_part(fused, strided), rtol=1e-5, atol=1e-5)
+
+
+@needs_cpp
+@torch.no_grad()
+def test_ever_new_sizes_do_not_pile_up():
+    fused = repavit_ops.fuse(tiny_vit())
+    for side in range(1, 40):
+        fused(images(1, 8, 8 * side))
+    assert len(fused._routes) <= KEPT
+    assert len(fused.blocks._routes) <= KEPT
+    for side in range(1, 40):
+        fused.blocks(torch.randn(1, side, 48))
+    assert len(fused.blocks._routes) <= KEPT
 
 
 @needs_cpp

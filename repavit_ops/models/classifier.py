@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import stack_plan
-from ..nn.packed_weights import PackedWeights
-from ..nn.route import Route, Segment, hooks_below, why_not_here, why_not_now
-from ..stack_plan import Step
-from .one_call import Apart
-from .patch_embed import image_of
-
-SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
+from .one_call import OneCall
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(OneCall):
     """Base of the models: ``forward = forward_head(forward_features(x))``, fused in one operator call where it can be.
 
     A subclass defines ``forward_features`` and ``pool`` and, at the end of its constructor, calls :meth:`init_weights`.
-    One that also defines :meth:`steps` can run in one call.
+    One that also defines ``steps`` can run in one call.
 
     Args:
         global_pool: how features become one vector, one of ``global_pools``.
@@ -43,8 +35,6 @@ class ImageClassifier(nn.Module):
         self.num_classes = num_classes
         self.head_bias = head_bias
         self.head_drop = nn.Dropout(drop_rate)
-        self.in_one_call = False  # repavit_ops.fuse says when to try
-        self._routes: dict[tuple[Any, ...], Route] = {}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → features after the final norm."""
@@ -60,72 +50,13 @@ class ImageClassifier(nn.Module):
         return x if pre_logits else self.head(self.head_drop(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        route = self._route(x)
+        route = self.route(x)
         return self.forward_head(self.forward_features(x)) if route is None else route.run(x)
-
-    def steps(self, x: Tensor) -> list[Step]:
-        """The model on images like ``x`` as steps of one call.
-
-        Raises:
-            Apart: some part cannot be one; says which.
-        """
-        raise Apart(f"{type(self).__name__} knows no steps")
-
-    def why_apart(self, x: Tensor | None = None) -> str | None:
-        """Why a fused model takes more than one call (for images like ``x``, where given), in one line; None if one."""
-        try:
-            self._segments(self._own_image() if x is None else x)
-        except Apart as apart:
-            return str(apart)
-        return None if x is None else self._why_not_now(x)
-
-    def _route(self, x: Tensor) -> Route | None:
-        if not self.in_one_call or torch.compiler.is_compiling() or self._why_not_now(x) is not None:
-            return None
-        key = (x.device, x.dtype, *x.shape[1:], self.global_pool)
-        route = self._routes.get(key)
-        if route is None or not route.holds():
-            try:
-                self._routes[key] = route = Route.of(self, self._segments(x))
-            except Apart:
-                return None
-        return route
-
-    def _segments(self, x: Tensor) -> list[Segment]:
-        fused = [module for module in self.modules() if isinstance(module, PackedWeights)]
-        if not fused:
-            raise Apart("no block is fused")
-        if any(hooks_below(self)):
-            raise Apart("a part has forward hooks")
-        if (reason := self._overridden() or why_not_here(fused, x)) is not None:
-            raise Apart(reason)
-        if x.dim() != 4 or x.dtype != next(self.parameters()).dtype:
-            raise Apart(f"x is {x.dtype} {list(x.shape)}, wanted images in the weights' dtype")
-        with torch.no_grad():
-            return [stack_plan.encode(self.steps(x))]
-
-    def _overridden(self) -> str | None:
-        owner = next(c for c in type(self).__mro__ if "steps" in c.__dict__)
-        for name in SPOKEN_FOR:
-            if getattr(type(self), name, None) is not getattr(owner, name, None):
-                return f"{type(self).__name__} has a {name} of its own"
-        return None
 
     def _why_not_now(self, x: Tensor) -> str | None:
         if self.head_drop.training and self.head_drop.p > 0:
             return "the dropout in front of the head is in training mode"
-        for name in SPOKEN_FOR:
-            if name in self.__dict__:
-                return f"it has a {name} of its own"
-        return why_not_now(self, x)
-
-    def _own_image(self) -> Tensor:
-        (height, width), channels = image_of(self)
-        like = next(self.parameters())
-        return torch.empty(1, channels, height, width, dtype=like.dtype, device=like.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routes": {}}
+        return super()._why_not_now(x)
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -9,15 +9,101 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .. import stack_plan
 from ..nn import PatchConv2d, PatchProjection
 from ..nn.fused_stack import steps_of
+from ..nn.packed_weights import PackedWeights
+from ..nn.route import Route, Routes, Segment, hooks_below, keep, why_not_here, why_not_now
 from ..stack_plan import Step
+from .patch_embed import image_of
+
+SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
 
 
 class Apart(Exception):
     """Why a part cannot be a step, in one line."""
+
+
+class OneCall(nn.Module):
+    """A model that knows its :meth:`steps`, and when a forward must not take them.
+
+    Attributes:
+        in_one_call: whether to try; :func:`repavit_ops.fuse` sets it.
+    """
+
+    global_pool: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_one_call = False
+        self._routes: Routes = {}
+
+    def steps(self, x: Tensor) -> list[Step]:
+        """The model on images like ``x`` as steps of one call.
+
+        Raises:
+            Apart: some part cannot be one; says which.
+        """
+        raise Apart(f"{type(self).__name__} knows no steps")
+
+    def why_apart(self, x: Tensor | None = None) -> str | None:
+        """Why a fused model takes more than one call (for images like ``x``, where given), in one line; None if one."""
+        try:
+            self._segments(self._own_image() if x is None else x)
+        except Apart as apart:
+            return str(apart)
+        return None if x is None else self._why_not_now(x)
+
+    def route(self, x: Tensor) -> Route | None:
+        """How to run on ``x`` in one call; None where it must be part by part."""
+        if not self.in_one_call or torch.compiler.is_compiling() or self._why_not_now(x) is not None:
+            return None
+        key = (x.device, x.dtype, *x.shape[1:], self.global_pool)
+        route = self._routes.get(key)
+        if route is None or not route.holds():
+            try:
+                route = keep(self._routes, key, Route.of(self, self._segments(x)))
+            except Apart:
+                return None
+        return route
+
+    def _segments(self, x: Tensor) -> list[Segment]:
+        fused = [module for module in self.modules() if isinstance(module, PackedWeights)]
+        if not fused:
+            raise Apart("no block is fused")
+        if any(hooks_below(self)):
+            raise Apart("a part has forward hooks")
+        if (reason := self._overridden() or why_not_here(fused, x)) is not None:
+            raise Apart(reason)
+        if x.dim() != 4 or x.dtype != next(self.parameters()).dtype:
+            raise Apart(f"x is {x.dtype} {list(x.shape)}, wanted images in the weights' dtype")
+        with torch.no_grad():
+            return [stack_plan.encode(self.steps(x))]
+
+    def _overridden(self) -> str | None:
+        owner = next(c for c in type(self).__mro__ if "steps" in c.__dict__)
+        for name in SPOKEN_FOR:
+            if getattr(type(self), name, None) is not getattr(owner, name, None):
+                return f"{type(self).__name__} has a {name} of its own"
+        return None
+
+    def _why_not_now(self, x: Tensor) -> str | None:
+        """What can change from call to call."""
+        for name in SPOKEN_FOR:
+            if name in self.__dict__:
+                return f"it has a {name} of its own"
+        return why_not_now(self, x)
+
+    def _own_image(self) -> Tensor:
+        (height, width), channels = image_of(self)
+        like = next(self.parameters())
+        return torch.empty(1, channels, height, width, dtype=like.dtype, device=like.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_routes": {}}
 
 
 def patch_grid(patch_embed: nn.Module, kind: type[nn.Module], x: Tensor, patch: int) -> tuple[int, int]:

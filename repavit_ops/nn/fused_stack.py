@@ -13,7 +13,7 @@ from .block import Block
 from .foreign_block import FixedWindowBlock, MaskedBlock
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
-from .route import Route, Segment, hooks_below, why_not_here, why_not_now
+from .route import Route, Routes, Segment, hooks_below, keep, why_not_here, why_not_now
 from .window_rep_attention import WindowRepAttention
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
@@ -39,7 +39,7 @@ class FusedStack(nn.Sequential):
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
-        self._routes: dict[tuple[Any, ...], Route] = {}
+        self._routes: Routes = {}
 
     @classmethod
     def replacing(cls, blocks: nn.Sequential) -> FusedStack:
@@ -94,7 +94,7 @@ class FusedStack(nn.Sequential):
         if route is None or not route.holds():
             if self.why_apart(x) is not None:
                 return None
-            self._routes[key] = route = Route.of(self, self._segments(x))
+            route = keep(self._routes, key, Route.of(self, self._segments(x)))
         return route
 
     def _segments(self, x: Tensor) -> list[Segment]:

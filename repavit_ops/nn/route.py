@@ -15,6 +15,8 @@ from .. import backends, stack_plan
 from .packed_weights import PACKABLE, PackedWeights
 
 Columns = tuple[tuple[Any, ...], ...]
+Routes = dict[tuple[Any, ...], "Route"]  # by device, dtype and sizes of the input
+KEPT = 16  # a route may hold a position table of its own
 Segment = nn.Module | stack_plan.Plan  # a module by itself, or a run of steps in one call
 
 
@@ -54,6 +56,14 @@ class Route:
             else:
                 x = _in_one_call(x, segment)
         return x
+
+
+def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
+    """The route, kept for the next input of its kind; inputs of ever new sizes start over."""
+    if len(routes) >= KEPT and key not in routes:
+        routes.clear()
+    routes[key] = route
+    return route
 
 
 def _in_one_call(x: Tensor, segment: stack_plan.Plan) -> Tensor:

@@ -1,4 +1,4 @@
-"""Functional form of a run of fused sub-blocks in one call."""
+"""Functional form of a run of fused sub-blocks, or a whole model, in one call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from ..stack_plan import Step
 def fused_blocks(x: Tensor, steps: Sequence[Step], *, backend: Backend = "auto") -> Tensor:
     """Sub-blocks one after the other: ``x = step(x)`` for each step, in one operator call.
 
-    At batch ≥ threads each thread takes whole images through all steps, with nothing shared. The result is, bit for
-    bit, that of the operators called one by one.
+    At batch ≥ threads each thread takes whole images through all sub-blocks, with nothing shared. The result is, bit
+    for bit, that of the operators called one by one. In front of, between and behind the sub-blocks there may be steps
+    that make a whole model: ``token_embedding``, ``patch_projection`` and ``pooled_head``
+    (:mod:`repavit_ops.reference` defines them).
 
     Shapes:
-        x, returns  [B, T, C]      fp32 | bf16 | fp16 | fp64; [B, H, W, C] where a step attends within windows
+        x, returns  [B, T, C]      fp32 | bf16 | fp16 | fp64; [B, H, W, C] where a step attends within windows; with
+                                   the other steps what the first takes and the last gives
 
     Args:
         steps: at least one :class:`Step`: an operator's name, its tensors after x, its keyword arguments and its packed
