@@ -220,6 +220,21 @@ def test_a_class_with_a_forward_of_its_own_keeps_it():
     torch.testing.assert_close(fused(x), lv(x), rtol=1e-4, atol=1e-5)
 
 
+@needs_cpp
+@torch.no_grad()
+def test_what_stays_apart_is_looked_at_once(monkeypatch):
+    fused, x, looks = repavit_ops.fuse(tiny_swin()), images(1, 62), []
+    segments = SwinTransformer._segments
+    monkeypatch.setattr(SwinTransformer, "_segments", lambda self, x: (looks.append(1), segments(self, x))[1])
+    for _ in range(3):
+        fused(x)
+    assert looks == [1]
+    fused(images(1, 64))
+    _other_norm(fused)
+    fused(x)
+    assert len(looks) == 3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("x", [images(1, 30), images(1).double(), images(1)[0]], ids=["size", "dtype", "dim"])
 def test_wrong_images_get_the_same_error_as_before(x):

@@ -59,16 +59,19 @@ class OneCall(nn.Module):
 
     def route(self, x: Tensor) -> Route | None:
         """How to run on ``x`` in one call; None where it must be part by part."""
-        if not self.in_one_call or torch.compiler.is_compiling() or self._why_not_now(x) is not None:
+        if not self.in_one_call or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if self._why_not_now(x) is not None:
             return None
         key = (x.device, x.dtype, *x.shape[1:], self.global_pool)
         route = self._routes.get(key)
         if route is None or not route.holds():
             try:
-                route = keep(self._routes, key, Route.of(self, self._segments(x)))
+                segments = self._segments(x)
             except Apart:
-                return None
-        return route
+                segments = []  # part by part, as long as nothing changes
+            route = keep(self._routes, key, Route.of(self, segments))
+        return route if route.segments else None
 
     def _segments(self, x: Tensor) -> list[Segment]:
         fused = [module for module in self.modules() if isinstance(module, PackedWeights)]
