@@ -57,14 +57,22 @@ void gather_patch(const PatchPlan<T>& plan, ptrdiff_t row, Operand<T>* z) {
   for (ptrdiff_t k = plan.layout.depth; k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
 }
 
-// The product of `rows` patches from `begin` on, given to the epilogue.
-template <class T, class Epilogue>
-void project_patches(const PatchPlan<T>& plan, ptrdiff_t begin, ptrdiff_t rows, const Epilogue& epilogue) {
+// Some patches of a block, in this thread's scratch.
+template <class T>
+const Operand<T>* gather_patches(const PatchPlan<T>& plan, ptrdiff_t first, ptrdiff_t rows) {
   const size_t bytes = sizeof(Operand<T>) * static_cast<size_t>(plan.block_rows() * plan.z_stride);
   auto* z = static_cast<Operand<T>*>(thread_arena(bytes));
-  for (ptrdiff_t r = 0; r < rows; ++r) gather_patch(plan, begin + r, z + r * plan.z_stride);
+  for (ptrdiff_t r = 0; r < rows; ++r) gather_patch(plan, first + r, z + r * plan.z_stride);
+  return z;
+}
+
+// Their product, to rows of y that follow each other; `added` are rows like those, or null.
+template <class T>
+void project_patches(const PatchPlan<T>& plan, const Operand<T>* z, ptrdiff_t rows, T* y, const T* added) {
+  const ptrdiff_t outputs = plan.layout.outputs;
   const Rows<T> patches{z, plan.z_stride, plan.layout.depth};
-  gemm(&patches, 1, rows, plan.panels, plan.layout.stride, plan.layout.outputs, epilogue);
+  gemm(&patches, 1, rows, plan.panels, plan.layout.stride, outputs,
+       BiasResidual<T>{y, outputs, static_cast<const T*>(plan.args.bias), added, outputs});
 }
 
 // Runs `project(first patch, patches)` for every block.
@@ -90,10 +98,8 @@ void patch_projection(const PatchProjectionArgs& args, const Pool& pool) {
   if (args.batch * args.grid[0] * args.grid[1] * args.outputs == 0) return;
   const PatchPlan<T> plan(args, pool.threads);
   for_each_block(plan, pool, [&](ptrdiff_t first, ptrdiff_t rows) {
-    const ptrdiff_t outputs = plan.layout.outputs;
-    T* const y = static_cast<T*>(args.y) + first * outputs;
-    project_patches(plan, first, rows,
-                    BiasResidual<T>{y, outputs, static_cast<const T*>(args.bias), nullptr, 0});
+    T* const y = static_cast<T*>(args.y) + first * plan.layout.outputs;
+    project_patches<T>(plan, gather_patches(plan, first, rows), rows, y, nullptr);
   });
 }
 
