@@ -183,7 +183,6 @@ repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::v
                                 const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
                                 std::vector<Tensor>& copies);
 
-
 // ---- Whole operators, as a call of its own and fused_blocks make them.
 
 // bindings_patch_projection.cpp

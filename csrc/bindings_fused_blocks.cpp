@@ -16,7 +16,7 @@ struct Step {
   const double* scalars;
 
   int64_t kind() const { return integers[0]; }
-  bool in_block() const { return kind() <= kWindowAttention; }
+  bool in_block() const { return kind() >= kFfn && kind() <= kWindowAttention; }
   bool residual() const { return integers[1] != 0; }
   // Of an FFN GELU by tanh, of windows roll first, of patches channels last, of tokens as a map.
   bool flag() const { return integers[2] != 0; }

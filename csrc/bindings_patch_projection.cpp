@@ -65,10 +65,7 @@ struct Patches {
     STD_TORCH_CHECK(weight.size(1) == channels * patch[0] * patch[1], "weight: got shape ", shape_of(weight),
                     ", wanted [N, K = ", channels * patch[0] * patch[1], "] for x of ", channels, " channels");
     check_same_kind("weight", weight, x);
-    if (bias) {
-      check_shape("bias", *bias, {weight.size(0)});
-      check_same_kind("bias", *bias, x);
-    }
+    args.bias = checked_data("bias", bias, {weight.size(0)}, x, copies);
     args.batch = x.size(0);
     args.grid[0] = x.size(down) / patch[0];
     args.grid[1] = x.size(across) / patch[1];
@@ -84,7 +81,6 @@ struct Patches {
     for (int i = 0; i < 5; ++i) args.strides[i] = strides[i];
     args.x = source.const_data_ptr();
     args.packed = weights.const_data_ptr();
-    args.bias = ordered_data(bias, copies);
   }
 
   int64_t results() const { return args.batch * args.grid[0] * args.grid[1] * args.outputs; }

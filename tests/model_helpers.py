@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repavit_ops.models import SwinTransformer, VisionTransformer
 
@@ -56,3 +59,14 @@ def images(batch: int = 2, height: int = 32, width: int | None = None, seed: int
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+def in_threads(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], times: int) -> list[Tensor]:
+    """The last of ``times`` results for every input, each from a Python thread of its own."""
+
+    def work(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return [call(x) for _ in range(times)][-1]
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        return list(pool.map(work, inputs))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
-from model_helpers import images, tiny_swin, tiny_vit
+from model_helpers import images, in_threads, tiny_swin, tiny_vit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -251,17 +250,7 @@ def test_copies_and_pickles():
 @needs_cpp
 def test_calls_from_several_threads():
     stack, inputs = vit_blocks(), [torch.randn(3, 7, 24) for _ in range(4)]
-    expected, results = [one_by_one(stack, x) for x in inputs], [None] * 4
-
-    def work(i):
-        for _ in range(20):
-            results[i] = stack(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    expected, results = [one_by_one(stack, x) for x in inputs], in_threads(stack, inputs, times=20)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
@@ -294,8 +283,9 @@ def test_bad_plans_are_refused():
     weights, plan, scalars = stack_plan.encode(part.step() for b in vit_blocks() for part in (b.attn, b.mlp))
     with pytest.raises(RuntimeError, match="plan: got 53 integers"):
         torch_ops.fused_blocks(x, weights, plan=plan[:-1], scalars=scalars)
-    with pytest.raises(RuntimeError, match="kind 7"):
-        torch_ops.fused_blocks(x, weights, plan=[7, *plan[1:]], scalars=scalars)
+    for kind in (7, -1):
+        with pytest.raises(RuntimeError, match=f"kind {kind}"):
+            torch_ops.fused_blocks(x, weights, plan=[kind, *plan[1:]], scalars=scalars)
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 5, 23\]"):
         torch_ops.fused_blocks(x[..., 1:], weights, plan=plan, scalars=scalars)
     with pytest.raises(RuntimeError, match="no w_proj"):

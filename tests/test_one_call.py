@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
-from model_helpers import images, randomise, tiny_swin, tiny_vit
+from model_helpers import images, in_threads, randomise, tiny_swin, tiny_vit
 from op_helpers import DTYPES, assert_follows_rule, cast, randn, weight
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,17 +298,7 @@ def test_copies_pickles_and_dropped_weights(build):
 @torch.no_grad()
 def test_calls_from_several_threads():
     fused, inputs = repavit_ops.fuse(tiny_swin()), [images(2, 64, seed=i) for i in range(4)]
-    expected, results = [part_by_part(fused, x) for x in inputs], [None] * 4
-
-    def work(i):
-        for _ in range(10):
-            results[i] = fused(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    expected, results = [part_by_part(fused, x) for x in inputs], in_threads(fused, inputs, times=10)
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
