@@ -1,5 +1,11 @@
 // Binding of fused_blocks for the CPU: reads the plan that repavit_ops/stack_plan.py writes (see bindings_common.h).
+//
+// A plan names a hundred tensors and more. To take them over from Python and read them again costs a call of a small model
+// several percent, behind blocks that leave nothing in the caches; so Python may keep a plan here for many calls.
 #include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
 
 #include "bindings_common.h"
 
@@ -36,18 +42,18 @@ struct Step {
   }
 };
 
-// The arguments of consecutive steps within blocks, and what they point to.
-struct Run {
-  std::vector<repavit::StackStep> list;
-  std::vector<Tensor> copies;
-  std::deque<repavit::WindowGrid> grids;  // does not move them
+// The arguments of consecutive steps within blocks, read for x of one kind and size, and what they point to.
+class Run {
+ public:
+  explicit Run(const Tensor& x) : dtype_(dtype_of("x", x)), sizes_(x.sizes().begin(), x.sizes().end()) {}
 
   void add(const Step& step, const Tensor& x) {
     repavit::StackStep to{};
     if (step.kind() == Step::kFfn) {
       to.ffn = ffn_args(x, step.tensor(0, "w_in"), step.tensors[1], step.tensor(2, "w_out"), step.tensors[3],
-                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.flag(), copies);
-      list.push_back(to);
+                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.flag(), copies_);
+      list_.push_back(to);
+      read_from({step.tensors[1], step.tensors[4]}, step.tensors[5]);
       return;
     }
     const bool windowed = step.kind() == Step::kWindowAttention;
@@ -58,37 +64,76 @@ struct Run {
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
     to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
-                              step.norm_eps(), step.residual(), copies);
+                              step.norm_eps(), step.residual(), copies_);
     to.attention.scale = step.scale();
     if (windowed) {
-      grids.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
-                                  step.tensor(5, "rel_bias"), copies));
+      grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
+                                   step.tensor(5, "rel_bias"), copies_));
       if (const MaybeTensor& pad_kv = step.tensors[6]) {
         check_shape("pad_kv", *pad_kv, {step.heads() * (shape.d_qk + shape.d_v)});
         check_same_kind("pad_kv", *pad_kv, x);
-        grids.back().padding = ordered_data(*pad_kv, copies);
+        grids_.back().padding = ordered_data(*pad_kv, copies_);
       }
-      to.attention.windows = &grids.back();
+      to.attention.windows = &grids_.back();
     }
-    list.push_back(to);
+    list_.push_back(to);
+    read_from({step.tensors[1], step.tensors[3], step.tensors[5], step.tensors[6]}, step.tensors[4]);
   }
-};
 
-// All steps of a run, from x to y; in place where they are one.
-void run_blocks(const Run& run, const Tensor& x, const Tensor& y) {
-  if (x.numel() == 0) return;
-  const RowView rows(x);
-  repavit::StackArgs args{};
-  args.batch = x.dim() > 2 ? x.size(0) : 1;
-  args.tokens = rows.rows / args.batch;
-  args.channels = x.size(x.dim() - 1);
-  args.steps = run.list.data();
-  args.count = static_cast<int64_t>(run.list.size());
-  args.x = rows.owner.const_data_ptr();
-  args.x_stride = rows.stride;
-  args.y = y.mutable_data_ptr();
-  repavit::kernels().fused_blocks[dtype_of("x", x)](args, torch_pool());
-}
+  // Whether a new reading for this x would find everything where this one did. Values are not looked at: only pointers
+  // were taken. A copy that had to be made may be out of date.
+  bool holds(const Tensor& x) const {
+    if (copied_ || dtype_of("x", x) != dtype_ || x.dim() != static_cast<int64_t>(sizes_.size())) return false;
+    for (int64_t i = 1; i < x.dim(); ++i) {
+      if (x.size(i) != sizes_[static_cast<size_t>(i)]) return false;
+    }
+    for (const Source& source : sources_) {
+      if (source.tensor.const_data_ptr() != source.data || !source.tensor.is_contiguous()) return false;
+    }
+    return true;
+  }
+
+  // All steps, from x to y; in place where they are one.
+  void operator()(const Tensor& x, const Tensor& y) const {
+    if (x.numel() == 0) return;
+    const RowView rows(x);
+    repavit::StackArgs args{};
+    args.batch = x.dim() > 2 ? x.size(0) : 1;
+    args.tokens = rows.rows / args.batch;
+    args.channels = x.size(x.dim() - 1);
+    args.steps = list_.data();
+    args.count = static_cast<int64_t>(list_.size());
+    args.x = rows.owner.const_data_ptr();
+    args.x_stride = rows.stride;
+    args.y = y.mutable_data_ptr();
+    repavit::kernels().fused_blocks[dtype_](args, torch_pool());
+  }
+
+ private:
+  struct Source {
+    Tensor tensor;
+    const void* data;
+  };
+
+  void read_from(std::initializer_list<MaybeTensor> vectors, const MaybeTensor& packed) {
+    if (!packed) copied_ = true;
+    for (const MaybeTensor& t : vectors) note(t);
+    note(packed);
+  }
+  void note(const MaybeTensor& t) {
+    if (!t) return;
+    if (!t->is_contiguous()) copied_ = true;
+    sources_.push_back({*t, t->const_data_ptr()});
+  }
+
+  DType dtype_;
+  std::vector<int64_t> sizes_;  // of x; the batch may be another
+  std::vector<repavit::StackStep> list_;
+  std::vector<Tensor> copies_;
+  std::deque<repavit::WindowGrid> grids_;  // does not move them
+  std::vector<Source> sources_;
+  bool copied_ = false;
+};
 
 // A step that is no part of a block.
 Tensor run_alone(const Step& step, const Tensor& x) {
@@ -106,33 +151,116 @@ Tensor run_alone(const Step& step, const Tensor& x) {
   }
 }
 
+// A plan and its tensors. Safe to call from several threads.
+class Plan {
+ public:
+  Plan(std::vector<MaybeTensor> weights, std::vector<int64_t> plan, std::vector<double> scalars)
+      : weights_(std::move(weights)), plan_(std::move(plan)), scalars_(std::move(scalars)),
+        count_(plan_.size() / Step::kIntegers) {
+    STD_TORCH_CHECK(count_ > 0 && plan_.size() == count_ * Step::kIntegers &&
+                        weights_.size() == count_ * Step::kTensors && scalars_.size() == count_ * Step::kScalars,
+                    "plan: got ", plan_.size(), " integers, ", weights_.size(), " weights and ", scalars_.size(),
+                    " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars,
+                    " for each step");
+  }
+
+  Tensor operator()(const Tensor& x) {
+    Tensor y = x;
+    for (size_t i = 0; i < count_;) {
+      if (!step(i).in_block()) {
+        y = run_alone(step(i++), y);
+        continue;
+      }
+      const std::shared_ptr<const Run> run = run_from(i, y);
+      const Tensor from = y;
+      if (i == 0) y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));  // others are this call's own
+      (*run)(from, y);
+      i = end_of_run(i);
+    }
+    return y;
+  }
+
+ private:
+  Step step(size_t i) const {
+    return {&weights_[i * Step::kTensors], &plan_[i * Step::kIntegers], &scalars_[i * Step::kScalars]};
+  }
+  size_t end_of_run(size_t i) const {
+    while (i < count_ && step(i).in_block()) ++i;
+    return i;
+  }
+  std::shared_ptr<const Run> run_from(size_t first, const Tensor& x) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<const Run>& run = runs_[first];
+    if (run == nullptr || !run->holds(x)) {
+      auto fresh = std::make_shared<Run>(x);
+      for (size_t i = first; i < end_of_run(first); ++i) fresh->add(step(i), x);
+      run = std::move(fresh);
+    }
+    return run;
+  }
+
+  std::vector<MaybeTensor> weights_;
+  std::vector<int64_t> plan_;
+  std::vector<double> scalars_;
+  size_t count_;  // of steps
+  std::mutex mutex_;
+  std::map<size_t, std::shared_ptr<const Run>> runs_;  // by their first step
+};
+
+// Plans that Python keeps, by number. Never destroyed: Python may let go of one as late as it likes.
+class Keeper {
+ public:
+  static Keeper& instance() {
+    static auto* const keeper = new Keeper;
+    return *keeper;
+  }
+  int64_t keep(std::shared_ptr<Plan> plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plans_[++last_] = std::move(plan);
+    return last_;
+  }
+  std::shared_ptr<Plan> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(number);
+    STD_TORCH_CHECK(found != plans_.end(), "kept: got ", number, ", which is no plan that is kept");
+    return found->second;
+  }
+  void drop(int64_t number) {
+    std::shared_ptr<Plan> last;  // its tensors go when the lock is gone
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(number);
+    if (found == plans_.end()) return;
+    last = std::move(found->second);
+    plans_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<Plan>> plans_;
+  int64_t last_ = 0;
+};
+
 Tensor fused_blocks(const Tensor& x, std::vector<MaybeTensor> weights, std::vector<int64_t> plan,
                     std::vector<double> scalars) {
-  const size_t count = plan.size() / Step::kIntegers;
-  STD_TORCH_CHECK(count > 0 && plan.size() == count * Step::kIntegers && weights.size() == count * Step::kTensors &&
-                      scalars.size() == count * Step::kScalars,
-                  "plan: got ", plan.size(), " integers, ", weights.size(), " weights and ", scalars.size(),
-                  " scalars, wanted ", Step::kIntegers, ", ", Step::kTensors, " and ", Step::kScalars,
-                  " for each step");
-  const auto step = [&](size_t i) {
-    return Step{&weights[i * Step::kTensors], &plan[i * Step::kIntegers], &scalars[i * Step::kScalars]};
-  };
-  Tensor y = x;
-  for (size_t i = 0; i < count;) {
-    if (!step(i).in_block()) {
-      y = run_alone(step(i++), y);
-      continue;
-    }
-    const bool own = i > 0;  // y is a step's result, which nobody else sees
-    Run run;
-    for (; i < count && step(i).in_block(); ++i) run.add(step(i), y);
-    const Tensor from = y;
-    if (!own) y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
-    run_blocks(run, from, y);
-  }
-  return y;
+  return Plan(std::move(weights), std::move(plan), std::move(scalars))(x);
 }
+
+int64_t fused_blocks_keep(std::vector<MaybeTensor> weights, std::vector<int64_t> plan, std::vector<double> scalars) {
+  return Keeper::instance().keep(std::make_shared<Plan>(std::move(weights), std::move(plan), std::move(scalars)));
+}
+
+Tensor fused_blocks_kept(const Tensor& x, int64_t kept) { return (*Keeper::instance().find(kept))(x); }
+
+void fused_blocks_drop(int64_t kept) { Keeper::instance().drop(kept); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) { m.impl("fused_blocks", TORCH_BOX(&fused_blocks)); }
+STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
+  m.impl("fused_blocks", TORCH_BOX(&fused_blocks));
+  m.impl("fused_blocks_keep", TORCH_BOX(&fused_blocks_keep));
+  m.impl("fused_blocks_kept", TORCH_BOX(&fused_blocks_kept));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CompositeExplicitAutograd, m) {
+  m.impl("fused_blocks_drop", TORCH_BOX(&fused_blocks_drop));
+}

@@ -59,11 +59,11 @@ class OneCall(nn.Module):
 
     def route(self, x: Tensor) -> Route | None:
         """How to run on ``x`` in one call; None where it must be part by part."""
-        if not self.in_one_call or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not self.in_one_call or not x.is_cpu or torch.compiler.is_compiling():
             return None
         if self._why_not_now(x) is not None:
             return None
-        key = (x.device, x.dtype, *x.shape[1:], self.global_pool)
+        key = (x.dtype, x.shape[1:], self.global_pool)
         route = self._routes.get(key)
         if route is None or not route.holds():
             try:
@@ -71,7 +71,7 @@ class OneCall(nn.Module):
             except Apart:
                 segments = []  # part by part, as long as nothing changes
             route = keep(self._routes, key, Route.of(self, segments))
-        return route if route.segments else None
+        return route if route.calls else None
 
     def _segments(self, x: Tensor) -> list[Segment]:
         fused = [module for module in self.modules() if isinstance(module, PackedWeights)]

@@ -13,7 +13,7 @@ from .block import Block
 from .foreign_block import FixedWindowBlock, MaskedBlock
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
-from .route import Route, Routes, Segment, hooks_below, keep, why_not_here, why_not_now
+from .route import Route, Routes, Segment, hooks_below, keep, run_traced, why_not_here, why_not_now
 from .window_rep_attention import WindowRepAttention
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
@@ -65,6 +65,8 @@ class FusedStack(nn.Sequential):
         return all(parts is None for _, parts in self._runs())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x) if self.why_apart(x) else run_traced(x, self._segments(x))
         route = self._route(x)
         if route is None or why_not_now(self, x) is not None:
             return super().forward(x)
@@ -87,8 +89,6 @@ class FusedStack(nn.Sequential):
             run = []
 
     def _route(self, x: Tensor) -> Route | None:
-        if torch.compiler.is_compiling():
-            return None if self.why_apart(x) else Route(self._segments(x))
         key = (x.device, x.dtype, *x.shape[1:-1])
         route = self._routes.get(key)
         if route is None or not route.holds():

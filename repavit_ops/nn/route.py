@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .. import backends, stack_plan
+from .kept_plan import KeptPlan
 from .packed_weights import PACKABLE, PackedWeights
 
 Columns = tuple[tuple[Any, ...], ...]
-Routes = dict[tuple[Any, ...], "Route"]  # by device, dtype and sizes of the input
+Routes = dict[tuple[Any, ...], "Route"]  # by dtype, sizes and whatever else of the input matters
 KEPT = 16  # a route may hold a position table of its own
-Segment = nn.Module | stack_plan.Plan  # a module by itself, or a run of steps in one call
+Segment = nn.Module | stack_plan.Plan  # a module by itself, or a run of steps
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Route:
     That is looked at in every call, with cold caches, so in columns that need no bytecode per entry.
     """
 
-    segments: list[Segment]
+    calls: Sequence[Callable[[Tensor], Tensor]]
     entries: Columns = ((), (), ())  # dicts, keys and what stands there: children, parameters, packed copies
     sizes: Columns = ((), ())  # dicts and their lengths: no parameter where there was none
     versions: Columns = ((), ())  # tensors and their version counters
@@ -36,7 +37,8 @@ class Route:
     @classmethod
     def of(cls, module: nn.Module, segments: list[Segment]) -> Route:
         """The route that holds as long as nothing in and below ``module`` changes."""
-        return cls(segments, _entries(module), _sizes(module), _versions(module), hooks_below(module))
+        calls = [segment if isinstance(segment, nn.Module) else KeptPlan(segment) for segment in segments]
+        return cls(calls, _entries(module), _sizes(module), _versions(module), hooks_below(module))
 
     def holds(self) -> bool:
         dicts, keys, values = self.entries
@@ -50,11 +52,8 @@ class Route:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        for segment in self.segments:
-            if isinstance(segment, nn.Module):
-                x = segment(x)
-            else:
-                x = _in_one_call(x, segment)
+        for call in self.calls:
+            x = call(x)
         return x
 
 
@@ -66,14 +65,15 @@ def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
     return route
 
 
-def _in_one_call(x: Tensor, segment: stack_plan.Plan) -> Tensor:
-    weights, plan, scalars = segment
-    if torch.compiler.is_compiling():
-        return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
-    with (
-        torch._C._AutoDispatchBelowAutograd()
-    ):  # nothing is differentiated here; hundreds of weights would be looked at
-        return torch.ops.repavit_ops.fused_blocks.default(x, weights, plan=plan, scalars=scalars)
+def run_traced(x: Tensor, segments: Iterable[Segment]) -> Tensor:
+    """The segments as torch.compile should see them: operators that take their weights."""
+    for segment in segments:
+        if isinstance(segment, nn.Module):
+            x = segment(x)
+        else:
+            weights, plan, scalars = segment
+            x = torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
+    return x
 
 
 def why_not_here(steps: list[Any], x: Tensor) -> str | None:

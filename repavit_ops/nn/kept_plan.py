@@ -1,0 +1,38 @@
+"""A run of steps that the C++ library reads once for many calls."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .. import stack_plan
+
+
+class KeptPlan:
+    """``fused_blocks`` on one plan, whose hundreds of tensors stay on the C++ side as long as this object lives.
+
+    To hand them over in every call costs 0.2 ms behind blocks that leave nothing in the caches. What is kept are the
+    tensors, not what they held, so the result is that of ``fused_blocks`` at any time.
+
+    Shapes:
+        x, returns  as :func:`repavit_ops.ops.fused_blocks`; on the CPU alone, without derivatives
+    """
+
+    def __init__(self, plan: stack_plan.Plan) -> None:
+        self._plan = plan
+        self._number = torch.ops.repavit_ops.fused_blocks_keep(*plan)
+        weakref.finalize(self, _drop, self._number).atexit = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():  # where derivatives are looked for, every weight is looked at
+            if torch._C._len_torch_dispatch_stack():  # whoever records operators gets the one that says it all
+                weights, plan, scalars = self._plan
+                return torch.ops.repavit_ops.fused_blocks.default(x, weights, plan=plan, scalars=scalars)
+            return torch.ops.repavit_ops.fused_blocks_kept.default(x, self._number)
+
+
+def _drop(number: int) -> None:
+    with torch._C._DisableTorchDispatch():  # whoever is recording operators when the garbage is collected
+        torch.ops.repavit_ops.fused_blocks_drop(number)
