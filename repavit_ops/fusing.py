@@ -65,9 +65,9 @@ def fuse(
     """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
 
     Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
-    Convolutions over patches and Swin's mergings become projections without im2col, and runs of fused blocks in an
-    ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them; a plain ViT or Swin of
-    :mod:`repavit_ops.models` goes through one call from the image to the logits.
+    Convolutions over patches and Swin's mergings become projections without im2col, LV-ViT's stem folds its norms, and
+    runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them;
+    a plain ViT or Swin of :mod:`repavit_ops.models` goes through one call from the image to the logits.
     What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
 
     Args:

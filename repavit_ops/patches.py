@@ -1,4 +1,5 @@
-"""Where a model projects patches, and the fused modules that take the place: patch embeddings and Swin's mergings.
+"""Where a model projects patches, and the fused modules that take the place: patch embeddings, LV-ViT's stem and Swin's
+mergings.
 
 They are no sub-blocks and cannot fail to be exact, so they have no rule and no entry among the skipped.
 """
@@ -12,10 +13,10 @@ from torch import nn
 
 from . import reparam
 from .backends import Backend
-from .models.lvvit import ConvStem
+from .models.lvvit import ConvStem, FusedConvStem
 from .models.patch_embed import PatchEmbed
 from .models.swin import PatchMerging, SwinPatchEmbed
-from .nn import PatchConv2d, PatchProjection
+from .nn import ConvReLU2d, PatchConv2d, PatchProjection
 from .nn.patch_conv import is_patch_conv
 
 
@@ -26,9 +27,14 @@ def fuse_patches(module: nn.Module, backend: Backend) -> nn.Module:
             module.restore_unpacked()
         module.backend = backend
         return module
+    if isinstance(module, ConvReLU2d):
+        module.backend = backend
+        return module
     if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         return module
-    if type(module) in (PatchEmbed, ConvStem, SwinPatchEmbed, _timm("timm.layers.patch_embed", "PatchEmbed")):
+    if type(module) is ConvStem:
+        return FusedConvStem.folding(module, backend)
+    if type(module) in (PatchEmbed, SwinPatchEmbed, _timm("timm.layers.patch_embed", "PatchEmbed")):
         if is_patch_conv(module.get_submodule("proj")):
             module.proj = PatchConv2d.replacing(module.get_submodule("proj"), backend)  # type: ignore[arg-type]
         return module

@@ -9,9 +9,11 @@ import pytest
 import torch
 from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import repavit_ops
 from repavit_ops.models import LVViT
+from repavit_ops.models.lvvit import ConvStem
 from repavit_ops.nn import PatchConv2d, PatchProjection
 from repavit_ops.nn.patch_conv import is_patch_conv
 
@@ -22,11 +24,11 @@ def tiny_lvvit() -> nn.Module:
     return randomise(LVViT(**{**TINY, "patch_size": 16}, idle_ratio=0.75))
 
 
-# builder, images' height and width, convolutions, mergings
+# builder, images' height and width, convolutions and projections after fusing
 MODELS = {
     "vit": (tiny_vit, (32, 32), 1, 0),
     "vit_other_size": (tiny_vit, (24, 56), 1, 0),
-    "lvvit": (tiny_lvvit, (32, 32), 1, 0),
+    "lvvit": (tiny_lvvit, (32, 32), 0, 1),
     "swin": (tiny_swin, (64, 64), 1, 1),
     "swin_odd_maps": (tiny_swin, (52, 76), 1, 1),
 }
@@ -40,13 +42,13 @@ def only_patches(module: nn.Module, name: str) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
 def test_projections_are_exact(case):
-    build, size, convolutions, mergings = case
+    build, size, convolutions, projections = case
     model = build().double()
     fused = repavit_ops.fuse(model, filter_fn=only_patches)
     x = images(2, *size).double()
     assert relative(fused(x), model(x)) < 1e-12
     kinds = [type(m) for m in fused.modules()]
-    assert (kinds.count(PatchConv2d), kinds.count(PatchProjection)) == (convolutions, mergings)
+    assert (kinds.count(PatchConv2d), kinds.count(PatchProjection)) == (convolutions, projections)
 
 
 @torch.no_grad()
@@ -141,3 +143,86 @@ def test_the_report_names_them():
     names = [entry.name for entry in report.with_status("projected")]
     assert names == ["patch_embed.proj", "layers.0.downsample"]
     assert "patch_projection" in str(report)
+
+
+# --- LV-ViT's stem ----------------------------------------------------------------------------------------------------
+
+ONEDNN = torch.backends.mkldnn.is_available()
+POINTWISE = "mkldnn::_convolution_pointwise"
+
+
+def operators_of(call):
+    """Names of the operators that a call takes."""
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name().split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        call()
+    return names
+
+
+def stems(dtype=torch.float32):
+    """A stem as trained, in float64, and fused."""
+    model = tiny_lvvit()
+    return model.patch_embed.double(), repavit_ops.fuse(model, dtype=dtype).patch_embed
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_the_stem_is_folded_and_each_convolution_has_its_relu(batch, size, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this CPU")
+    plain, fused = stems(dtype)
+    x = images(batch, *size).to(dtype)
+    truth = plain(x.double())
+    for laid_out in (x, x.to(memory_format=torch.channels_last)):
+        ours = fused(laid_out)
+        assert ours.shape == truth.shape
+        assert ours.dtype == dtype
+        if batch:
+            assert relative(ours.double(), truth) < (1e-5 if dtype == torch.float32 else 3e-2)
+    names = operators_of(lambda: fused(x))
+    assert names.count(POINTWISE) == (3 if batch else 0)
+    assert "aten::native_batch_norm" not in names
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+def test_the_stem_is_pytorch_where_one_call_would_not_do():
+    _, fused = stems()
+    x = images(2, 32)
+    with torch.no_grad():
+        expected = fused(x)
+        for backend in ("reference", "auto"):
+            other = repavit_ops.fuse(fused, backend=backend)
+            assert (POINTWISE in operators_of(lambda other=other: other(x))) == (backend == "auto")
+            assert relative(other(x), expected) < 1e-4
+        with torch.autocast("cpu", torch.bfloat16):
+            assert POINTWISE not in operators_of(lambda: fused(x))
+            assert fused(x).dtype == torch.bfloat16
+    fused.requires_grad_(True)
+    fused(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in fused.parameters())
+    compiled = torch.compile(fused.requires_grad_(False), backend="eager", fullgraph=True)
+    assert relative(compiled(x), expected) < 1e-4
+
+
+@torch.no_grad()
+def test_a_stem_without_statistics_is_refused():
+    model = tiny_lvvit()
+    model.patch_embed.bn2.running_var.fill_(float("nan"))
+    with pytest.raises(ValueError, match="running_var"):
+        repavit_ops.fuse(model)
+
+
+@torch.no_grad()
+def test_whoever_listens_keeps_the_stem():
+    model = tiny_lvvit()
+    model.patch_embed.bn1.register_forward_hook(lambda *_: None)
+    assert type(repavit_ops.fuse(model).patch_embed) is ConvStem

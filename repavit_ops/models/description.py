@@ -31,7 +31,7 @@ from ..nn.attention import relative_position_index
 from ..nn.join import JoinedBranches
 from ..nn.joined_branch_attention import BypassedAttention
 from .joined import JoinedVisionTransformer
-from .lvvit import ConvStem, LVViT
+from .lvvit import ConvStem, FusedConvStem, LVViT
 from .patch_embed import PatchEmbed
 from .swin import PatchMerging, SwinBlock, SwinPatchEmbed, SwinStage, SwinTransformer
 from .vit import VisionTransformer
@@ -245,9 +245,16 @@ KINDS: dict[type[nn.Module], Kind] = {
             in_chans=lambda module: module.conv1.in_channels,
             dim=lambda module: module.proj.out_channels,
             bias=_has_bias("proj"),
-            projection=_projection,
-        ),
-        build=_embedding(ConvStem),
+        )
+    ),
+    FusedConvStem: Kind(
+        _attributes(
+            "patch_size",
+            in_chans=lambda module: module.conv1.in_channels,
+            dim=lambda module: module.proj.dim_out,
+            bias=_has_bias("proj"),
+            backend=lambda module: module.proj.backend,
+        )
     ),
     SwinPatchEmbed: Kind(
         _attributes(

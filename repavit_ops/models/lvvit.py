@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reparam
+from ..backends import Backend
+from ..nn import ConvReLU2d, PatchProjection
 from .classifier import init_linear_
 from .patch_embed import check_divisible
 from .vit import VisionTransformer
@@ -39,6 +43,57 @@ class ConvStem(nn.Module):
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(bn(conv(x)))
         return self.proj(x)
+
+
+class FusedConvStem(nn.Module):
+    """A :class:`ConvStem` for inference: the norms folded into the convolutions, maps channels-last in memory.
+
+    Shapes:
+        x        [B, in_chans, H, W]
+        returns  [B, dim, H / patch, W / patch]   in memory channels-last, so that flattening to tokens is free
+    """
+
+    def __init__(
+        self, patch_size: int, in_chans: int, dim: int, *, bias: bool = True, backend: Backend = "auto"
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.conv1 = ConvReLU2d(in_chans, STEM_CHANNELS, 7, stride=2, padding=3, backend=backend)
+        self.conv2 = ConvReLU2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=1, backend=backend)
+        self.conv3 = ConvReLU2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=1, backend=backend)
+        self.proj = PatchProjection(STEM_CHANNELS, dim, patch_size // 2, bias, channels_last=True, backend=backend)
+
+    @classmethod
+    @torch.no_grad()
+    def folding(cls, stem: Any, backend: Backend = "auto") -> FusedConvStem:
+        """The same function as ``stem``, a :class:`ConvStem`, in evaluation mode.
+
+        Raises:
+            ValueError: a BatchNorm has no statistics, or ones that are not finite.
+        """
+        proj, dtype = stem.proj, stem.proj.weight.dtype
+        fused: Any = cls(
+            stem.patch_size, stem.conv1.in_channels, proj.out_channels, bias=proj.bias is not None, backend=backend
+        ).to(device=proj.weight.device, dtype=dtype)
+        layers = (
+            (stem.conv1, stem.bn1, fused.conv1),
+            (stem.conv2, stem.bn2, fused.conv2),
+            (stem.conv3, stem.bn3, fused.conv3),
+        )
+        for conv, bn, to in layers:
+            affine = reparam.batchnorm_affine(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+            weight, bias = reparam.fold_affine_into_output(conv.weight.flatten(1), None, affine)
+            to.weight.copy_(reparam.cast(weight, dtype, "conv.weight").view_as(to.weight))
+            to.bias.copy_(reparam.cast(bias, dtype, "bn.bias"))
+        fused.proj.weight.copy_(proj.weight.permute(0, 2, 3, 1).flatten(1))
+        if proj.bias is not None:
+            fused.proj.bias.copy_(proj.bias)
+        return fused.train(stem.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_divisible(x, self.patch_size)
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _conv(in_chans: int, kernel: int, stride: int = 1) -> nn.Conv2d:

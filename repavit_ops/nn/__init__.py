@@ -3,6 +3,7 @@
 from .attention import Attention, WindowAttention
 from .block import Block
 from .channel_idle_ffn import ChannelIdleFFN
+from .conv_relu import ConvReLU2d
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
 from .fused_stack import FusedStack
@@ -23,6 +24,7 @@ __all__ = [
     "Attention",
     "Block",
     "ChannelIdleFFN",
+    "ConvReLU2d",
     "DeployedShapeFFN",
     "FusedStack",
     "JoinSchedule",
