@@ -96,6 +96,7 @@ def test_calls_from_several_threads_on_several_sizes():
 def test_is_let_go_of_with_its_object():
     plan, _ = vit_plan()
     kept, x = KeptPlan(plan), torch.zeros(1, 17, 48)
+    kept(x)
     number = kept._number
     torch_ops.fused_blocks_kept(x, number)
     del kept
@@ -109,6 +110,7 @@ def test_weights_outlive_the_model():
     plan, model = vit_plan()
     kept, x = KeptPlan(plan), torch.ones(1, 17, 48)
     expected = plainly(plan, x)
+    kept(x)
     del plan, model
     kept._plan = None
     gc.collect()
@@ -148,14 +150,17 @@ def test_whoever_records_operators_sees_the_weights():
 
     plan, _ = vit_plan()
     kept, x = KeptPlan(plan), torch.zeros(1, 17, 48)
-    with Recorder():
+    for _ in range(2):  # before it is kept, and after
+        with Recorder():
+            kept(x)
         kept(x)
+    with Recorder():
         del kept
         gc.collect()
-    assert seen == [("repavit_ops::fused_blocks", 2)]
+    assert seen == [("repavit_ops::fused_blocks", 2)] * 2
 
 
-def test_a_bad_plan_is_refused_when_it_is_kept():
+def test_a_bad_plan_is_refused():
     (weights, integers, scalars), _ = vit_plan()
     with pytest.raises(RuntimeError, match="plan: got"):
-        KeptPlan((weights, integers[:-1], scalars))
+        KeptPlan((weights, integers[:-1], scalars))(torch.zeros(1, 17, 48))

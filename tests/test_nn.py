@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from model_helpers import randomise, relative
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from repavit_ops import reference
+from repavit_ops import backends, reference
 from repavit_ops.nn import (
     FFN,
     Attention,
     ChannelIdleFFN,
     DeployedShapeFFN,
     PartialGELUFFN,
+    PatchProjection,
     RepAttention,
     RepBN,
     TokenBatchNorm,
@@ -185,3 +187,32 @@ def test_window_modules_follow_swins_rule_for_small_maps():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@torch.no_grad()
+def test_float64_on_the_cpu_is_left_to_pytorch_unless_the_kernel_is_named():
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    modules = {
+        "partial_gelu_ffn": (PartialGELUFFN(24, 16), (2, 5, 24)),
+        "rep_attention": (RepAttention(24, 3), (2, 5, 24)),
+        "window_rep_attention": (WindowRepAttention(24, 3, 4), (2, 8, 8, 24)),
+        "patch_projection": (PatchProjection(3, 24, 4), (2, 3, 8, 8)),
+    }
+    for operator, (module, shape) in modules.items():
+        for dtype in (torch.float64, torch.float32):
+            results = []
+            for backend in ("auto", "cpp", "reference"):
+                if backends.why_unavailable(backend) is not None:
+                    continue
+                module.backend, names = backend, []
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+                with Recorder():
+                    results.append(module.to(dtype)(x))
+                kernel = backend == "cpp" or (backend == "auto" and dtype == torch.float32)
+                assert (f"repavit_ops::{operator}" in names) == kernel, (operator, dtype, backend)
+            for other in results[1:]:
+                torch.testing.assert_close(other, results[0])

@@ -22,15 +22,20 @@ class KeptPlan:
 
     def __init__(self, plan: stack_plan.Plan) -> None:
         self._plan = plan
-        self._number = torch.ops.repavit_ops.fused_blocks_keep(*plan)
-        weakref.finalize(self, _drop, self._number).atexit = False
+        self._number: int | None = None  # once it is kept
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():  # where derivatives are looked for, every weight is looked at
             if torch._C._len_torch_dispatch_stack():  # whoever records operators gets the one that says it all
                 weights, plan, scalars = self._plan
                 return torch.ops.repavit_ops.fused_blocks.default(x, weights, plan=plan, scalars=scalars)
-            return torch.ops.repavit_ops.fused_blocks_kept.default(x, self._number)
+            return torch.ops.repavit_ops.fused_blocks_kept.default(x, self._number or self._keep())
+
+    def _keep(self) -> int:
+        number = torch.ops.repavit_ops.fused_blocks_keep(*self._plan)
+        weakref.finalize(self, _drop, number).atexit = False  # of two threads that come here at once, both numbers
+        self._number = number
+        return number
 
 
 def _drop(number: int) -> None:

@@ -136,7 +136,7 @@ class PartialGELUFFN(PackedWeights):
             self.bias,
             **self._static(),
             packed=self.packed(),
-            backend=self.backend,
+            backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:

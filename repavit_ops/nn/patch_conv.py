@@ -49,7 +49,7 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
             self.bias,
             patch=(self.kernel_size[0], self.kernel_size[1]),
             packed=self.packed(),
-            backend=self.backend,
+            backend=self.backend_for(x),
         )
         return y.permute(0, 3, 1, 2)
 

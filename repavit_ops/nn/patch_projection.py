@@ -81,7 +81,7 @@ class PatchProjection(PackedWeights):
             channels_last=self.channels_last,
             norm_eps=self.norm_eps,
             packed=self.packed(),
-            backend=self.backend,
+            backend=self.backend_for(x),
         )
         return y if self.channels_last else y.permute(0, 3, 1, 2)
 

@@ -102,7 +102,7 @@ class RepAttention(PackedWeights):
             attn_bias=attn_bias,
             **self._static(),
             packed=self.packed(),
-            backend=self.backend,
+            backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:

@@ -92,7 +92,7 @@ class WindowRepAttention(RepAttention):
             pad_kv=self.pad_kv,
             **self._window_static(x.shape[1:3]),
             packed=self.packed(),
-            backend=self.backend,
+            backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:
