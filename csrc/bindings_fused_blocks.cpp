@@ -88,7 +88,7 @@ class Run {
       if (x.size(i) != sizes_[static_cast<size_t>(i)]) return false;
     }
     for (const Source& source : sources_) {
-      if (source.tensor.const_data_ptr() != source.data || !source.tensor.is_contiguous()) return false;
+      if (!source.holds()) return false;
     }
     return true;
   }
@@ -110,9 +110,19 @@ class Run {
   }
 
  private:
+  // A tensor that steps point into, and what it was then: through .data it may have become another.
   struct Source {
     Tensor tensor;
     const void* data;
+    int64_t elements;
+    ScalarType type;
+
+    explicit Source(const Tensor& t)
+        : tensor(t), data(t.const_data_ptr()), elements(t.numel()), type(t.scalar_type()) {}
+    bool holds() const {
+      return tensor.const_data_ptr() == data && tensor.numel() == elements && tensor.scalar_type() == type &&
+             tensor.is_contiguous();
+    }
   };
 
   void read_from(std::initializer_list<MaybeTensor> vectors, const MaybeTensor& packed) {
@@ -123,7 +133,7 @@ class Run {
   void note(const MaybeTensor& t) {
     if (!t) return;
     if (!t->is_contiguous()) copied_ = true;
-    sources_.push_back({*t, t->const_data_ptr()});
+    sources_.emplace_back(*t);
   }
 
   DType dtype_;

@@ -72,8 +72,8 @@ def fuse(
 
     Args:
         model: any module; may itself be fusible. Modules that are shared are fused once and stay shared.
-        backend: "auto" takes each device's kernels and plain PyTorch where there are none; "reference", "cpp" and
-            "triton" are used or raise.
+        backend: "auto" takes each device's kernels, and plain PyTorch where there are none and for float64;
+            "reference", "cpp" and "triton" are used or raise.
         dtype: cast the whole model (bfloat16, float16, …). Shortcuts folded into a merged matrix are taken out again
             first where that rounds less, since rounding 1 + w loses w.
         filter_fn: called with (module, its name); False leaves a sub-block as it is, unmerged and unfused.

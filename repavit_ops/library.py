@@ -101,7 +101,7 @@ CPU_TOOLS = (
     "attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor",
     "window_attention_core(Tensor qkv, Tensor rel_bias, Tensor? padding, *, int num_heads, int d_qk, float scale, "
     "int[2] window, int[2] shift, bool roll_first=False) -> Tensor",
-    # a plan of fused_blocks that is read once: its number, calls by number, and the end of it (nn/route.py)
+    # a plan of fused_blocks that is read once: its number, calls by number, and the end of it (nn/kept_plan.py)
     "fused_blocks_keep(Tensor?[] weights, int[] plan, float[] scalars) -> int",
     "fused_blocks_kept(Tensor x, int kept) -> Tensor",
     "fused_blocks_drop(int kept) -> ()",

@@ -33,7 +33,7 @@ def fuse_patches(module: nn.Module, backend: Backend) -> nn.Module:
     if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         return module
     if type(module) is ConvStem:
-        return FusedConvStem.folding(module, backend)
+        return FusedConvStem.folding(module, backend) if module.as_built() else module
     if type(module) in (PatchEmbed, SwinPatchEmbed, _timm("timm.layers.patch_embed", "PatchEmbed")):
         if is_patch_conv(module.get_submodule("proj")):
             module.proj = PatchConv2d.replacing(module.get_submodule("proj"), backend)  # type: ignore[arg-type]

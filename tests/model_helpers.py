@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repavit_ops.models import SwinTransformer, VisionTransformer
 
@@ -59,6 +60,18 @@ def images(batch: int = 2, height: int = 32, width: int | None = None, seed: int
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator that is called, as namespace::name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def in_threads(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], times: int) -> list[Tensor]:

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import randomise, relative
+from model_helpers import Recorder, randomise, relative
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repavit_ops import backends, reference
 from repavit_ops.nn import (
@@ -191,11 +190,6 @@ def test_bad_arguments_are_named(build, message):
 
 @torch.no_grad()
 def test_float64_on_the_cpu_is_left_to_pytorch_unless_the_kernel_is_named():
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     modules = {
         "partial_gelu_ffn": (PartialGELUFFN(24, 16), (2, 5, 24)),
         "rep_attention": (RepAttention(24, 3), (2, 5, 24)),
@@ -208,11 +202,11 @@ def test_float64_on_the_cpu_is_left_to_pytorch_unless_the_kernel_is_named():
             for backend in ("auto", "cpp", "reference"):
                 if backends.why_unavailable(backend) is not None:
                     continue
-                module.backend, names = backend, []
+                module.backend = backend
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-                with Recorder():
+                with Recorder() as recorder:
                     results.append(module.to(dtype)(x))
                 kernel = backend == "cpp" or (backend == "auto" and dtype == torch.float32)
-                assert (f"repavit_ops::{operator}" in names) == kernel, (operator, dtype, backend)
+                assert (f"repavit_ops::{operator}" in recorder.calls) == kernel, (operator, dtype, backend)
             for other in results[1:]:
                 torch.testing.assert_close(other, results[0])

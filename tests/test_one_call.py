@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-from model_helpers import images, in_threads, randomise, tiny_swin, tiny_vit
+from model_helpers import Recorder, images, in_threads, randomise, tiny_swin, tiny_vit
 from op_helpers import DTYPES, assert_follows_rule, cast, randn, weight
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import repavit_ops
 from repavit_ops import backends, ops, reference, stack_plan
@@ -31,18 +30,6 @@ MODELS = {
     "swin_no_head": lambda: tiny_swin(num_classes=0),
 }
 CALLS = 8  # one image's ten logits are too few to compare two maxima of errors
-
-
-class Recorder(TorchDispatchMode):
-    """Every operator that is called."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append(func.name().split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def size_of(model):
@@ -70,6 +57,7 @@ def test_a_fused_model_is_one_call_and_follows_the_rule(name, batch, dtype):
     with Recorder() as recorder:
         ours = [fused(some) for some in batches]
     assert recorder.calls == ["repavit_ops::fused_blocks"] * len(batches)
+    assert torch.equal(torch.cat([fused(some) for some in batches]), torch.cat(ours))  # unrecorded: from the kept plan
     assert_follows_rule(torch.cat(ours), plain.to(dtype)(x), truth)
 
 

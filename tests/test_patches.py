@@ -7,14 +7,13 @@ import pickle
 
 import pytest
 import torch
-from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
+from model_helpers import Recorder, images, randomise, relative, tiny_swin, tiny_vit
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import repavit_ops
 from repavit_ops.models import LVViT
 from repavit_ops.models.lvvit import ConvStem
-from repavit_ops.nn import PatchConv2d, PatchProjection
+from repavit_ops.nn import ConvReLU2d, PatchConv2d, PatchProjection
 from repavit_ops.nn.patch_conv import is_patch_conv
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
@@ -153,16 +152,9 @@ POINTWISE = "mkldnn::_convolution_pointwise"
 
 def operators_of(call):
     """Names of the operators that a call takes."""
-    names = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.name().split(".")[0])
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
+    with Recorder() as recorder:
         call()
-    return names
+    return recorder.calls
 
 
 def stems(dtype=torch.float32):
@@ -214,7 +206,7 @@ def test_the_stem_is_pytorch_where_one_call_would_not_do():
 
 
 @torch.no_grad()
-def test_a_stem_without_statistics_is_refused():
+def test_a_stem_whose_statistics_are_not_finite_is_refused():
     model = tiny_lvvit()
     model.patch_embed.bn2.running_var.fill_(float("nan"))
     with pytest.raises(ValueError, match="running_var"):
@@ -226,3 +218,24 @@ def test_whoever_listens_keeps_the_stem():
     model = tiny_lvvit()
     model.patch_embed.bn1.register_forward_hook(lambda *_: None)
     assert type(repavit_ops.fuse(model).patch_embed) is ConvStem
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("bn2", nn.GroupNorm(4, 64)), ("conv2", nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))), ("proj", nn.Identity())],
+    ids=["norm", "convolution", "projection"],
+)
+def test_a_stem_with_other_parts_is_left_alone(name, part):
+    model = tiny_lvvit()
+    setattr(model.patch_embed, name, part.eval())
+    fused, x = repavit_ops.fuse(model, filter_fn=only_patches).patch_embed, images(1, 32)
+    assert type(fused) is ConvStem
+    assert torch.equal(fused(x), model.patch_embed(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str)
+def test_other_paddings_are_left_to_pytorch(config):
+    conv, x = ConvReLU2d(3, 8, 3, **config), images(1, 32)
+    assert torch.equal(conv(x), nn.functional.relu(nn.Conv2d.forward(conv, x)))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from model_helpers import Recorder
 from op_helpers import cast
 from test_partial_gelu_ffn import operands
 
@@ -75,14 +76,8 @@ def test_a_stack_on_another_device_is_called_block_by_block():
     entries = repavit_ops.fusion_report(fused).with_status("apart")
     assert [entry.name for entry in entries] == ["VisionTransformer", "blocks"]
     assert all("every sub-block is called by itself" in entry.note for entry in entries)
-    calls = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Recorder():
+    with torch.no_grad(), Recorder() as recorder:
         fused(torch.empty(1, 3, 224, 224, device="meta"))
+    calls = recorder.calls
     assert "repavit_ops::fused_blocks" not in calls
     assert calls.count("repavit_ops::rep_attention") == calls.count("repavit_ops::partial_gelu_ffn") == 2

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import reparam
 from ..backends import Backend
@@ -37,6 +38,11 @@ class ConvStem(nn.Module):
         self.conv3, self.bn3 = _conv(STEM_CHANNELS, kernel=3), nn.BatchNorm2d(STEM_CHANNELS)
         half = patch_size // 2
         self.proj = nn.Conv2d(STEM_CHANNELS, dim, kernel_size=half, stride=half, bias=bias)
+
+    def as_built(self) -> bool:
+        """Whether every part is still of the kind that the constructor made (BatchNorm of any kind)."""
+        convs, norms = (self.conv1, self.conv2, self.conv3, self.proj), (self.bn1, self.bn2, self.bn3)
+        return all(type(conv) is nn.Conv2d for conv in convs) and all(isinstance(bn, _BatchNorm) for bn in norms)
 
     def forward(self, x: Tensor) -> Tensor:
         check_divisible(x, self.patch_size)

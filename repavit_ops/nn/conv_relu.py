@@ -16,13 +16,13 @@ class ConvReLU2d(nn.Conv2d):
     """``relu(conv(x))``; on the CPU in one call whose result is channels-last in memory, as the next one wants it.
 
     Under gradients, autocast and ``torch.compile``, which fuses the two by itself, and where oneDNN does not take the
-    dtype, it is the formula in PyTorch.
+    dtype or the padding, it is the formula in PyTorch.
 
     Shapes:
         x, returns  [B, in_channels, H, W] → [B, out_channels, H', W']
 
     Args:
-        args, config: of ``nn.Conv2d``, with ``padding`` as numbers.
+        args, config: of ``nn.Conv2d``.
         backend: "reference" for PyTorch's formula in every case.
     """
 
@@ -38,15 +38,20 @@ class ConvReLU2d(nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *where, "relu", [], "")
 
     def _in_one_call(self, x: Tensor) -> bool:
-        known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         return (
-            known
-            and self.backend in ("auto", "cpp")
+            self.backend in ("auto", "cpp")
             and x.is_cpu
             and x.dim() == 4
             and x.numel() > 0
             and x.dtype == self.weight.dtype
-            and torch.backends.mkldnn.is_available()
-            and bool(torch.backends.mkldnn.enabled)
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and _onednn_takes(x.dtype)
             and why_not_now(self, x) is None
         )
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
