@@ -8,7 +8,7 @@
 //    batch and number of threads.
 #pragma once
 
-#include "gemm-inl.h"
+#include "fetch_rows-inl.h"
 #include "pack_keys-inl.h"
 #include "softmax-inl.h"
 
@@ -158,6 +158,7 @@ struct AttendScratch {
   A* sum;
   A* factor;
   A* lane_sums;  // per row and lane
+  FetchRows fetch;
 
   AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias) {
     const ptrdiff_t keys = keys_per_block(tokens);
@@ -251,7 +252,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
     }
     const A* mask = bias.mask != nullptr ? bias.mask + key : nullptr;
     gemm_direct(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
-                ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, mask, unit});
+                ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, mask, unit}, s.fetch);
     softmax_block(s, rows, keys, rest, key == 0);
 
     if (s.partial == nullptr) {
@@ -259,7 +260,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
     }
     const Rows<E> weights{s.weights, s.weight_stride, keys};
     gemm_direct(&weights, 1, rows, head.values + key * kPanelColumns, head.value_stride(), head.d_v,
-                WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0});
+                WeightedSum<O>{out, s.factor, s.partial, s.partial_stride, key == 0}, s.fetch);
   }
   if (s.partial == nullptr) return;
 

@@ -1,8 +1,9 @@
 // One call of (window_)rep_attention as every thread sees it: shapes, who does what, and how scratch is divided.
 //
-// A sequence is what attends to itself: an image or a window. As long as there are enough of them, a thread takes whole
-// sequences from the norm to the projection, with nothing shared ("whole"). The remaining few are split by rows
-// ("split"): first every block of rows adds its keys and values to shared panels, then every block attends and projects.
+// A sequence is what attends to itself: an image or a window. An item is a sequence with all its heads or, without
+// weights, which all heads would share, with one of them. As long as there are enough items, a thread takes them whole,
+// with nothing shared ("whole"). The remaining few are split by rows ("split"): first every block of rows adds its keys
+// and values to shared panels, then every block attends and projects.
 #pragma once
 
 #include "arena.h"
@@ -29,13 +30,14 @@ struct AttentionPlan {
   Windows<T> windows;             // read when args.windows
   A unit;                         // scale · log2 e
   ptrdiff_t length;               // tokens of a sequence
-  ptrdiff_t whole, split;         // sequences done whole, and by rows
-  ptrdiff_t group;                // whole sequences done together
-  ptrdiff_t blocks;               // blocks of rows of a split sequence
+  ptrdiff_t heads;                // of an item
+  ptrdiff_t whole, split;         // items done whole, and by rows
+  ptrdiff_t group;                // whole items done together
+  ptrdiff_t blocks;               // blocks of rows of a split item
   ptrdiff_t z_stride, qkv_stride, q_stride, o_stride;
 
-  // Shared by the threads: bias tables and masks, and per split sequence and head q and panels.
-  A* tables = nullptr;
+  // Shared by the threads: a row of zeros, and per split item and head q and panels.
+  A* zeros = nullptr;
   E* q = nullptr;
   E* keys = nullptr;
   E* values = nullptr;
@@ -47,7 +49,7 @@ struct AttentionPlan {
         windows(a.windows != nullptr ? *a.windows : kNoWindows),
         unit(static_cast<A>(a.scale * kLog2EExact)),
         length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)),
-        whole(0), split(sequences()), group(1), blocks(by_rows.blocks) {
+        heads(panels != nullptr ? layout.heads : 1), whole(0), split(items()), group(1), blocks(by_rows.blocks) {
     z_stride = scratch_stride<E>(layout.channels);
     qkv_stride = scratch_stride<E>(layout.head_columns);
     q_stride = scratch_stride<E>(layout.d_qk);
@@ -55,9 +57,11 @@ struct AttentionPlan {
   }
 
   bool windowed() const { return args.windows != nullptr; }
-  ptrdiff_t sequences() const {
-    return static_cast<ptrdiff_t>(args.batch) * (windowed() ? windows.per_image() : 1);
+  ptrdiff_t items() const {
+    return static_cast<ptrdiff_t>(args.batch) * (windowed() ? windows.per_image() : 1) * (layout.heads / heads);
   }
+  ptrdiff_t sequence_of(ptrdiff_t item) const { return item * heads / layout.heads; }
+  ptrdiff_t first_head(ptrdiff_t item) const { return item * heads % layout.heads; }
   // q, k and v are read where they stand, with no scratch of their own.
   bool in_place() const { return panels == nullptr && IsSame<T, E>::value; }
   // Without a bias, a scale that is not positive would make the least score the greatest.
@@ -66,62 +70,50 @@ struct AttentionPlan {
   ptrdiff_t table_stride() const { return windowed() ? windows.table_stride : scratch_stride<A>(length); }
   // Bias tables of the heads, then masks of the classes but the first, which has none.
   ptrdiff_t table_count() const { return windowed() ? layout.heads + windows.classes() - 1 : 0; }
-  A* table(ptrdiff_t i) const { return tables + i * length * table_stride(); }
+  ptrdiff_t table_elements() const { return length * table_stride(); }
   ptrdiff_t block_begin(ptrdiff_t block) const { return row_begin<E>(length, blocks, block); }
 
   HeadPanels<E> head_panels(E* k, E* v) const { return {length, layout.d_qk, layout.d_v, k, v}; }
   ptrdiff_t key_elements() const { return HeadPanels<E>::key_elements(length, layout.d_qk); }
   ptrdiff_t value_elements() const { return HeadPanels<E>::value_elements(length, layout.d_v); }
 
-  // Panels and q of one head of a split sequence.
-  HeadPanels<E> shared_panels(ptrdiff_t sequence, ptrdiff_t head) const {
-    const ptrdiff_t i = sequence * layout.heads + head;
-    return head_panels(keys + i * key_elements(), values + i * value_elements());
+  // Panels and q of split item `index`, of head `i` of its heads.
+  HeadPanels<E> shared_panels(ptrdiff_t index, ptrdiff_t i) const {
+    const ptrdiff_t at = index * heads + i;
+    return head_panels(keys + at * key_elements(), values + at * value_elements());
   }
-  E* shared_q(ptrdiff_t sequence, ptrdiff_t head) const {
-    return q != nullptr ? q + (sequence * layout.heads + head) * length * q_stride : nullptr;
+  E* shared_q(ptrdiff_t index, ptrdiff_t i) const {
+    return q != nullptr ? q + (index * heads + i) * length * q_stride : nullptr;
   }
 
   void carve_shared(Carver& carver) {
-    const ptrdiff_t heads = split * layout.heads;
-    tables = carver.take<A>(zero_table() ? table_stride() : table_count() * length * table_stride());
-    keys = carver.take<E>(heads * key_elements());
-    values = carver.take<E>(heads * value_elements());
-    q = in_place() ? nullptr : carver.take<E>(heads * length * q_stride);
+    const ptrdiff_t count = split * heads;
+    zeros = carver.take<A>(zero_table() ? table_stride() : 0);
+    keys = carver.take<E>(count * key_elements());
+    values = carver.take<E>(count * value_elements());
+    q = in_place() ? nullptr : carver.take<E>(count * length * q_stride);
   }
 
-  ScoreBias<T> score_bias(ptrdiff_t sequence, ptrdiff_t head) const {
-    ScoreBias<T> bias;
-    if (windowed()) {
-      bias.table_stride = table_stride();
-      bias.table = table(head);
-      const int window_class = windows.class_of(sequence);
-      if (window_class > 0) bias.mask = table(layout.heads + window_class - 1);
-    } else if (args.attn_bias != nullptr) {
-      const int64_t* strides = args.attn_bias_strides;
-      bias.rows = static_cast<const T*>(args.attn_bias) + sequence * strides[0] + head * strides[1];
-      bias.row_stride = static_cast<ptrdiff_t>(strides[2]);
-      bias.column_stride = static_cast<ptrdiff_t>(strides[3]);
-    } else if (zero_table()) {
-      bias.table = tables;
-    }
-    return bias;
+  void fill_zero_table() const {
+    if (!zero_table()) return;
+    for (ptrdiff_t j = 0; j < table_stride(); ++j) zeros[j] = j < length ? 0 : kMasked<A>;
   }
 
  private:
   static constexpr WindowGrid kNoWindows{{0, 0}, {1, 1}, {0, 0}, false, nullptr, nullptr};
 
   void share_work(int threads) {
-    constexpr ptrdiff_t kManyPerThread = 8;               // one sequence more or less is then no imbalance
+    constexpr ptrdiff_t kManyPerThread = 8;               // one item more or less is then no imbalance
     constexpr ptrdiff_t kGroupRows = 98;                  // rows that meet each panel of weights: seven tiles of 14
-    const ptrdiff_t n = sequences();
-    const int64_t width = layout.heads * layout.head_columns;
-    const int64_t per_row = width * (layout.channels + length) + layout.channels_out * layout.heads * layout.d_v;
+    const ptrdiff_t n = items();
+    const int64_t width = heads * layout.head_columns;
+    const int64_t depth = panels != nullptr ? layout.channels : 0;
+    const int64_t per_row = width * (depth + length) + layout.channels_out * heads * layout.d_v;
     const ptrdiff_t owners = useful_threads(2 * per_row * length * n, threads);
     split = n >= kManyPerThread * owners ? 0 : n % owners;
     whole = n - split;
     const ptrdiff_t each = whole / owners;
-    group = windowed() ? least(kGroupRows / length, each) : 1;
+    group = windowed() && panels != nullptr ? least(kGroupRows / length, each) : 1;
     while (group > 1 && each < kManyPerThread && each % group != 0) --group;
     if (group < 1) group = 1;
     blocks = row_blocks<E>(length, split, owners);

@@ -98,7 +98,7 @@ struct RowPhase {
     }
     if (end == stack.args.count) return;
     attention(end, next, [&](const AttentionPlan<T>& plan, AttentionScratch<T>& scratch) {
-      if (item == 0) fill_tables(plan, kSerial);
+      if (item == 0) plan.fill_zero_table();
       prepare_block(plan, index, block, scratch);
     });
   }

@@ -157,27 +157,31 @@ struct Tile {
   }
 };
 
-// Fetches a panel, kBytes of each of its rows, ahead of where it is read.
-template <class T, int kBytes>
-struct FetchAhead {
+// What a product asks memory for in front of each group of k: its panel, kBytes of each row of it, ahead of where it is
+// read. `left` more groups of the round follow.
+struct FetchPanel {
   static constexpr int kDistance = 8192;  // bytes
-  REPAVIT_INLINE void operator()(const T* b, int) const {
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(b) + kDistance + line);
+  template <int kBytes>
+  REPAVIT_INLINE void ahead_of(const void* panel, int) const {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(static_cast<const char*>(panel) + kDistance + line);
   }
 };
 
 // One tile: rows [row, row + kRows) of C, `valid` columns from `col` on (1 <= valid <= kVectors * kLanes).
 // panel points at that column of the panel. Segment i's panel part stands on segment i + 1's.
-template <int kRows, int kVectors, class T, class Epilogue>
+template <int kRows, int kVectors, class T, class Epilogue, class Fetch>
 __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, const T* panel, ptrdiff_t row, ptrdiff_t col,
-                                        int valid, const Epilogue& epilogue) {
+                                        int valid, const Epilogue& epilogue, Fetch& fetch) {
   using TileOf = Tile<T, kRows, kVectors>;
   TileOf tile;
   tile.clear();
   alignas(64) typename TileOf::E storage[TileOf::kChains ? kRows * kVectors * TileOf::S::kLanes : 1];
   auto* total = &storage[0];
   __asm__("" : "+r"(total));  // or gcc warns of values that `chains` guards
-  FetchAhead<T, kVectors * TileOf::S::kLanes * TileOf::kStep * static_cast<int>(sizeof(T))> fetch;
+  constexpr int kBytes = kVectors * TileOf::S::kLanes * TileOf::kStep * static_cast<int>(sizeof(T));
+  const auto ahead = [&fetch](const T* b, int left) __attribute__((always_inline)) {
+    fetch.template ahead_of<kBytes>(b, left);
+  };
   int chains = 0;
   for (int s = 0; s < count; ++s) {
     const Rows<T>& segment = segments[s];
@@ -186,7 +190,7 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
       ++chains;
       const ptrdiff_t left = segment.depth - k, depth = left < TileOf::kChain ? left : TileOf::kChain;
       const Rows<T> a{segment.data + row * segment.stride + k, segment.stride, depth};
-      tile.template accumulate<kPanelColumns * kInterleave<T>>(a, panel, fetch);
+      tile.template accumulate<kPanelColumns * kInterleave<T>>(a, panel, ahead);
       panel += panel_elements<T>(depth);
       if (depth == left) break;
     }
@@ -196,19 +200,20 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
   for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
 }
 
-template <int kMaxRows, int kVectors, class T, class Epilogue>
+template <int kMaxRows, int kVectors, class T, class Epilogue, class Fetch>
 REPAVIT_INLINE void choose_rows(int rows, const Rows<T>* segments, int count, const T* panel, ptrdiff_t row,
-                                ptrdiff_t col, int valid, const Epilogue& epilogue) {
-  if (rows == kMaxRows) return run_tile<kMaxRows, kVectors>(segments, count, panel, row, col, valid, epilogue);
+                                ptrdiff_t col, int valid, const Epilogue& epilogue, Fetch& fetch) {
+  if (rows == kMaxRows) return run_tile<kMaxRows, kVectors>(segments, count, panel, row, col, valid, epilogue, fetch);
   if constexpr (kMaxRows > 1) {
-    choose_rows<kMaxRows - 1, kVectors>(rows, segments, count, panel, row, col, valid, epilogue);
+    choose_rows<kMaxRows - 1, kVectors>(rows, segments, count, panel, row, col, valid, epilogue, fetch);
   }
 }
 
-// As gemm below, for few rows: the panels are read as they stand, once per tile.
-template <class T, class Epilogue>
+// As gemm below, for few rows: the panels are read as they stand, once per tile. `fetch` may ask for other memory than
+// theirs.
+template <class T, class Epilogue, class Fetch>
 void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
-                 ptrdiff_t columns, const Epilogue& epilogue) {
+                 ptrdiff_t columns, const Epilogue& epilogue, Fetch& fetch) {
   constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
   const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panels += panel_stride) {
@@ -220,9 +225,10 @@ void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* pa
         const ptrdiff_t row = rows * t / tiles;
         const int height = static_cast<int>(rows * (t + 1) / tiles - row);
         if (valid > kLanes) {
-          choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue);
+          choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue,
+                                                fetch);
         } else {
-          choose_rows<kTileRows, 1>(height, segments, count, panel, row, col, valid, epilogue);
+          choose_rows<kTileRows, 1>(height, segments, count, panel, row, col, valid, epilogue, fetch);
         }
       }
     }
@@ -254,7 +260,8 @@ REPAVIT_INLINE void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, con
 #if REPAVIT_ISA_LEVEL < 2
   gemm_chunked(segments, count, rows, panels, panel_stride, columns, epilogue);
 #else
-  gemm_direct(segments, count, rows, panels, panel_stride, columns, epilogue);
+  FetchPanel fetch;
+  gemm_direct(segments, count, rows, panels, panel_stride, columns, epilogue, fetch);
 #endif
 }
 

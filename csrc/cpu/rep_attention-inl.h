@@ -4,246 +4,20 @@
 // 2. LayerNorm gathers the rows of a sequence into scratch and the projection's epilogue scatters them back: windows need
 //    no other copy.
 // 3. Threads own sequences, or blocks of rows of one (attention_plan-inl.h); forks follow each other, nothing waits.
+// 4. Without weights q, k and v come from outer memory and o goes there: while one head attends, the lines of the next are
+//    asked for.
 #pragma once
 
-#include "attention_plan-inl.h"
-#include "layernorm-inl.h"
+#include "attention_rows-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Store to a head's q | k | v: acc + bias. Scratch rows have whole panels of columns.
-template <class T>
-struct QkvToScratch {
-  using S = SimdOf<T>;
-  using V = typename S::V;
-  Operand<T>* out;
-  ptrdiff_t stride;
-  const Accumulator<T>* bias;  // whole panels of columns
-
-  template <int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int) const {
-    REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) {
-      S::store(out + row * stride + col + i * S::kLanes, acc[i] + S::load(bias + col + i * S::kLanes));
-    }
-  }
-};
-
-// Store to y, wherever the row's token stands: acc [+ bias] [+ x].
-template <class T>
-struct ProjectionToTokens {
-  using S = SimdOf<T>;
-  using V = typename S::V;
-  TokenRows<T> y;
-  TokenRows<const T> residual;  // data null: none
-  const T* bias;                // [columns] or null
-
-  template <int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
-    T* out = y[row];
-    if (out == nullptr) return;
-    const T* shortcut = residual.data != nullptr ? residual[row] : nullptr;
-    REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) {
-      V v = acc[i];
-      const ptrdiff_t at = col + i * S::kLanes;
-      const int n = valid - i * S::kLanes;
-      if (n >= S::kLanes) {
-        if (bias != nullptr) v += S::load(bias + at);
-        if (shortcut != nullptr) v += S::load(shortcut + at);
-        S::store(out + at, v);
-      } else if (n > 0) {
-        if (bias != nullptr) v += S::load(bias + at, n);
-        if (shortcut != nullptr) v += S::load(shortcut + at, n);
-        S::store(out + at, v, n);
-      }
-    }
-  }
-};
-
-// One thread's part of the memory. `rows` is the most it handles at a time.
-template <class T>
-struct AttentionScratch {
-  using Plan = AttentionPlan<T>;
-  using E = typename Plan::E;
-  using A = typename Plan::A;
-  ptrdiff_t* tokens;  // of the rows at hand; unused where they follow each other
-  E* z;               // [rows, C]
-  A* bias;            // b_qkv of one head
-  E* zeros;           // q of a padded token, and its k and v where nothing else is given
-  E* qkv;             // [rows, q | k | v of one head]
-  E *keys, *values;   // panels of one head of one sequence
-  E* o;               // [rows, h d_v]
-  AttendScratch<E> attend;
-
-  AttentionScratch(Carver& carver, const Plan& plan, ptrdiff_t rows)
-      : tokens(carver.take<ptrdiff_t>(plan.windowed() ? rows : 0)),
-        z(carver.take<E>(plan.panels != nullptr ? rows * plan.z_stride : 0)),
-        bias(carver.take<A>(plan.qkv_stride)),
-        zeros(carver.take<E>(plan.qkv_stride)),
-        qkv(carver.take<E>(plan.in_place() ? 0 : rows * plan.qkv_stride)),
-        keys(carver.take<E>(plan.key_elements())),
-        values(carver.take<E>(plan.value_elements())),
-        o(carver.take<E>(plan.panels != nullptr ? rows * plan.o_stride : 0)),
-        attend(carver, plan.length, plan.layout.d_qk, plan.layout.d_v, plan.args.attn_bias != nullptr) {
-    for (ptrdiff_t i = 0; i < plan.qkv_stride && zeros != nullptr; ++i) zeros[i] = E{};
-  }
-};
-
-// This thread's, until it asks its arena again.
-template <class T>
-AttentionScratch<T> thread_scratch(const AttentionPlan<T>& plan, ptrdiff_t rows) {
-  Carver count;
-  (void)AttentionScratch<T>(count, plan, rows);
-  Carver carver(thread_arena(count.bytes()));
-  return {carver, plan, rows};
-}
-
-template <class E>
-struct HeadRows {
-  TokenRows<const E> q, k, v;
-};
-
-// Rows of x and of y that `rows` tokens from `row` of a sequence on occupy (several whole sequences: row 0).
-template <class T>
-struct Tokens {
-  ptrdiff_t count;
-  TokenRows<const T> x;
-  TokenRows<T> y;
-};
-
-template <class T>
-Tokens<T> locate(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t* tokens) {
-  const RepAttentionArgs& args = plan.args;
-  const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
-  const ptrdiff_t y_stride = plan.panels != nullptr ? plan.layout.channels_out : plan.layout.heads * plan.layout.d_v;
-  const TokenRows<const T> x{static_cast<const T*>(args.x), x_stride};
-  const TokenRows<T> y{static_cast<T*>(args.y), y_stride};
-  if (!plan.windowed()) {
-    const ptrdiff_t first = sequence * plan.length + row;
-    return {rows, x.from(first), y.from(first)};
-  }
-  for (ptrdiff_t done = 0; done < row + rows; done += plan.length) {
-    plan.windows.locate(sequence + done / plan.length, tokens + done);
-  }
-  return {rows, {x.data, x_stride, tokens + row}, {y.data, y_stride, tokens + row}};
-}
-
-// z = the rows, or their LayerNorm core; zeros for padded tokens.
-template <class T>
-void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>* z) {
-  const ptrdiff_t channels = plan.layout.channels;
-  for (ptrdiff_t r = 0; r < at.count; ++r, z += plan.z_stride) {
-    const T* x = at.x[r];
-    for (ptrdiff_t k = x != nullptr ? channels : 0; k < channels || k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
-    if (x == nullptr) continue;
-    if (plan.args.normalize) {
-      layer_norm_row(x, z, channels, plan.args.norm_eps);
-    } else {
-      convert_row(x, z, channels);
-    }
-  }
-}
-
-// q | k | v of one head and padded token; q is never used.
-template <class T>
-void padded_row(const AttentionPlan<T>& plan, ptrdiff_t head, Operand<T>* row) {
-  const AttentionLayout<T>& layout = plan.layout;
-  const T* padding = static_cast<const T*>(plan.args.windows->padding);
-  convert_row(padding + head * layout.d_qk, row + layout.d_qk, layout.d_qk);
-  convert_row(padding + layout.heads * layout.d_qk + head * layout.d_v, row + 2 * layout.d_qk, layout.d_v);
-}
-
-// The product of z with one head's weights, in qkv.
-template <class T>
-void project_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, const Operand<T>* z,
-                  Operand<T>* qkv, Accumulator<T>* bias) {
-  const AttentionLayout<T>& layout = plan.layout;
-  for (ptrdiff_t i = 0; i < plan.qkv_stride; ++i) bias[i] = 0;
-  if (const T* b = static_cast<const T*>(plan.args.b_qkv)) {
-    convert_row(b + layout.qkv_row(head, 0), bias, layout.d_qk);
-    convert_row(b + layout.qkv_row(head, layout.d_qk), bias + layout.d_qk, layout.d_qk);
-    convert_row(b + layout.qkv_row(head, 2 * layout.d_qk), bias + 2 * layout.d_qk, layout.d_v);
-  }
-  const Rows<T> rows{z, plan.z_stride, layout.channels};
-  gemm(&rows, 1, at.count, plan.panels + head * layout.head_stride, layout.qkv_stride, layout.head_columns,
-       QkvToScratch<T>{qkv, plan.qkv_stride, bias});
-  if (!plan.windowed() || plan.args.windows->padding == nullptr) return;
-  for (ptrdiff_t r = 0; r < at.count; ++r) {
-    if (at.x.tokens[r] == kPaddedToken) padded_row(plan, head, qkv + r * plan.qkv_stride);
-  }
-}
-
-// q, k and v of one head: computed from z, or taken from rows of q | k | v as they are or converted.
-template <class T>
-HeadRows<Operand<T>> head_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at,
-                               AttentionScratch<T>& s, Operand<T>* qkv) {
-  using E = Operand<T>;
-  const AttentionLayout<T>& layout = plan.layout;
-  const ptrdiff_t k = layout.d_qk, v = 2 * layout.d_qk;
-  if (plan.panels != nullptr) {
-    project_head(plan, head, at, s.z, qkv, s.bias);
-  } else {
-    const bool padded = plan.windowed() && plan.args.windows->padding != nullptr;
-    if (padded) padded_row(plan, head, s.zeros);
-    const ptrdiff_t columns[3] = {layout.qkv_row(head, 0), layout.qkv_row(head, k), layout.qkv_row(head, v)};
-    if constexpr (IsSame<T, E>::value) {
-      const auto part = [&](int i, ptrdiff_t offset) {
-        return TokenRows<const E>{at.x.data + columns[i], at.x.stride, at.x.tokens, s.zeros + offset};
-      };
-      return {part(0, 0), part(1, k), part(2, v)};
-    } else {
-      for (ptrdiff_t r = 0; r < at.count; ++r) {
-        E* row = qkv + r * plan.qkv_stride;
-        if (const T* x = at.x[r]) {
-          convert_row(x + columns[0], row, k);
-          convert_row(x + columns[1], row + k, k);
-          convert_row(x + columns[2], row + v, layout.d_v);
-        } else {
-          __builtin_memcpy(row, s.zeros, sizeof(E) * static_cast<size_t>(layout.head_columns));
-        }
-      }
-    }
-  }
-  return {{qkv, plan.qkv_stride}, {qkv + k, plan.qkv_stride}, {qkv + v, plan.qkv_stride}};
-}
-
-// The rows from `first` of `at` on attend to one head's panels; o goes to scratch for the projection, or to y itself.
-template <class T>
-void attend_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const HeadPanels<Operand<T>>& panels,
-                 const TokenRows<const Operand<T>>& q, ptrdiff_t rows, const ScoreBias<T>& bias, const Tokens<T>& at,
-                 ptrdiff_t first, AttentionScratch<T>& s) {
-  const ptrdiff_t column = head * plan.layout.d_v;
-  if (plan.panels != nullptr) {
-    const TokenRows<Operand<T>> o{s.o + first * plan.o_stride + column, plan.o_stride};
-    attend(panels, q, rows, plan.unit, bias, o, s.attend);
-  } else {
-    const TokenRows<T> o{at.y.data + column, at.y.stride, at.y.tokens};
-    attend(panels, q, rows, plan.unit, bias, o.from(first), s.attend);
-  }
-}
-
-template <class T>
-void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>* o) {
-  if (plan.panels == nullptr) return;
-  const AttentionLayout<T>& layout = plan.layout;
-  const ptrdiff_t depth = layout.heads * layout.d_v;
-  for (ptrdiff_t r = 0; r < at.count; ++r) {
-    for (ptrdiff_t k = depth; k % kInterleave<T> != 0; ++k) o[r * plan.o_stride + k] = Operand<T>{};
-  }
-  const Rows<T> rows{o, plan.o_stride, depth};
-  TokenRows<const T> residual = at.x;
-  if (!plan.args.residual) residual.data = nullptr;
-  gemm(&rows, 1, at.count, plan.panels + layout.proj_offset, layout.proj_stride, layout.channels_out,
-       ProjectionToTokens<T>{at.y, residual, static_cast<const T*>(plan.args.b_proj)});
-}
-
-// `count` whole sequences from `sequence` on.
+// `count` whole sequences from `sequence` on, with weights.
 template <class T>
 void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t count, AttentionScratch<T>& s) {
   const Tokens<T> at = locate(plan, sequence, 0, count * plan.length, s.tokens);
-  if (plan.panels != nullptr) gather_input(plan, at, s.z);
+  gather_input(plan, at, s.z);
   const auto panels = plan.head_panels(s.keys, s.values);
   for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
     const auto rows = head_rows(plan, head, at, s, s.qkv);
@@ -251,24 +25,64 @@ void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t co
       const ptrdiff_t first = i * plan.length;
       pack_keys(rows.k.from(first), 0, plan.length, panels);
       pack_values(rows.v.from(first), 0, plan.length, panels);
-      const ScoreBias<T> bias = plan.score_bias(sequence + i, head);
+      const ScoreBias<T> bias = score_bias(plan, sequence + i, head, s);
       attend_rows(plan, head, panels, rows.q.from(first), plan.length, bias, at, first, s);
     }
   }
   project_output(plan, at, s.o);
 }
 
-// One block of rows of the split sequence `index`: its keys and values join the shared panels.
+// Asks for q, k and v of a head, in the order in which they are read, and for where its o goes.
+template <class T>
+void fetch_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, FetchRows& fetch) {
+  const AttentionLayout<T>& layout = plan.layout;
+  const auto want = [&](auto rows, ptrdiff_t column, ptrdiff_t columns) {
+    rows.data += column;
+    fetch.want(rows, at.count, columns);
+  };
+  want(at.x, layout.qkv_row(head, layout.d_qk), layout.d_qk);
+  want(at.x, layout.qkv_row(head, 2 * layout.d_qk), layout.d_v);
+  want(at.x, layout.qkv_row(head, 0), layout.d_qk);
+  want(at.y, head * layout.d_v, layout.d_v);
+}
+
+// Whole items [begin, end) without weights: a head each.
+template <class T>
+void attend_heads(const AttentionPlan<T>& plan, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+  const auto panels = plan.head_panels(s.keys, s.values);
+  Tokens<T> at = locate(plan, plan.sequence_of(begin), 0, plan.length, s.tokens);
+  for (ptrdiff_t item = begin; item < end; ++item) {
+    const ptrdiff_t sequence = plan.sequence_of(item), next = plan.sequence_of(item + 1);
+    Tokens<T> after = at;
+    if (next != sequence && item + 1 < end) {
+      after = locate(plan, next, 0, plan.length, s.next_tokens);
+      ptrdiff_t* const tokens = s.tokens;
+      s.tokens = s.next_tokens;
+      s.next_tokens = tokens;
+    }
+    s.attend.fetch.forget();
+    if (item + 1 < end) fetch_head(plan, plan.first_head(item + 1), after, s.attend.fetch);
+    const ptrdiff_t head = plan.first_head(item);
+    const auto rows = head_rows(plan, head, at, s, s.qkv);
+    pack_keys(rows.k, 0, plan.length, panels);
+    pack_values(rows.v, 0, plan.length, panels);
+    attend_rows(plan, head, panels, rows.q, plan.length, score_bias(plan, sequence, head, s), at, 0, s);
+    at = after;
+  }
+}
+
+// One block of rows of the split item `index`: its keys and values join the shared panels.
 template <class T>
 void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
   const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
-  const Tokens<T> at = locate(plan, plan.whole + index, begin, end - begin, s.tokens);
+  const ptrdiff_t item = plan.whole + index;
+  const Tokens<T> at = locate(plan, plan.sequence_of(item), begin, end - begin, s.tokens);
   if (plan.panels != nullptr) gather_input(plan, at, s.z);
-  for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
-    const auto rows = head_rows(plan, head, at, s, s.qkv);
-    pack_keys(rows.k, begin, end, plan.shared_panels(index, head));
-    pack_values(rows.v, begin, end, plan.shared_panels(index, head));
-    if (auto* q = plan.shared_q(index, head)) {  // k and v are not wanted any more
+  for (ptrdiff_t i = 0; i < plan.heads; ++i) {
+    const auto rows = head_rows(plan, plan.first_head(item) + i, at, s, s.qkv);
+    pack_keys(rows.k, begin, end, plan.shared_panels(index, i));
+    pack_values(rows.v, begin, end, plan.shared_panels(index, i));
+    if (auto* q = plan.shared_q(index, i)) {  // k and v are not wanted any more
       for (ptrdiff_t r = 0; r < end - begin; ++r) {
         copy_elements(rows.q[r], q + (begin + r) * plan.q_stride, plan.layout.d_qk);
       }
@@ -276,48 +90,30 @@ void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t bloc
   }
 }
 
-// One block of rows of the split sequence `index`, once all its panels are there.
+// One block of rows of the split item `index`, once all its panels are there.
 template <class T>
 void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
   using E = typename AttentionPlan<T>::E;
   const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
-  const ptrdiff_t sequence = plan.whole + index;
+  const ptrdiff_t item = plan.whole + index, sequence = plan.sequence_of(item);
   const Tokens<T> at = locate(plan, sequence, begin, end - begin, s.tokens);
-  for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
+  for (ptrdiff_t i = 0; i < plan.heads; ++i) {
+    const ptrdiff_t head = plan.first_head(item) + i;
     TokenRows<const E> q;
-    if (const E* shared = plan.shared_q(index, head)) {
+    if (const E* shared = plan.shared_q(index, i)) {
       q = {shared + begin * plan.q_stride, plan.q_stride};
     } else {
       q = head_rows(plan, head, at, s, static_cast<E*>(nullptr)).q;
     }
-    attend_rows(plan, head, plan.shared_panels(index, head), q, end - begin,
-                plan.score_bias(sequence, head).from(begin), at, 0, s);
+    attend_rows(plan, head, plan.shared_panels(index, i), q, end - begin,
+                score_bias(plan, sequence, head, s).from(begin), at, 0, s);
   }
   project_output(plan, at, s.o);
 }
 
-template <class T>
-void fill_tables(const AttentionPlan<T>& plan, const Pool& pool) {
-  if (plan.zero_table()) {
-    Accumulator<T>* row = plan.tables;
-    for (ptrdiff_t j = 0; j < plan.table_stride(); ++j) row[j] = j < plan.length ? 0 : kMasked<Accumulator<T>>;
-  }
-  const auto body = [](void* raw, int64_t begin, int64_t end) {
-    const AttentionPlan<T>& p = *static_cast<const AttentionPlan<T>*>(raw);
-    for (ptrdiff_t i = static_cast<ptrdiff_t>(begin); i < end; ++i) {
-      if (i < p.layout.heads) {
-        p.windows.fill_table(i, p.table(i));
-      } else {
-        p.windows.fill_mask(static_cast<int>(i - p.layout.heads) + 1, p.table(i));
-      }
-    }
-  };
-  if (plan.table_count() > 0) pool.run(plan.table_count(), body, const_cast<AttentionPlan<T>*>(&plan));
-}
-
-// Runs `step(plan, item, scratch)` for each of `items`; a thread asks for its scratch once.
+// Runs `step(plan, begin, end, scratch)` for ranges of `count`; a thread asks for its scratch once.
 template <class T, class Step>
-void for_each_item(const AttentionPlan<T>& plan, const Pool& pool, ptrdiff_t items, ptrdiff_t rows, const Step& step) {
+void for_ranges(const AttentionPlan<T>& plan, const Pool& pool, ptrdiff_t count, ptrdiff_t rows, const Step& step) {
   struct Context {
     const AttentionPlan<T>& plan;
     ptrdiff_t rows;
@@ -326,9 +122,9 @@ void for_each_item(const AttentionPlan<T>& plan, const Pool& pool, ptrdiff_t ite
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
     AttentionScratch<T> scratch = thread_scratch(c.plan, c.rows);
-    for (int64_t i = begin; i < end; ++i) c.step(c.plan, static_cast<ptrdiff_t>(i), scratch);
+    c.step(c.plan, static_cast<ptrdiff_t>(begin), static_cast<ptrdiff_t>(end), scratch);
   };
-  if (items > 0) pool.run(items, body, &context);
+  if (count > 0) pool.run(count, body, &context);
 }
 
 // (window_)rep_attention_<T>: see RepAttentionArgs.
@@ -340,21 +136,22 @@ void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
   plan.carve_shared(count);
   Carver carver(shared_arena(count.bytes()));
   plan.carve_shared(carver);
-  fill_tables(plan, pool);
+  plan.fill_zero_table();
 
-  const auto whole = [](const AttentionPlan<T>& p, ptrdiff_t i, AttentionScratch<T>& s) {
-    attend_whole(p, i * p.group, least(p.group, p.whole - i * p.group), s);
+  const auto whole = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+    if (p.panels == nullptr) return attend_heads(p, begin, end, s);
+    for (ptrdiff_t i = begin; i < end; ++i) attend_whole(p, i * p.group, least(p.group, p.whole - i * p.group), s);
   };
-  const auto prepare = [](const AttentionPlan<T>& p, ptrdiff_t i, AttentionScratch<T>& s) {
-    prepare_block(p, i / p.blocks, i % p.blocks, s);
+  const auto prepare = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+    for (ptrdiff_t i = begin; i < end; ++i) prepare_block(p, i / p.blocks, i % p.blocks, s);
   };
-  const auto finish = [](const AttentionPlan<T>& p, ptrdiff_t i, AttentionScratch<T>& s) {
-    attend_block(p, i / p.blocks, i % p.blocks, s);
+  const auto finish = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+    for (ptrdiff_t i = begin; i < end; ++i) attend_block(p, i / p.blocks, i % p.blocks, s);
   };
-  const ptrdiff_t items = plan.split * plan.blocks;
-  for_each_item(plan, pool, (plan.whole + plan.group - 1) / plan.group, plan.group * plan.length, whole);
-  for_each_item(plan, pool, items, plan.length, prepare);
-  for_each_item(plan, pool, items, plan.length, finish);
+  const ptrdiff_t blocks = plan.split * plan.blocks;
+  for_ranges(plan, pool, (plan.whole + plan.group - 1) / plan.group, plan.group * plan.length, whole);
+  for_ranges(plan, pool, blocks, plan.length, prepare);
+  for_ranges(plan, pool, blocks, plan.length, finish);
 }
 
 }  // namespace REPAVIT_ISA

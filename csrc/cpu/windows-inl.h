@@ -60,16 +60,21 @@ struct Windows {
     const ptrdiff_t height = static_cast<ptrdiff_t>(grid.window[0]), width = static_cast<ptrdiff_t>(grid.window[1]);
     const ptrdiff_t cut_y = window_class & 2 ? height - static_cast<ptrdiff_t>(grid.shift[0]) : height;
     const ptrdiff_t cut_x = window_class & 1 ? width - static_cast<ptrdiff_t>(grid.shift[1]) : width;
-    for (ptrdiff_t i = 0; i < tokens; ++i, mask += table_stride) {
-      const bool below = i / width >= cut_y, right = i % width >= cut_x;
-      A* out = mask;
-      for (ptrdiff_t y = 0; y < height; ++y) {
-        const bool apart = (y >= cut_y) != below;
-        for (ptrdiff_t x = 0; x < width; ++x) {
-          *out++ = apart || (x >= cut_x) != right ? static_cast<A>(kShiftMask * kLog2EExact) : A{0};
-        }
+    const auto right_of = [&](ptrdiff_t x) { return x >= cut_x; };
+    const auto below = [&](ptrdiff_t y) { return y >= cut_y; };
+    for (ptrdiff_t i = 0; i < tokens; ++i) {
+      const ptrdiff_t y = i / width, x = i % width;
+      A* row = mask + i * table_stride;
+      // Most rows are those of a neighbour on the same side of both cuts.
+      const ptrdiff_t same = x > 0 && right_of(x) == right_of(x - 1) ? 1 : y > 0 && below(y) == below(y - 1) ? width : 0;
+      if (same > 0) {
+        copy_elements(row - same * table_stride, row, table_stride);
+        continue;
       }
-      for (; out < mask + table_stride; ++out) *out = A{0};
+      for (ptrdiff_t j = 0; j < table_stride; ++j) {
+        const bool apart = j < tokens && (below(j / width) != below(y) || right_of(j % width) != right_of(x));
+        row[j] = apart ? static_cast<A>(kShiftMask * kLog2EExact) : A{0};
+      }
     }
   }
 

@@ -80,6 +80,7 @@ class Guarded {
   explicit Guarded(size_t n, size_t skew = 1) : memory_(n + 2 * kBand + skew, poison<T>()), n_(n), start_(kBand + skew) {}
   T* data() { return memory_.data() + start_; }
   T& operator[](size_t i) { return memory_[start_ + i]; }
+  const T& operator[](size_t i) const { return memory_[start_ + i]; }
   size_t size() const { return n_; }
   bool intact() const {
     const T wanted = poison<T>();

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "test_fetch_rows.h"
 #include "test_fused_blocks.h"
 #include "test_model_ends.h"
 #include "test_partial_gelu_ffn.h"
@@ -63,6 +64,7 @@ int main(int argc, char** argv) {
     }
   }
   test_level_choice();
+  driver::test_fetch_rows();
   for (int level = 0; level < repavit::kIsaLevels; ++level) {
     if (any_chosen ? !chosen[level] : level > repavit::supported_level()) continue;
     const repavit::Kernels kernels = repavit::kernels_at(level);

@@ -32,6 +32,23 @@ struct AttentionCase {
   }
 };
 
+// Every product's operands are rounded to T once; sums of random sign, `sums` terms in all, are in fp32 (or double).
+template <class T>
+void expect_near(const Guarded<T>& y, const std::vector<double>& wanted, int64_t sums, repavit::DType dtype,
+                 const std::string& name) {
+  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
+  double worst = 0.0, largest = 1.0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const double error = std::fabs(Convert<T>::to_double(y[i]) - wanted[i]);
+    worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
+    largest = std::max(largest, std::fabs(wanted[i]));
+  }
+  const double bound = largest * (16 * Tolerance<T>::kRounding + 8 * static_cast<double>(sums) * accumulation);
+  if (!expect(worst <= bound, "differs from double", name.c_str())) {
+    std::printf("       error %.3g, bound %.3g\n", worst, bound);
+  }
+}
+
 template <class T>
 void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t,
                          const char* level) {
@@ -99,20 +116,58 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   kernels.rep_attention[dtype](args, kSerial);
   expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
 
-  // Every product's operands are rounded to T once; sums of random sign are in fp32 (or double).
-  const std::vector<double> wanted = reference::rep_attention(truth);
-  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
-  double worst = 0.0, largest = 1.0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    const double error = std::fabs(Convert<T>::to_double(y[i]) - wanted[i]);
-    worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
-    largest = std::max(largest, std::fabs(wanted[i]));
+  expect_near<T>(y, reference::rep_attention(truth), t.channels + t.heads * t.d_v + t.d_qk + t.tokens, dtype, name);
+}
+
+// The same without weights: x holds q | k | v, y gets o. The truth's weights are identities.
+template <class T>
+void test_heads_alone(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t, const char* level) {
+  if (kernels.rep_attention[dtype] == nullptr) return;
+  const std::string name = t.name(level) + " alone";
+  const int64_t o_width = t.heads * t.d_v, rows = t.batch * t.tokens, stride = t.channels + t.gap;
+  Random random(static_cast<uint64_t>(t.tokens * 7919 + t.channels * 104729 + t.heads * t.d_qk));
+  reference::Attention truth{};
+  truth.batch = t.batch, truth.tokens = t.tokens, truth.channels = t.channels, truth.channels_out = o_width;
+  truth.heads = t.heads, truth.d_qk = t.d_qk, truth.d_v = t.d_v;
+  truth.scale = 1.0 / std::sqrt(static_cast<double>(t.d_qk));
+  const auto identity = [](int64_t n) {
+    std::vector<double> w(static_cast<size_t>(n * n));
+    for (int64_t i = 0; i < n; ++i) w[static_cast<size_t>(i * n + i)] = 1.0;
+    return w;
+  };
+  truth.w_qkv = identity(t.channels), truth.w_proj = identity(o_width);
+
+  std::vector<double> unused;
+  auto dense_x = draw<T>(random, static_cast<size_t>(rows * t.channels), 1.0, truth.x);
+  auto bias = draw<T>(random, t.bias ? static_cast<size_t>(t.batch * t.heads * t.tokens * t.tokens) : 0, 1.0, truth.bias);
+  repavit::WindowGrid grid{};
+  const int64_t n = t.windows != nullptr ? t.windows->window[0] * t.windows->window[1] : 0;
+  auto rel_bias = draw<T>(random, static_cast<size_t>(t.heads * n * n), 1.0, truth.rel_bias);
+  auto padding = draw<T>(random, static_cast<size_t>(t.heads * (t.d_qk + t.d_v)), 1.0, t.padding ? truth.padding : unused);
+  if (t.windows != nullptr) {
+    grid = *t.windows;
+    grid.bias = rel_bias.data(), grid.padding = t.padding ? padding.data() : nullptr;
+    truth.windows = &grid;
   }
-  const double sums = static_cast<double>(t.channels + t.heads * t.d_v + t.d_qk + t.tokens);
-  const double bound = largest * (16 * Tolerance<T>::kRounding + 8 * sums * accumulation);
-  if (!expect(worst <= bound, "differs from double", name.c_str())) {
-    std::printf("       error %.3g, bound %.3g\n", worst, bound);
+  Guarded<T> x(static_cast<size_t>((rows - 1) * stride + t.channels));
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(dense_x.data() + r * t.channels, t.channels, x.data() + r * stride);
   }
+
+  Guarded<T> y(static_cast<size_t>(rows * o_width)), again(y.size());
+  repavit::RepAttentionArgs args{};
+  args.batch = t.batch, args.tokens = t.tokens, args.shape = {t.channels, 0, t.heads, t.d_qk, t.d_v};
+  args.x = x.data(), args.x_stride = stride, args.scale = truth.scale;
+  args.attn_bias = t.bias ? bias.data() : nullptr;
+  const int64_t strides[4] = {t.heads * t.tokens * t.tokens, t.tokens * t.tokens, t.tokens, 1};
+  std::copy(strides, strides + 4, args.attn_bias_strides);
+  args.windows = truth.windows, args.y = y.data();
+  kernels.rep_attention[dtype](args, kThreaded);
+  expect(y.intact(), "wrote outside the output", name.c_str());
+  args.y = again.data();
+  kernels.rep_attention[dtype](args, kSerial);
+  expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
+  expect_near<T>(y, reference::rep_attention(truth), t.d_qk + t.tokens, dtype, name);
 }
 
 template <class T>
@@ -130,6 +185,11 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                                {batch, tokens, c, bit(4) ? c : c + 6, 1 + tokens % 3, d_qk, d_v, bit(5) ? 3 : 0, bit(0),
                                 bit(1), bit(2), bit(3), bit(4), nullptr, false},
                                level);
+        const int64_t heads = 1 + tokens % 3, width = heads * (2 * d_qk + d_v);
+        test_heads_alone<T>(kernels, dtype,
+                            {batch, tokens, width, 0, heads, d_qk, d_v, bit(5) ? 3 : 0, false, false, bit(2), false, false,
+                             nullptr, false},
+                            level);
       }
     }
   }
@@ -149,6 +209,10 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                              {batch, grid.map[0] * grid.map[1], 19, 19, 2, 9, 16, bit(5) ? 1 : 0, bit(0), bit(1), false,
                               bit(3), bit(4), &grid, bit(2)},
                              level);
+      test_heads_alone<T>(kernels, dtype,
+                          {batch, grid.map[0] * grid.map[1], 3 * (2 * 9 + 16), 0, 3, 9, 16, bit(5) ? 1 : 0, false, false,
+                           false, false, false, &grid, bit(2)},
+                          level);
     }
   }
 }
