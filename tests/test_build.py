@@ -134,7 +134,7 @@ def k_loop(text: str, products: int) -> list[str]:
     at = {address: index for index, (address, _) in enumerate(lines)}
     loops = []
     for index, (_, instruction) in enumerate(lines):
-        jump = re.match(r"j\w+\s+([0-9a-f]+)", instruction)
+        jump = re.match(r"j(?!mp)\w+\s+([0-9a-f]+)", instruction)  # jmp: back from what the compiler moved out of line
         if jump and at.get(int(jump[1], 16), index) < index:
             body = [i for _, i in lines[at[int(jump[1], 16)] : index + 1]]
             if sum(i.startswith(("vfmadd", "vdpbf16ps")) for i in body) == products:

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "fetch_rows-inl.h"
+#include "gemm-inl.h"
 #include "pack_keys-inl.h"
 #include "softmax-inl.h"
 
@@ -160,7 +161,9 @@ struct AttendScratch {
   A* lane_sums;  // per row and lane
   FetchRows fetch;
 
-  AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias) {
+  AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias, bool fetches)
+      : fetch(carver, fetches ? tokens : 0) {
+    fetch.forget();
     const ptrdiff_t keys = keys_per_block(tokens);
     q_stride = scratch_stride<E>(d_qk);
     score_stride = scratch_stride<A>(keys);

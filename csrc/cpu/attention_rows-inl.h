@@ -88,7 +88,8 @@ struct AttentionScratch {
         o(carver.take<E>(plan.panels != nullptr ? rows * plan.o_stride : 0)),
         tables(carver.take<A>(plan.table_count() * plan.table_elements())),
         filled(carver.take<bool>(plan.table_count())),
-        attend(carver, plan.length, plan.layout.d_qk, plan.layout.d_v, plan.args.attn_bias != nullptr) {
+        attend(carver, plan.length, plan.layout.d_qk, plan.layout.d_v, plan.args.attn_bias != nullptr,
+               plan.panels == nullptr) {
     for (ptrdiff_t i = 0; i < plan.qkv_stride && zeros != nullptr; ++i) zeros[i] = E{};
     for (ptrdiff_t i = 0; i < plan.table_count() && filled != nullptr; ++i) filled[i] = false;
   }

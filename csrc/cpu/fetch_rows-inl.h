@@ -4,7 +4,7 @@
 // of misses, and whatever is loaded behind them waits as long as if nobody had asked.
 #pragma once
 
-#include "gemm-inl.h"
+#include "scratch-inl.h"
 #include "token_rows-inl.h"
 
 namespace repavit {
@@ -12,67 +12,68 @@ namespace REPAVIT_ISA {
 
 class FetchRows {
  public:
-  void forget() { parts_ = part_ = 0; }
+  enum Side { kInput, kResult };
 
-  // `elements` of each of `count` rows, behind those that were asked for before; at most kParts times.
+  FetchRows(Carver& carver, ptrdiff_t most_rows) : rows_(carver.take<const char*>(2 * most_rows)) {}
+
+  // Rows `x` are read and rows `y` written next, `count` of each; nothing of them is wanted yet.
   template <class E>
-  void want(const TokenRows<E>& rows, ptrdiff_t count, ptrdiff_t elements) {
-    constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(E));
-    if (count == 0 || elements == 0) return;
-    wanted_[parts_++] = {reinterpret_cast<const char*>(rows.data), rows.tokens, rows.stride * kSize, elements * kSize,
-                         count};
-    if (parts_ == 1) enter_row(0);
-  }
-
-  bool done() const { return part_ == parts_; }
-
-  // The next line; null for a padded token, which has none. Only while not done().
-  REPAVIT_INLINE const char* next_line() {
-    const char* const line = line_ < end_ ? line_ : nullptr;
-    line_ += kLine;
-    if (line_ < end_) return line;
-    if (row_ + 1 < wanted_[part_].count) {
-      enter_row(row_ + 1);
-    } else if (++part_ < parts_) {
-      enter_row(0);
+  void follow(const TokenRows<const E>& x, const TokenRows<E>& y, ptrdiff_t count) {
+    for (ptrdiff_t r = 0; r < count; ++r) {
+      const ptrdiff_t token = x.tokens == nullptr ? r : x.tokens[r] == kPaddedToken ? 0 : x.tokens[r];
+      rows_[2 * r + kInput] = reinterpret_cast<const char*>(x.data + token * x.stride);
+      rows_[2 * r + kResult] = reinterpret_cast<const char*>(y.data + token * y.stride);
     }
-    return line;
+    count_ = count;
+    forget();
   }
 
-  // In front of a group of products: the next line or, when all have been asked for, what the panel goes on with.
+  void forget() {
+    row_ = last_ = kNothing;
+    column_ = columns_ = 0;
+    lines_[0] = {kInput, 0};
+  }
+
+  // Bytes [begin, begin + bytes) of each row of one side, behind what was wanted before; at most kMostLines lines in all.
+  void want(Side side, ptrdiff_t begin, ptrdiff_t bytes) {
+    row_ = rows_;
+    last_ = rows_ + 2 * (count_ - 1);
+    for (ptrdiff_t at = 0; at < bytes && columns_ < kMostLines; at += kLine) lines_[columns_++] = {side, begin + at};
+    const size_t skew = reinterpret_cast<size_t>(rows_[side] + begin) % kLine;  // of the first row, as of most
+    const bool straddles = skew + static_cast<size_t>(bytes - 1) % kLine >= kLine;
+    if (bytes > 0 && straddles && columns_ < kMostLines) lines_[columns_++] = {side, begin + bytes - 1};
+  }
+
+  // In front of a group of products: asks for the next line. Without a branch, at which gcc would move the accumulators of
+  // the tile: behind the last row its lines are asked for again.
   template <int kBytes>
-  REPAVIT_INLINE void ahead_of(const void* panel, int left) {
-    if (done()) {
-      FetchPanel().ahead_of<kBytes>(panel, left);
-    } else if (left % kGroupsPerLine == 0) {
-      if (const char* line = next_line()) __builtin_prefetch(line, 0, 2);
-    }
+  REPAVIT_INLINE void ahead_of(const void*, int left) {
+    if (left % kGroupsPerLine == 0) __builtin_prefetch(next_line(), 0, 2);  // known to the compiler
+  }
+
+  REPAVIT_INLINE const char* next_line() {
+    const Line& line = lines_[column_++];
+    const char* const at = row_[line.side] + line.offset;
+    const ptrdiff_t wrap = -static_cast<ptrdiff_t>(column_ >= columns_), more = -static_cast<ptrdiff_t>(row_ < last_);
+    column_ &= ~wrap;
+    row_ += 2 & wrap & more;
+    return at;
   }
 
  private:
-  static constexpr int kParts = 4, kLine = 64;
+  static constexpr int kLine = 64, kMostLines = 48;
   static constexpr int kGroupsPerLine = kTileRows <= 6 ? 4 : 1;  // small tiles have short groups, and few slots to spare
+  static constexpr const char* kNothing[2] = {nullptr, nullptr};
 
-  struct Part {
-    const char* data;
-    const ptrdiff_t* tokens;
-    ptrdiff_t stride, bytes, count;
+  struct Line {
+    ptrdiff_t side, offset;
   };
 
-  REPAVIT_INLINE void enter_row(ptrdiff_t row) {
-    const Part& part = wanted_[part_];
-    const ptrdiff_t token = part.tokens != nullptr ? part.tokens[row] : row;
-    row_ = row;
-    line_ = end_ = part.data + (token == kPaddedToken ? 0 : token * part.stride);
-    if (token == kPaddedToken) return;
-    end_ += part.bytes;
-    line_ -= reinterpret_cast<size_t>(line_) % kLine;
-  }
-
-  Part wanted_[kParts];
-  int parts_ = 0, part_ = 0;
-  ptrdiff_t row_ = 0;
-  const char *line_ = nullptr, *end_ = nullptr;
+  const char** rows_;  // of both sides in turn
+  const char* const* row_ = kNothing;
+  const char* const* last_ = kNothing;
+  ptrdiff_t count_ = 0, column_ = 0, columns_ = 0;
+  Line lines_[kMostLines];
 };
 
 }  // namespace REPAVIT_ISA

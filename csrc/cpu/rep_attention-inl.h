@@ -32,42 +32,44 @@ void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t co
   project_output(plan, at, s.o);
 }
 
-// Asks for q, k and v of a head, in the order in which they are read, and for where its o goes.
+// Asks for q, k and v of a head and for where its o goes.
 template <class T>
-void fetch_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, FetchRows& fetch) {
-  const AttentionLayout<T>& layout = plan.layout;
-  const auto want = [&](auto rows, ptrdiff_t column, ptrdiff_t columns) {
-    rows.data += column;
-    fetch.want(rows, at.count, columns);
+void fetch_head(const AttentionLayout<T>& layout, ptrdiff_t head, FetchRows& fetch) {
+  const auto want = [&](FetchRows::Side side, ptrdiff_t column, ptrdiff_t columns) {
+    constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+    fetch.want(side, column * kSize, columns * kSize);
   };
-  want(at.x, layout.qkv_row(head, layout.d_qk), layout.d_qk);
-  want(at.x, layout.qkv_row(head, 2 * layout.d_qk), layout.d_v);
-  want(at.x, layout.qkv_row(head, 0), layout.d_qk);
-  want(at.y, head * layout.d_v, layout.d_v);
+  for (ptrdiff_t i = 0; i < 2; ++i) want(FetchRows::kInput, layout.qkv_row(head, i * layout.d_qk), layout.d_qk);
+  want(FetchRows::kInput, layout.qkv_row(head, 2 * layout.d_qk), layout.d_v);
+  want(FetchRows::kResult, head * layout.d_v, layout.d_v);
 }
 
 // Whole items [begin, end) without weights: a head each.
 template <class T>
 void attend_heads(const AttentionPlan<T>& plan, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
   const auto panels = plan.head_panels(s.keys, s.values);
+  FetchRows& fetch = s.attend.fetch;
   Tokens<T> at = locate(plan, plan.sequence_of(begin), 0, plan.length, s.tokens);
+  fetch.follow(at.x, at.y, at.count);
   for (ptrdiff_t item = begin; item < end; ++item) {
-    const ptrdiff_t sequence = plan.sequence_of(item), next = plan.sequence_of(item + 1);
-    Tokens<T> after = at;
-    if (next != sequence && item + 1 < end) {
-      after = locate(plan, next, 0, plan.length, s.next_tokens);
-      ptrdiff_t* const tokens = s.tokens;
-      s.tokens = s.next_tokens;
-      s.next_tokens = tokens;
+    const ptrdiff_t sequence = plan.sequence_of(item), head = plan.first_head(item);
+    Tokens<T> next = at;
+    fetch.forget();
+    if (item + 1 < end) {
+      if (plan.sequence_of(item + 1) != sequence) {
+        next = locate(plan, sequence + 1, 0, plan.length, s.next_tokens);
+        fetch.follow(next.x, next.y, next.count);
+        ptrdiff_t* const tokens = s.tokens;
+        s.tokens = s.next_tokens;
+        s.next_tokens = tokens;
+      }
+      fetch_head(plan.layout, plan.first_head(item + 1), fetch);
     }
-    s.attend.fetch.forget();
-    if (item + 1 < end) fetch_head(plan, plan.first_head(item + 1), after, s.attend.fetch);
-    const ptrdiff_t head = plan.first_head(item);
     const auto rows = head_rows(plan, head, at, s, s.qkv);
     pack_keys(rows.k, 0, plan.length, panels);
     pack_values(rows.v, 0, plan.length, panels);
     attend_rows(plan, head, panels, rows.q, plan.length, score_bias(plan, sequence, head, s), at, 0, s);
-    at = after;
+    at = next;
   }
 }
 
