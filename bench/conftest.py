@@ -49,7 +49,8 @@ def pytest_terminal_summary(terminalreporter):
     for row in ROWS:
         peers = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items())
         share = f"  {row['share_of_peak']:.0%} of peak" if row.get("share_of_peak") else ""
-        line = f"{row['case']:<34} {row['dtype']:<9} {row['gflops']:7.1f} GFLOP/s{share}  best peer {row['ratio']:.2f}x"
+        rate = f" {row['gflops']:7.1f} GFLOP/s" if "gflops" in row else ""
+        line = f"{row['case']:<34} {row['dtype']:<9}{rate}{share}  best peer {row['ratio']:.2f}x"
         terminalreporter.write_line(f"{line}  ({peers})")
     for dtype in dict.fromkeys(row["dtype"] for row in ROWS):
         ratios = [row["ratio"] for row in ROWS if row["dtype"] == dtype]

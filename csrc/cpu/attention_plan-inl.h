@@ -14,6 +14,10 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
+// Rows of short sequences that meet each panel of weights together: seven tiles of 14 of windows, and of images about as
+// many as most models have in one.
+constexpr ptrdiff_t kWindowRows = 98, kImageRows = 200;
+
 // Asks for every sequence to be split into so many blocks.
 struct SplitByRows {
   ptrdiff_t blocks;
@@ -104,7 +108,6 @@ struct AttentionPlan {
 
   void share_work(int threads) {
     constexpr ptrdiff_t kManyPerThread = 8;               // one item more or less is then no imbalance
-    constexpr ptrdiff_t kGroupRows = 98;                  // rows that meet each panel of weights: seven tiles of 14
     const ptrdiff_t n = items();
     const int64_t width = heads * layout.head_columns;
     const int64_t depth = panels != nullptr ? layout.channels : 0;
@@ -113,7 +116,7 @@ struct AttentionPlan {
     split = n >= kManyPerThread * owners ? 0 : n % owners;
     whole = n - split;
     const ptrdiff_t each = whole / owners;
-    group = windowed() && panels != nullptr ? least(kGroupRows / length, each) : 1;
+    group = panels != nullptr ? least((windowed() ? kWindowRows : kImageRows) / length, each) : 1;
     while (group > 1 && each < kManyPerThread && each % group != 0) --group;
     if (group < 1) group = 1;
     blocks = row_blocks<E>(length, split, owners);

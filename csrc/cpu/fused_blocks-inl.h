@@ -170,12 +170,13 @@ void fused_blocks(const StackArgs& args, const Pool& pool) {
   const Stack<T> stack{args};
   struct Context {
     const Stack<T>& stack;
-    int64_t images_each;
-  } context{stack, args.batch / pool.threads};
+    int64_t images_each, together;
+  } context{stack, args.batch / pool.threads, args.tokens < kImageRows ? kImageRows / args.tokens : 1};
   const auto whole = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
-    for (int64_t image = begin * c.images_each; image < end * c.images_each; ++image) {
-      step_by_step(c.stack, image, 1, kSerial);
+    const int64_t last = end * c.images_each;
+    for (int64_t image = begin * c.images_each; image < last; image += c.together) {
+      step_by_step(c.stack, image, c.together < last - image ? c.together : last - image, kSerial);
     }
   };
   if (context.images_each > 0) pool.run(pool.threads, whole, &context);
