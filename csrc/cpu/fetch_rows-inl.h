@@ -13,6 +13,8 @@ namespace REPAVIT_ISA {
 class FetchRows {
  public:
   enum Side { kInput, kResult };
+  // Asked for where nothing is wanted: an address that is mapped, or each time the page tables would be walked in vain.
+  static constexpr char kNowhere[1] = {};
 
   FetchRows(Carver& carver, ptrdiff_t most_rows) : rows_(carver.take<const char*>(2 * most_rows)) {}
 
@@ -63,7 +65,7 @@ class FetchRows {
  private:
   static constexpr int kLine = 64, kMostLines = 48;
   static constexpr int kGroupsPerLine = kTileRows <= 6 ? 4 : 1;  // small tiles have short groups, and few slots to spare
-  static constexpr const char* kNothing[2] = {nullptr, nullptr};
+  static constexpr const char* kNothing[2] = {kNowhere, kNowhere};
 
   struct Line {
     ptrdiff_t side, offset;

@@ -9,6 +9,7 @@
 
 namespace reference {
 
+// Empty w_qkv and w_proj: the attention alone, x holds q | k | v and y gets o.
 struct Attention {
   int64_t batch, tokens, channels, channels_out, heads, d_qk, d_v;
   std::vector<double> x, w_qkv, b_qkv, w_proj, b_proj, bias;  // bias [B, h, T, T]; empty biases: None
@@ -28,7 +29,8 @@ inline std::vector<double> qkv_row(const Attention& p, const double* x) {
   std::vector<double> row(static_cast<size_t>(width));
   for (int64_t j = 0; j < width; ++j) {
     const size_t i = static_cast<size_t>(j);
-    row[i] = dot(z.data(), p.w_qkv.data() + j * p.channels, p.channels) + (p.b_qkv.empty() ? 0.0 : p.b_qkv[i]);
+    row[i] = p.w_qkv.empty() ? z[i] : dot(z.data(), p.w_qkv.data() + j * p.channels, p.channels);
+    if (!p.b_qkv.empty()) row[i] += p.b_qkv[i];
     if (x == nullptr && !p.padding.empty()) row[i] = j < q_width ? 0.0 : p.padding[static_cast<size_t>(j - q_width)];
   }
   return row;
@@ -126,7 +128,8 @@ inline std::vector<double> rep_attention(const Attention& p) {
         return p.bias.empty() ? 0.0 : p.bias[static_cast<size_t>(((b * p.heads + h) * p.tokens + i) * p.tokens + j)];
       });
     }
-    for (int64_t t = 0; t < p.tokens; ++t) {
+    if (p.w_proj.empty()) y.insert(y.end(), o.begin(), o.end());
+    for (int64_t t = 0; t < p.tokens && !p.w_proj.empty(); ++t) {
       for (int64_t c = 0; c < p.channels_out; ++c) {
         const double bias = p.b_proj.empty() ? 0.0 : p.b_proj[static_cast<size_t>(c)];
         y.push_back(dot(o.data() + t * width, p.w_proj.data() + c * width, width) + bias +

@@ -25,7 +25,7 @@ inline void test_fetch_rows() {
   };
   const auto wants_nothing = [&] {
     for (int i = 0; i < 999; ++i) {
-      if (fetch.next_line() != nullptr) return false;
+      if (fetch.next_line() != FetchRows::kNowhere) return false;
     }
     return true;
   };

@@ -119,7 +119,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   expect_near<T>(y, reference::rep_attention(truth), t.channels + t.heads * t.d_v + t.d_qk + t.tokens, dtype, name);
 }
 
-// The same without weights: x holds q | k | v, y gets o. The truth's weights are identities.
+// The same without weights: x holds q | k | v, y gets o.
 template <class T>
 void test_heads_alone(const repavit::Kernels& kernels, repavit::DType dtype, const AttentionCase& t, const char* level) {
   if (kernels.rep_attention[dtype] == nullptr) return;
@@ -130,12 +130,6 @@ void test_heads_alone(const repavit::Kernels& kernels, repavit::DType dtype, con
   truth.batch = t.batch, truth.tokens = t.tokens, truth.channels = t.channels, truth.channels_out = o_width;
   truth.heads = t.heads, truth.d_qk = t.d_qk, truth.d_v = t.d_v;
   truth.scale = 1.0 / std::sqrt(static_cast<double>(t.d_qk));
-  const auto identity = [](int64_t n) {
-    std::vector<double> w(static_cast<size_t>(n * n));
-    for (int64_t i = 0; i < n; ++i) w[static_cast<size_t>(i * n + i)] = 1.0;
-    return w;
-  };
-  truth.w_qkv = identity(t.channels), truth.w_proj = identity(o_width);
 
   std::vector<double> unused;
   auto dense_x = draw<T>(random, static_cast<size_t>(rows * t.channels), 1.0, truth.x);
@@ -185,6 +179,7 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                                {batch, tokens, c, bit(4) ? c : c + 6, 1 + tokens % 3, d_qk, d_v, bit(5) ? 3 : 0, bit(0),
                                 bit(1), bit(2), bit(3), bit(4), nullptr, false},
                                level);
+        if (batch == 2) continue;  // four are enough to be shared out, and left over
         const int64_t heads = 1 + tokens % 3, width = heads * (2 * d_qk + d_v);
         test_heads_alone<T>(kernels, dtype,
                             {batch, tokens, width, 0, heads, d_qk, d_v, bit(5) ? 3 : 0, false, false, bit(2), false, false,
