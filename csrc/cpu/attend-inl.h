@@ -163,7 +163,6 @@ struct AttendScratch {
 
   AttendScratch(Carver& carver, ptrdiff_t tokens, ptrdiff_t d_qk, ptrdiff_t d_v, bool raw_bias, bool fetches)
       : fetch(carver, fetches ? tokens : 0) {
-    fetch.forget();
     const ptrdiff_t keys = keys_per_block(tokens);
     q_stride = scratch_stride<E>(d_qk);
     score_stride = scratch_stride<A>(keys);

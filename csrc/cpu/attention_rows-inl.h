@@ -64,7 +64,7 @@ struct AttentionScratch {
   using Plan = AttentionPlan<T>;
   using E = typename Plan::E;
   using A = typename Plan::A;
-  ptrdiff_t* tokens;  // of the rows at hand; unused where they follow each other
+  ptrdiff_t* tokens;       // of the rows at hand; unused where they follow each other
   ptrdiff_t* next_tokens;  // of the next sequence's, without weights
   E* z;               // [rows, C]
   A* bias;            // b_qkv of one head

@@ -16,7 +16,7 @@ class FetchRows {
   // Asked for where nothing is wanted: an address that is mapped, or each time the page tables would be walked in vain.
   static constexpr char kNowhere[1] = {};
 
-  FetchRows(Carver& carver, ptrdiff_t most_rows) : rows_(carver.take<const char*>(2 * most_rows)) {}
+  FetchRows(Carver& carver, ptrdiff_t most_rows) : rows_(carver.take<const char*>(2 * most_rows)) { forget(); }
 
   // Rows `x` are read and rows `y` written next, `count` of each; nothing of them is wanted yet.
   template <class E>
@@ -72,9 +72,8 @@ class FetchRows {
   };
 
   const char** rows_;  // of both sides in turn
-  const char* const* row_ = kNothing;
-  const char* const* last_ = kNothing;
-  ptrdiff_t count_ = 0, column_ = 0, columns_ = 0;
+  const char *const *row_, *const *last_;
+  ptrdiff_t count_ = 0, column_, columns_;
   Line lines_[kMostLines];
 };
 

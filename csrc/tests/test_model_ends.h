@@ -14,17 +14,7 @@ namespace driver {
 template <class T>
 void expect_close(Guarded<T>& y, const std::vector<double>& wanted, int64_t depth, repavit::DType dtype,
                   const std::string& name) {
-  double worst = 0.0, largest = 1.0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    const double error = std::fabs(Convert<T>::to_double(y[i]) - wanted[i]);
-    worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
-    largest = std::max(largest, std::fabs(wanted[i]));
-  }
-  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
-  const double bound = largest * (32 * Tolerance<T>::kRounding + 8 * static_cast<double>(depth + 16) * accumulation);
-  if (!expect(worst <= bound, "differs from double", name.c_str())) {
-    std::printf("       error %.3g, bound %.3g\n", worst, bound);
-  }
+  expect_near(y, wanted, 32, 8 * (depth + 16), dtype, name);
 }
 
 // LayerNorm with affine of one row, in place.

@@ -5,30 +5,10 @@
 #include <string>
 
 #include "driver.h"
+#include "expect_near.h"
 #include "reference.h"
 
 namespace driver {
-
-template <class T>
-struct Tolerance {
-  static constexpr double kRounding = 0.0;
-};
-template <>
-struct Tolerance<double> {
-  static constexpr double kRounding = 0x1p-53;
-};
-template <>
-struct Tolerance<float> {
-  static constexpr double kRounding = 0x1p-24;
-};
-template <>
-struct Tolerance<repavit::bf16> {
-  static constexpr double kRounding = 0x1p-9;
-};
-template <>
-struct Tolerance<repavit::fp16> {
-  static constexpr double kRounding = 0x1p-12;
-};
 
 // Values that T holds exactly, in a guarded buffer and as doubles.
 template <class T>
@@ -111,18 +91,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
 
   // Rounding of the inputs of the second product, of the result, and of sums of random sign in fp32 (or double).
-  const std::vector<double> wanted = reference::partial_gelu_ffn(truth);
-  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
-  double worst = 0.0, largest = 1.0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    const double error = std::fabs(Convert<T>::to_double(y[i]) - wanted[i]);
-    worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
-    largest = std::max(largest, std::fabs(wanted[i]));
-  }
-  const double bound = largest * (8 * Tolerance<T>::kRounding + 2 * static_cast<double>(c + m) * accumulation);
-  if (!expect(worst <= bound, "differs from double", name.c_str())) {
-    std::printf("       error %.3g, bound %.3g\n", worst, bound);
-  }
+  expect_near(y, reference::partial_gelu_ffn(truth), 8, 2 * (c + m), dtype, name);
 }
 
 template <class T>

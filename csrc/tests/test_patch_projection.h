@@ -62,8 +62,7 @@ void test_patch_case(const repavit::Kernels& kernels, repavit::DType dtype, cons
   kernels.patch_projection[dtype](args, kSerial);
   expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
 
-  double worst = 0.0, largest = 1.0;
-  std::vector<double> elements(static_cast<size_t>(depth));
+  std::vector<double> elements(static_cast<size_t>(depth)), wanted;
   for (int64_t row = 0; row < t.batch * patches; ++row) {
     const double* origin = image.data() + row / patches * strides[0] + row % patches / t.grid[1] * strides[1] +
                            row % t.grid[1] * strides[2];
@@ -75,18 +74,11 @@ void test_patch_case(const repavit::Kernels& kernels, repavit::DType dtype, cons
     }
     const std::vector<double> z = t.normalize ? reference::core(elements.data(), depth, 1e-5) : elements;
     for (int64_t n = 0; n < t.outputs; ++n) {
-      const double wanted = reference::dot(z.data(), w.data() + n * depth, depth) +
-                            (t.bias ? b[static_cast<size_t>(n)] : 0.0);
-      const double error = std::fabs(Convert<T>::to_double(y[static_cast<size_t>(row * t.outputs + n)]) - wanted);
-      worst = error >= worst ? error : error == error ? worst : HUGE_VAL;
-      largest = std::max(largest, std::fabs(wanted));
+      wanted.push_back(reference::dot(z.data(), w.data() + n * depth, depth) +
+                       (t.bias ? b[static_cast<size_t>(n)] : 0.0));
     }
   }
-  const double accumulation = dtype == repavit::kFloat64 ? 0x1p-53 : 0x1p-24;
-  const double bound = largest * (8 * Tolerance<T>::kRounding + 2 * static_cast<double>(depth + 16) * accumulation);
-  if (!expect(worst <= bound, "differs from double", name.c_str())) {
-    std::printf("       error %.3g, bound %.3g\n", worst, bound);
-  }
+  expect_near(y, wanted, 8, 2 * (depth + 16), dtype, name);
 }
 
 template <class T>
