@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import stack_plan
+from . import backends, stack_plan
 
 SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, instead of -inf
 
@@ -218,6 +218,8 @@ def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, 
     q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        if not torch.is_grad_enabled() and not backends.in_forward_mode():
+            bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return o.transpose(1, 2).reshape(b, t, num_heads * d_v)
 

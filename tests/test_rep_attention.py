@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_helpers import DTYPES, cast, check_operator, randn, weight
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repavit_ops import ops, reference
 
@@ -92,6 +93,28 @@ def test_minus_infinity_masks_and_wholly_masked_rows_give_what_sdpa_gives(tokens
     y = check_operator(op, reference.rep_attention, (*tensors, mask), dtype, **static)
     bias = tensors[4].to(dtype)
     torch.testing.assert_close(y[:, tokens // 2], bias.expand(2, -1))  # attends to nothing: only b_proj is left
+
+
+def test_a_learned_bias_takes_the_formula_down_the_same_way_as_a_constant_one():
+    """PyTorch's SDPA has another, slower one for masks that could get a gradient; without grad mode none can."""
+    tensors, static = operands(1, 49, 32, 2, 16, 16)
+    bias = torch.nn.Parameter(randn(2, 49, 49, seed=9))
+    with torch.no_grad():
+        learned = op(*tensors, bias, backend="reference", **static)
+        assert torch.equal(learned, op(*tensors, bias.detach(), backend="reference", **static))
+
+
+def test_a_learned_bias_keeps_its_tangent_without_grad_mode():
+    tensors, static = operands(1, 7, 16, 2, 8, 8)
+    bias, tangent = torch.nn.Parameter(randn(2, 7, 7, seed=9)), randn(2, 7, 7, seed=10)
+
+    def tangents():
+        return torch.func.jvp(lambda bias: reference.rep_attention(*tensors, bias, **static), (bias,), (tangent,))[1]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = tangents()
+        with torch.no_grad():
+            torch.testing.assert_close(tangents(), expected)
 
 
 def test_large_scores_do_not_overflow():

@@ -16,7 +16,7 @@ from .. import stack_plan
 from ..nn import PatchConv2d, PatchProjection
 from ..nn.fused_stack import steps_of
 from ..nn.packed_weights import PackedWeights
-from ..nn.route import Route, Routes, Segment, hooks_below, keep, why_not_here, why_not_now
+from ..nn.route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here, why_not_now
 from ..stack_plan import Step
 from .patch_embed import image_of
 
@@ -59,9 +59,9 @@ class OneCall(nn.Module):
 
     def route(self, x: Tensor) -> Route | None:
         """How to run on ``x`` in one call; None where it must be part by part."""
-        if not self.in_one_call or not x.is_cpu or torch.compiler.is_compiling():
+        if not self.in_one_call or torch.compiler.is_compiling():
             return None
-        if self._why_not_now(x) is not None:
+        if why_not_for(x) is not None or self._why_not_now(x) is not None:
             return None
         key = (x.dtype, x.shape[1:], self.global_pool)
         route = self._routes.get(key)

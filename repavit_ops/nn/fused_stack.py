@@ -13,7 +13,7 @@ from .block import Block
 from .foreign_block import FixedWindowBlock, MaskedBlock
 from .partial_gelu_ffn import PartialGELUFFN
 from .rep_attention import RepAttention
-from .route import Route, Routes, Segment, hooks_below, keep, run_traced, why_not_here, why_not_now
+from .route import Route, Routes, Segment, hooks_below, keep, run_traced, why_not_for, why_not_here, why_not_now
 from .window_rep_attention import WindowRepAttention
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
@@ -89,6 +89,8 @@ class FusedStack(nn.Sequential):
             run = []
 
     def _route(self, x: Tensor) -> Route | None:
+        if why_not_for(x) is not None:
+            return None
         key = (x.device, x.dtype, *x.shape[1:-1])
         route = self._routes.get(key)
         if route is None or not route.holds():

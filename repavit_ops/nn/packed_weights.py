@@ -77,7 +77,8 @@ class PackedWeights(nn.Module):
         if self._unpacked_dropped:
             return
         with torch.no_grad():
-            self._packed = self.pack() if self._wants_packing() else None
+            wanted = self._packable() and backends.has_cpu_kernel(f"{self.operator}_pack")
+            self._packed = self.pack() if wanted else None
         self._packed_stamp = self._stamp()
 
     def drop_unpacked(self) -> None:
@@ -111,16 +112,14 @@ class PackedWeights(nn.Module):
                 "fuse with keep_unpacked=True, or ask for no derivatives: torch.no_grad(), no forward mode"
             )
 
-    def _wants_packing(self) -> bool:
+    def _packable(self) -> bool:
         weight = getattr(self, self.packed_names[0])
-        return (
-            self.backend in ("auto", "cpp")
-            and backends.has_cpu_kernel(f"{self.operator}_pack")
-            and weight.device.type == "cpu"
-            and weight.dtype in PACKABLE
-        )
+        return self.backend in ("auto", "cpp") and weight.is_cpu and weight.dtype in PACKABLE
 
     def _stamp(self) -> tuple[Any, ...]:
+        """What the packed copy was made of; nothing where there is none to make."""
+        if not self._packable():
+            return ()
         return tuple(
             None if t is None else (t.data_ptr(), t.dtype, None if t.is_inference() else t._version)
             for t in self.sources()

@@ -80,6 +80,11 @@ def why_not_here(steps: list[Any], x: Tensor) -> str | None:
     """Why modules of the library cannot go through one call on tensors like ``x``, in one line; None if they can."""
     if any(step.backend not in ("auto", "cpp") for step in steps) or backends.why_unavailable("cpp") is not None:
         return "its blocks do not run on the C++ kernels"
+    return why_not_for(x)
+
+
+def why_not_for(x: Tensor) -> str | None:
+    """Why no modules go through one call on tensors of this device and dtype."""
     if x.device.type != "cpu":
         return f"one call is for the CPU; on {x.device.type} every sub-block is called by itself"
     if x.dtype not in PACKABLE:
