@@ -34,6 +34,12 @@ def read(paths: list[Path]) -> dict[tuple[str, str], Row]:
     return rows
 
 
+def _parts(case: str) -> tuple[str, str, int]:
+    match = CASE.fullmatch(case)
+    assert match is not None
+    return match["family"], match["weights"], int(match["batch"])
+
+
 def markdown(rows: dict[tuple[str, str], Row]) -> str:
     """One line per model, weights and batch: our images per second and how many times each peer's that is."""
     head, line = ["model", "weights", "batch"], ["---"] * 3
@@ -41,10 +47,8 @@ def markdown(rows: dict[tuple[str, str], Row]) -> str:
         head += [f"{dtype}: images/s", *(TITLES.get(peer, peer) for peer in peers)]
         line += ["---:"] * (1 + len(peers))
     lines = [head, line]
-    for case in dict.fromkeys(case for case, _ in rows):
-        match = CASE.fullmatch(case)
-        assert match is not None
-        cells = [match["family"], match["weights"], match["batch"]]
+    for family, weights, batch in sorted({_parts(case) for case, _ in rows}):
+        case, cells = f"{family} {weights} batch {batch}", [family, weights, str(batch)]
         for dtype, peers in COLUMNS.items():
             row = rows.get((case, dtype), {"ratios": {}})
             cells.append(f"{row['images']:.1f}" if "images" in row else "")

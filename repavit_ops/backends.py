@@ -102,6 +102,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast knows this kind of device. Not asked where it is known: Dynamo before torch 2.12 would stop."""
+    return device_type in KERNELS_OF or torch.amp.is_autocast_available(device_type)
+
+
 def select(backend: str, x: torch.Tensor, operator: str) -> None:
     """Check that ``backend`` may run ``operator`` on x: "auto" warns once where it falls back, a forced one raises.
 

@@ -11,9 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+
+def release(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    release(triton) < (3, 7) and release(np) >= (2, 4),
+    reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4 and later: pip install 'numpy<2.4'",
+)
 
 FOLDER = Path(__file__).with_name("interpreted")
 

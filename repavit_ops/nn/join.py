@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..reparam import Affine, compose, fold_affine_into_input, layernorm_affine
 from .branch import ResidualBranch
 from .channel_idle_ffn import affine_of
@@ -132,7 +133,7 @@ class JoinedBranches(ResidualBranch):
             return t
         mixing = (1 - alpha) * torch.eye(self.branches, dtype=t.dtype, device=t.device) + alpha * self.kappa
         device = t.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if backends.has_autocast(device) else nullcontext():
             return (mixing @ t.flatten(1)).view(t.shape)  # weights stay in float32 until they are used
 
     # --- merging ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,7 +32,7 @@ def same_kind(x: Tensor, **others: Tensor | None) -> None:
 
 
 def _autocast_casts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return backends.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def norm(norm_eps: float | None) -> None:
