@@ -103,7 +103,7 @@ def in_forward_mode() -> bool:
 
 
 def has_autocast(device_type: str) -> bool:
-    """Whether autocast knows this kind of device. Not asked where it is known: Dynamo before torch 2.12 would stop."""
+    """Whether autocast knows this kind of device. Not asked where it is known: Dynamo of torch 2.11 would stop."""
     return device_type in KERNELS_OF or torch.amp.is_autocast_available(device_type)
 
 

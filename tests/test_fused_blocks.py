@@ -118,6 +118,12 @@ def test_reference_and_float64():
     torch.testing.assert_close(ops.fused_blocks(x, steps), expected, rtol=1e-11, atol=1e-11)
 
 
+def test_no_route_is_looked_for_where_there_can_be_none(monkeypatch):
+    stack = vit_blocks(torch.float64)
+    monkeypatch.setattr(type(stack), "why_apart", lambda *_: pytest.fail("looked for a route in float64"))
+    stack(torch.randn(2, 5, 24, dtype=torch.float64))
+
+
 def test_gradient_of_the_operator_is_that_of_its_steps():
     stack = vit_blocks(torch.float64).requires_grad_(True)
     x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)

@@ -142,3 +142,13 @@ def test_any_other_device_runs_the_reference(name):
     with torch.no_grad():
         y = registered(name).default.redispatch(keys, *tensors, **static)
     torch.testing.assert_close(y, reference_fn(*tensors, **static))
+
+
+def test_a_device_of_ours_is_not_asked_whether_autocast_knows_it(monkeypatch):
+    x, *weights = (t.float() for t in ffn_operands(3, 8, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        monkeypatch.setattr(
+            torch.amp, "is_autocast_available", lambda _: pytest.fail("Dynamo of torch 2.11 stops here")
+        )
+        y = repavit_ops.ops.partial_gelu_ffn(x.bfloat16(), *weights)
+    assert y.dtype == torch.bfloat16
