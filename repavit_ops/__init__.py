@@ -9,14 +9,12 @@ is available and why the rest is not.
 
 from typing import TYPE_CHECKING, Any
 
-from . import models, nn, ops, reparam
+from . import models, moved, nn, ops, reparam
+from .checkpoints import load_checkpoint, save_checkpoint
 from .cuda_graphs import cuda_graph
-from .fusing import fuse, reparameterize
+from .fusing import FusionReport, can_fuse, fuse, fusion_report, reparameterize
 from .models import create_model, list_models
-from .models.checkpoints import load_checkpoint, save_checkpoint
 from .nn import JoinSchedule, recalibrate_bn, set_join
-from .report import FusionReport, fusion_report
-from .rules import can_fuse
 from .verification import VerificationReport, verify
 from .version import __version__
 
@@ -49,6 +47,7 @@ __all__ = [
     "verify",
 ]
 
+moved.install()
 EXTRAS = ("distill", "distill_blocks", "idle_pretrained")  # loaded when they are asked for: the core does without
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from repavit_ops.checkpoints import save_checkpoint
 from repavit_ops.models import SwinTransformer, VisionTransformer, linear_idle_ratios
-from repavit_ops.models.checkpoints import save_checkpoint
 from repavit_ops.nn import ChannelIdleFFN
 
 VIT = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -11,8 +11,8 @@ from checkpoint_helpers import VIT, authors_state, image_of, make
 from torch import nn
 
 from repavit_ops import fusing
+from repavit_ops.checkpoints import load_checkpoint, save_checkpoint
 from repavit_ops.models import LVViT, VisionTransformer
-from repavit_ops.models.checkpoints import load_checkpoint, save_checkpoint
 
 
 def damaged(name: str, form: str, change, tmp_path: Path) -> dict[str, torch.Tensor]:

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from repavit_ops import fusing
+from repavit_ops.checkpoints import load_checkpoint, save_checkpoint
+from repavit_ops.checkpoints.description import describe
 from repavit_ops.models import JoinedVisionTransformer, LVViT, VisionTransformer
-from repavit_ops.models.checkpoints import load_checkpoint, save_checkpoint
-from repavit_ops.models.description import describe
 from repavit_ops.nn import ChannelIdleFFN, PartialGELUFFN, set_join
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -14,7 +14,8 @@ from model_helpers import images, tiny_vit
 from typer.testing import CliRunner
 
 from repavit_ops import info, load_checkpoint, reparameterize, save_checkpoint
-from repavit_ops.cli import app, junit_xml
+from repavit_ops.cli import app
+from repavit_ops.cli.verify import junit_xml
 from repavit_ops.verification import Comparison, VerificationReport
 
 OK, FAILED, USAGE = 0, 1, 2

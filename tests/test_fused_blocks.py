@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import repavit_ops
 from repavit_ops import backends, ops, reference, stack_plan
-from repavit_ops.nn import Block, FusedStack, PartialGELUFFN, RepAttention, WindowRepAttention
+from repavit_ops.nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
+from repavit_ops.stack import FusedStack
 from repavit_ops.stack_plan import Step
 
 torch_ops = torch.ops.repavit_ops

@@ -59,7 +59,7 @@ def test_our_models_are_idled_saved_and_exported(name, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_files_of_timm_models_restore_them(timm, name, tmp_path):
-    from repavit_ops.idling.files import save_idled
+    from repavit_ops.checkpoints.idled_timm import save_idled
 
     config = TIMM[name]
     ratios = [0.5, 0, 0.5, 0] if "swin" in name else [0.5, 0]

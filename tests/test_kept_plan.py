@@ -10,7 +10,7 @@ from model_helpers import Recorder, images, in_threads, tiny_swin, tiny_vit
 
 import repavit_ops
 from repavit_ops import backends, stack_plan
-from repavit_ops.nn.kept_plan import KeptPlan
+from repavit_ops.stack.kept_plan import KeptPlan
 
 pytestmark = pytest.mark.skipif(
     backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"

@@ -14,7 +14,7 @@ from torch import nn
 import repavit_ops
 from repavit_ops import backends, ops, reference, stack_plan
 from repavit_ops.models import LVViT, SwinTransformer, VisionTransformer
-from repavit_ops.nn.route import KEPT
+from repavit_ops.stack.route import KEPT
 from repavit_ops.stack_plan import Step
 
 torch_ops = torch.ops.repavit_ops

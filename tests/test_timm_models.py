@@ -17,8 +17,9 @@ from torch import nn
 
 import repavit_ops
 from repavit_ops import backends
-from repavit_ops.nn import Block, FusedStack, PartialGELUFFN, RepAttention, WindowRepAttention
+from repavit_ops.nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
 from repavit_ops.nn.foreign_block import MaskedAttention
+from repavit_ops.stack import FusedStack
 
 needs_cpp = pytest.mark.skipif(
     backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"

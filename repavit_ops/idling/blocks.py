@@ -10,13 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..fusing import TRAINING_FORMS, fuse
+from ..fusing import fusion_report
+from ..fusing.opening import open_ffns
 from ..models.swin import SwinBlock
-from ..nn import PartialGELUFFN
-from ..nn.block import Block
-from ..nn.foreign_block import OpenBranch
-from ..report import fusion_report
-from ..rules import rule_of
+from ..nn import Block, PartialGELUFFN
 
 FFN_LIKE = re.compile(r"mlp|ffn|glu", re.IGNORECASE)  # class names of what takes an FFN's place
 
@@ -34,20 +31,13 @@ class Site(NamedTuple):
 
 
 def open_blocks(model: nn.Module, only: Collection[str] | None = None) -> tuple[nn.Module, list[Site]]:
-    """A copy of ``model`` with the FFN of its blocks (of those named ``only``) folded, and these blocks.
-
-    The copy computes what ``model`` computes, up to the rounding of the folded LayerNorm affine and LayerScale. Blocks
-    that are not named are left as they are, bit for bit, but for Swin's, whose attention is folded with the FFN.
+    """A copy of ``model`` by :func:`repavit_ops.fusing.opening.open_ffns`, and the blocks whose FFN it opened.
 
     Raises:
         RuntimeError: the model is in training mode.
         ValueError: the FFN of a block cannot be idled (each is named with the reason), or there is no block at all.
     """
-
-    def wanted(module: nn.Module, name: str) -> bool:
-        return _is_ffn(module) and (only is None or name in only or name.rpartition(".")[0] in only)
-
-    opened = fuse(model, backend="reference", filter_fn=wanted)
+    opened = open_ffns(model, only)
     blocks = [(name, module) for name, module in opened.named_modules() if isinstance(module, Block | SwinBlock)]
     sites = [Site(name, block, ffn) for name, block in blocks if (ffn := _vanilla(block.mlp)) is not None]
     if only is not None:
@@ -62,17 +52,6 @@ def open_blocks(model: nn.Module, only: Collection[str] | None = None) -> tuple[
             "(fusion_report(model) lists what it sees); wanted a pretrained ViT or Swin"
         )
     return opened, sites
-
-
-def _is_ffn(module: nn.Module) -> bool:
-    """Whether a sub-block is, or holds, an FFN that fuse() folds; attention stays as it is where it is apart."""
-    if isinstance(module, TRAINING_FORMS) or type(module) is SwinBlock:  # SwinBlock: its mlp is a child of its own
-        return False
-    rule = rule_of(module.body if isinstance(module, OpenBranch) else module)
-    if rule is None:
-        return True
-    holds_ffn = hasattr(module, "mlp")  # timm's Swin block, whose rule is attention's
-    return rule.kind in ("partial_gelu_ffn", "block") or holds_ffn
 
 
 def _vanilla(ffn: nn.Module) -> PartialGELUFFN | None:

@@ -1,6 +1,5 @@
 """Vision Transformers built from :mod:`repavit_ops.nn`: the models of the papers and their vanilla twins."""
 
-from .checkpoints import load_checkpoint, save_checkpoint
 from .complexity import Complexity, complexity
 from .dinov2 import load_dinov2_small
 from .joined import JoinedVisionTransformer
@@ -21,9 +20,7 @@ __all__ = [
     "create_model",
     "linear_idle_ratios",
     "list_models",
-    "load_checkpoint",
     "load_dinov2_small",
-    "save_checkpoint",
 ]
 
 install_timm_registry()

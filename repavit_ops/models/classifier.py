@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .one_call import OneCall
+from ..stack import OneCall
+from .patch_embed import image_of
 
 
 class ImageClassifier(OneCall):
@@ -52,6 +53,11 @@ class ImageClassifier(OneCall):
     def forward(self, x: Tensor) -> Tensor:
         route = self.route(x)
         return self.forward_head(self.forward_features(x)) if route is None else route.run(x)
+
+    def own_image(self) -> Tensor:
+        (height, width), channels = image_of(self)
+        like = next(self.parameters())
+        return torch.empty(1, channels, height, width, dtype=like.dtype, device=like.device)
 
     def _why_not_now(self, x: Tensor) -> str | None:
         if self.head_drop.training and self.head_drop.p > 0:

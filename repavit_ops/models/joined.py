@@ -16,6 +16,10 @@ from ..nn.joined_branch_attention import Join
 from .feed_forward import Form
 from .vit import VisionTransformer
 
+# torch.compiler.disable imports Dynamo where it decorates, as long as all of PyTorch; the same as PyTorch's own modules
+# have it imports Dynamo at the first call.
+_uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
 
 def joined_block(
     dim: int,
@@ -98,7 +102,7 @@ class JoinedVisionTransformer(VisionTransformer):
         }
         return super().no_weight_decay() | stacked
 
-    @torch.compiler.disable  # it changes what later calls compute
+    @_uncompiled  # it changes what later calls compute
     def _advance(self, counter: Tensor) -> None:
         """Set α of this forward and count it. Once merged there is none to set."""
         if self.join_curve is not None and any(isinstance(module, JoinedBranches) for module in self.modules()):

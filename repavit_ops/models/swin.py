@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..nn import WindowAttention
 from ..nn.branch import ResidualBranch
+from ..stack import one_call
 from ..stack_plan import Step
-from . import one_call
 from .classifier import ImageClassifier, take_indices
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import pair

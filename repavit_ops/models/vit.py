@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention, Block
+from ..stack import one_call
 from ..stack_plan import Step
-from . import one_call
 from .classifier import ImageClassifier, take_indices, to_map, trunc_normal_parameter
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import PatchEmbed, pair

@@ -6,7 +6,6 @@ from .channel_idle_ffn import ChannelIdleFFN
 from .conv_relu import ConvReLU2d
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
-from .fused_stack import FusedStack
 from .join import set_join
 from .join_schedule import JoinSchedule
 from .joined_branch_attention import JoinedBranchAttention
@@ -26,7 +25,6 @@ __all__ = [
     "ChannelIdleFFN",
     "ConvReLU2d",
     "DeployedShapeFFN",
-    "FusedStack",
     "JoinSchedule",
     "JoinedBranchAttention",
     "JoinedBranchFFN",

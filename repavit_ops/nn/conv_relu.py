@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import Backend
-from .route import why_not_now
+from .plain_call import why_not_plain
 
 
 class ConvReLU2d(nn.Conv2d):
@@ -47,7 +47,7 @@ class ConvReLU2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and _onednn_takes(x.dtype)
-            and why_not_now(self, x) is None
+            and why_not_plain(self, x) is None
         )
 
 

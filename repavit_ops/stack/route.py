@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from .. import backends, stack_plan
+from ..nn.packed_weights import PACKABLE, PackedWeights
 from .kept_plan import KeptPlan
-from .packed_weights import PACKABLE, PackedWeights
 
 Columns = tuple[tuple[Any, ...], ...]
 Routes = dict[tuple[Any, ...], "Route"]  # by dtype, sizes and whatever else of the input matters
@@ -89,21 +88,6 @@ def why_not_for(x: Tensor) -> str | None:
         return f"one call is for the CPU; on {x.device.type} every sub-block is called by itself"
     if x.dtype not in PACKABLE:
         return f"there is no kernel for {x.dtype}"
-    return None
-
-
-def why_not_now(module: nn.Module, x: Tensor) -> str | None:
-    """What can change from call to call and is not of the module itself."""
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        return "there are global forward hooks"
-    if torch.jit.is_tracing():
-        return "the model is traced"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of each operator"
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
-        return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
-    if backends.in_forward_mode():
-        return "forward-mode derivatives are wanted"
     return None
 
 

@@ -8,22 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import reparam
-from .backends import BACKENDS, Backend, why_unavailable
-from .folding import fold_batchnorm
-from .models.one_call import OneCall
-from .nn import (
+from .. import reparam
+from ..backends import BACKENDS, Backend, why_unavailable
+from ..nn import (
     Attention,
     ChannelIdleFFN,
     DeployedShapeFFN,
-    FusedStack,
     JoinedBranchAttention,
     JoinedBranchFFN,
     PartialGELUFFN,
     TokenBatchNorm,
 )
-from .nn.mode import require_eval
-from .nn.packed_weights import PackedWeights
+from ..nn.mode import require_eval
+from ..nn.packed_weights import PackedWeights
+from ..stack import FusedStack, OneCall
+from .folding import fold_batchnorm
 from .patches import fuse_patches
 from .rules import can_fuse, rule_of
 
@@ -66,7 +65,7 @@ def fuse(
 
     Reparameterizes first what still needs it, then folds LayerNorm affine, scale, K and V bias, LayerScale and 1/λ.
     Convolutions over patches and Swin's mergings become projections without im2col, LV-ViT's stem folds its norms, and
-    runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.nn.FusedStack`, one call for all of them;
+    runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.stack.FusedStack`, one call for all;
     a plain ViT or Swin of :mod:`repavit_ops.models` goes through one call from the image to the logits.
     What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
 

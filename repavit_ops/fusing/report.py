@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import backends, reparam
-from .fusing import TRAINING_FORMS
-from .models.one_call import OneCall
-from .nn import FusedStack, PartialGELUFFN, PatchConv2d, PatchProjection
-from .nn.foreign_block import MaskedAttention, OpenBranch
-from .nn.packed_weights import PackedWeights
+from .. import backends, reparam
+from ..nn import PartialGELUFFN, PatchConv2d, PatchProjection
+from ..nn.foreign_block import MaskedAttention, OpenBranch
+from ..nn.packed_weights import PackedWeights
+from ..stack import FusedStack, OneCall
 from .rules import can_fuse, rule_of
+from .verbs import TRAINING_FORMS
 
 Status = Literal["fused", "merged", "skipped", "stacked", "apart", "projected"]
 TOLERANCE = "max|fused - fp64| <= 2 max|eager - fp64| + 1e-6, both in the model's dtype (repavit_ops.verify checks it)"

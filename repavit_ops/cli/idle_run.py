@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..models import Complexity, complexity, load_checkpoint, load_dinov2_small
-from ..models.checkpoint_files import SUFFIXES, read_checkpoint
+from ..checkpoints import load_checkpoint, save_checkpoint
+from ..checkpoints.files import SUFFIXES, read_checkpoint
+from ..checkpoints.idled_timm import save_idled
+from ..idling import BlockResult, Fidelity, Speed, distill_blocks, fidelity, idle_pretrained, speed
+from ..idling.folder import Crops, Preprocessing, photos_in
+from ..models import Complexity, complexity, load_dinov2_small
 from ..models.patch_embed import image_of
-from .block_distillation import distill_blocks
-from .fidelity import Fidelity, Speed, fidelity, speed
-from .files import save_idled
-from .folder import Crops, Preprocessing, photos_in
-from .pretrained import BlockResult, idle_pretrained
 
 BUNDLED = "dinov2-small"
 
@@ -124,7 +123,10 @@ def run(
         undistilled = kept
         distill_blocks(idled, model, Crops(calibrating, preprocessing, distill, batch, seed + 1), seed=seed)
         kept = fidelity(model, idled, tested)
-    save_idled(idled, out, pretrained.timm_name, **(pretrained.arguments or {}))
+    if pretrained.timm_name is None:
+        save_checkpoint(idled, out)
+    else:
+        save_idled(idled, out, pretrained.timm_name, **(pretrained.arguments or {}))
     size = preprocessing.size
     images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(seed))
     costs = [complexity(m, size) for m in (model, idled)]

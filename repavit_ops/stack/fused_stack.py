@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import stack_plan
-from .block import Block
-from .foreign_block import FixedWindowBlock, MaskedBlock
-from .partial_gelu_ffn import PartialGELUFFN
-from .rep_attention import RepAttention
-from .route import Route, Routes, Segment, hooks_below, keep, run_traced, why_not_for, why_not_here, why_not_now
-from .window_rep_attention import WindowRepAttention
+from ..nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
+from ..nn.foreign_block import FixedWindowBlock, MaskedBlock
+from ..nn.plain_call import why_not_plain
+from .route import Route, Routes, Segment, hooks_below, keep, run_traced, why_not_for, why_not_here
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
 BLOCKS = (Block, MaskedBlock, FixedWindowBlock)  # mlp(attn(x)), called with x alone
@@ -58,7 +56,7 @@ class FusedStack(nn.Sequential):
         like = getattr(steps[0], steps[0].packed_names[0]) if x is None else x
         if (reason := why_not_here(steps, like)) is not None or x is None:
             return reason
-        return why_not_now(self, x)
+        return why_not_plain(self, x)
 
     def has_no_run(self) -> bool:
         """Whether no two fused blocks follow each other, so that there is nothing to do in one call."""
@@ -68,7 +66,7 @@ class FusedStack(nn.Sequential):
         if torch.compiler.is_compiling():
             return super().forward(x) if self.why_apart(x) else run_traced(x, self._segments(x))
         route = self._route(x)
-        if route is None or why_not_now(self, x) is not None:
+        if route is None or why_not_plain(self, x) is not None:
             return super().forward(x)
         return route.run(x)
 

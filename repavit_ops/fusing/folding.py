@@ -1,40 +1,42 @@
 """The parts of a sub-block in, one fused module out: which folds each kind takes, and why one cannot be fused.
 
-A rule (:mod:`repavit_ops.rules`) reads the parts of a module class: norm, matrices, scales. What can be fused and how
+A rule (:mod:`repavit_ops.fusing.rules`) reads the parts of a module: norm, matrices, scales. What can be fused and how
 is then the same for every family.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import reparam
-from .backends import Backend
-from .nn import Attention, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
-from .nn.channel_idle_ffn import affine_of
-from .reparam import Affine, AttentionWeights
+from .. import reparam
+from ..backends import Backend
+from ..nn import Attention, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
+from ..nn.channel_idle_ffn import affine_of
+from ..reparam import Affine, AttentionWeights
 
 
 @dataclass(frozen=True)
 class AttentionParts:
     """``x + output_scale · proj(softmax(scale · q kᵀ + bias) v)`` with q, k, v = qkv(norm(x)); head-major rows.
 
+    Without norm, output_scale and residual it is the attention alone.
+
     ``keep_v_bias`` where callers may mask a row wholly: its output is then proj(0), without the V bias.
     """
 
-    norm: nn.Module
     qkv: nn.Module
     proj: nn.Module
     num_heads: int
     d_qk: int
     scale: float
-    output_scale: Tensor | float | None = None
-    residual: bool = True
     keep_v_bias: bool = False
+    norm: nn.Module = field(default_factory=nn.Identity)
+    output_scale: Tensor | float | None = None
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ class WindowParts:
 
 @dataclass(frozen=True)
 class FFNParts:
-    """``x + output_scale · fc2(act(fc1(norm(x))))``."""
+    """``x + output_scale · fc2(act(fc1(norm(x))))``; without norm, output_scale and residual the FFN alone."""
 
-    norm: nn.Module
     fc1: nn.Module
-    fc2: nn.Module
     act: nn.Module
+    fc2: nn.Module
+    norm: nn.Module = field(default_factory=nn.Identity)
     output_scale: Tensor | float | None = None
-    residual: bool = True
+    residual: bool = False
 
 
 # --- what cannot be folded, and why -----------------------------------------------------------------------------------
@@ -209,14 +211,14 @@ def _dtype_of(linear: nn.Module) -> torch.dtype:
 def attention_parts(module: Attention) -> AttentionParts:
     """The parts of our training form."""
     return AttentionParts(
-        module.norm,
         module.qkv,
         module.proj,
         module.num_heads,
         module.d_qk,
         module.scale,
-        module.output_scale(),
-        module.residual,
+        norm=module.norm,
+        output_scale=module.output_scale(),
+        residual=module.residual,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.patch_embed import pair
+from ..models.schedule import block_act_channels, linear_idle_ratios
 from ..reparam import active_channels
 from .authors_layout import Family, StateForm, block_names
-from .patch_embed import pair
-from .schedule import block_act_channels, linear_idle_ratios
 
 # Arguments for which the authors' keys leave one meaning only, and what another would be.
 FIXED: dict[str, tuple[Any, str]] = {

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..models.swin import SwinTransformer
+from ..models.vit import VisionTransformer
 from ..nn import ChannelIdleFFN, PartialGELUFFN, PatchProjection, RepAttention, WindowAttention
 from ..nn.attention import relative_position_index
 from ..reference import shift_mask
 from ..reparam import fold_identity, is_identity
-from .swin import SwinTransformer
-from .vit import VisionTransformer
 
 Family = Literal["vit", "swin"]
 StateForm = Literal["training", "deployed", "merged", "fused"]

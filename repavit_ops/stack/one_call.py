@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import stack_plan
 from ..nn import PatchConv2d, PatchProjection
-from ..nn.fused_stack import steps_of
 from ..nn.packed_weights import PackedWeights
-from ..nn.route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here, why_not_now
+from ..nn.plain_call import why_not_plain
 from ..stack_plan import Step
-from .patch_embed import image_of
+from .fused_stack import steps_of
+from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
 
@@ -49,10 +49,14 @@ class OneCall(nn.Module):
         """
         raise Apart(f"{type(self).__name__} knows no steps")
 
+    def own_image(self) -> Tensor:
+        """An image of the size that the model was built for, its values of no matter."""
+        raise Apart(f"{type(self).__name__} does not say for which images it was built")
+
     def why_apart(self, x: Tensor | None = None) -> str | None:
         """Why a fused model takes more than one call (for images like ``x``, where given), in one line; None if one."""
         try:
-            self._segments(self._own_image() if x is None else x)
+            self._segments(self.own_image() if x is None else x)
         except Apart as apart:
             return str(apart)
         return None if x is None else self._why_not_now(x)
@@ -98,12 +102,7 @@ class OneCall(nn.Module):
         for name in SPOKEN_FOR:
             if name in self.__dict__:
                 return f"it has a {name} of its own"
-        return why_not_now(self, x)
-
-    def _own_image(self) -> Tensor:
-        (height, width), channels = image_of(self)
-        like = next(self.parameters())
-        return torch.empty(1, channels, height, width, dtype=like.dtype, device=like.device)
+        return why_not_plain(self, x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_routes": {}}

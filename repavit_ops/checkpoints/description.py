@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 from .. import backends
+from ..models.joined import JoinedVisionTransformer
+from ..models.lvvit import ConvStem, FusedConvStem, LVViT
+from ..models.patch_embed import PatchEmbed
+from ..models.swin import PatchMerging, SwinBlock, SwinPatchEmbed, SwinStage, SwinTransformer
+from ..models.vit import VisionTransformer
 from ..nn import (
     FFN,
     Attention,
@@ -30,11 +35,6 @@ from ..nn import (
 from ..nn.attention import relative_position_index
 from ..nn.join import JoinedBranches
 from ..nn.joined_branch_attention import BypassedAttention
-from .joined import JoinedVisionTransformer
-from .lvvit import ConvStem, FusedConvStem, LVViT
-from .patch_embed import PatchEmbed
-from .swin import PatchMerging, SwinBlock, SwinPatchEmbed, SwinStage, SwinTransformer
-from .vit import VisionTransformer
 
 Arguments = dict[str, Any]
 BRANCH = ("residual", "skip_lam", "drop_path")  # attributes that are arguments of every ResidualBranch

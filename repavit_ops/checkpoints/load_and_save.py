@@ -10,8 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..models.patch_embed import pair
+from ..models.swin import SwinTransformer
+from ..models.vit import VisionTransformer
 from ..nn import ChannelIdleFFN, PartialGELUFFN
-from . import inference
+from . import config_from_shapes, idled_timm
 from .authors_layout import (
     CLASSES,
     Family,
@@ -25,11 +28,8 @@ from .authors_layout import (
     to_authors,
     to_native,
 )
-from .checkpoint_files import read_checkpoint, write_checkpoint
 from .description import build, describe, fill_derived_buffers
-from .patch_embed import pair
-from .swin import SwinTransformer
-from .vit import VisionTransformer
+from .files import read_checkpoint, write_checkpoint
 
 Layout = Literal["native", "authors"]
 # what may differ between a model and its reload from the authors' layout without changing what it computes
@@ -70,11 +70,9 @@ def load_checkpoint(
             are named). Says what to do.
     """
     file = read_checkpoint(source, ema=ema)
-    if file.config.get("layout") == "timm":
-        from ..idling.files import load_idled  # an extra, and above this layer
-
+    if file.config.get("layout") == idled_timm.LAYOUT:
         _refuse_arguments(config, overrides)
-        return load_idled(file)
+        return idled_timm.load_idled(file)
     description = (config or {}).get("model") or file.config.get("model")
     if description is not None:
         _refuse_arguments(config, overrides)
@@ -82,15 +80,15 @@ def load_checkpoint(
         return _fill(model, file.state, file.origin, list)
     if unknown := set(overrides) - {
         "family",
-        *inference.IDLENESS,
-        *inference.FIXED,
-        *sum(inference.KNOWN.values(), ()),
+        *config_from_shapes.IDLENESS,
+        *config_from_shapes.FIXED,
+        *sum(config_from_shapes.KNOWN.values(), ()),
     }:
-        known = ", ".join(sorted({*inference.IDLENESS, *sum(inference.KNOWN.values(), ())}))
+        known = ", ".join(sorted({*config_from_shapes.IDLENESS, *sum(config_from_shapes.KNOWN.values(), ())}))
         raise ValueError(f"{', '.join(sorted(unknown))}: got an unknown argument, wanted one of {known}")
     family = family_of(file.state)
     form = form_of(file.state, family)
-    settled = inference.settle(file.config, config or {}, overrides)
+    settled = config_from_shapes.settle(file.config, config or {}, overrides)
     model, native = _model_for(file.state, family, form, settled)
     return _fill(model, native, file.origin, their_names if form == "deployed" else list)
 
@@ -155,22 +153,22 @@ def _model_for(
             f"source: got a bare state dict of a {form} model of ours, which does not say where its shortcuts are; "
             'load a file of save_checkpoint, or pass config={"model": describe(model)}'
         )
-    arguments = inference.constructor_arguments(state, family, form, config)
+    arguments = config_from_shapes.constructor_arguments(state, family, form, config)
     native = to_native(state, family, form)
     image = arguments["img_size"]
     if image is None:
-        arguments["img_size"] = inference.stand_in_image(state, arguments)
-    dims = inference.block_dims(arguments)
+        arguments["img_size"] = config_from_shapes.stand_in_image(state, arguments)
+    dims = config_from_shapes.block_dims(arguments)
     if form == "deployed":
         arguments |= {"mlp_ratio": 1.0, "act_channels": 0}  # stands in for the FFNs that the shapes mean
     else:
         hidden = [int(dim * arguments["mlp_ratio"]) for dim in dims]
-        arguments["act_channels"] = inference.training_act_channels(config, hidden, family)
+        arguments["act_channels"] = config_from_shapes.training_act_channels(config, hidden, family)
     with torch.device("meta"):
         model: Any = CLASSES[family](**arguments)
     if form == "deployed":
         counts = _set_deployed_ffns(model, dims, native)
-        inference.check_deployed_act_channels(config, counts, dims)
+        config_from_shapes.check_deployed_act_channels(config, counts, dims)
     if isinstance(model, SwinTransformer):
         model.img_size = image
         _check_derived(model, state, image)
@@ -303,7 +301,7 @@ def _require_same_model(model: nn.Module, state: Mapping[str, Tensor], config: M
     """Raise ValueError, naming what differs, unless loading the state dict would give back what the model computes."""
     family = family_of(state)
     form = form_of(state, family)
-    reloaded, native = _model_for(state, family, form, inference.settle(config))
+    reloaded, native = _model_for(state, family, form, config_from_shapes.settle(config))
     differing = list(_differences(describe(model), describe(reloaded), ""))
     differing += _problems(reloaded.state_dict(), native, list)
     if differing:

@@ -1,0 +1,186 @@
+"""The ViT-like families of timm."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import nn
+
+from ...nn.foreign_block import (
+    ChannelScale,
+    FixedWindowBlock,
+    ForwardingBlock,
+    MaskedAttention,
+    MaskedBlock,
+    OpenBranch,
+)
+from ..family import Described, Family, WindowBlock
+from ..folding import AttentionParts, FFNParts, WindowParts
+from ..patches import MergingParts
+from ..rules import plain
+
+# --- attention and FFN, as they stand in a block or anywhere else -----------------------------------------------------
+
+
+def _attention(attn: Any) -> AttentionParts:
+    scale = attn.head_dim**-0.5 if attn.fused_attn else attn.scale  # what its forward takes
+    return AttentionParts(attn.qkv, attn.proj, attn.num_heads, attn.head_dim, scale, keep_v_bias=True)
+
+
+ATTENTION = Described(
+    _attention,
+    holds=("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale", "fused_attn"),
+    may_hold=("attn_dim",),
+    refuses={
+        "q_norm": "QK-norm normalises q and k in between",
+        "k_norm": "QK-norm normalises q and k in between",
+        "norm": "a norm stands between attention and its projection",
+        "gate": "a gate multiplies the attention output",
+    },
+    alone=MaskedAttention,
+)
+
+MLP = Described(
+    lambda mlp: FFNParts(mlp.fc1, plain(mlp.act), mlp.fc2),
+    holds=("fc1", "act", "drop1", "fc2", "drop2"),
+    refuses={"norm": "a norm stands between activation and fc2"},
+)
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _halves(block: Any) -> tuple[OpenBranch, OpenBranch]:
+    """``x + drop_path1(ls1(attn(norm1(x))))``, then the same of mlp."""
+    return (
+        OpenBranch(block.norm1, block.attn, block.ls1, block.drop_path1),
+        OpenBranch(block.norm2, block.mlp, block.ls2, block.drop_path2),
+    )
+
+
+VIT_HOLDS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+VIT_BLOCK = Described(lambda block: MaskedBlock(*_halves(block)), holds=VIT_HOLDS)
+RELATIVE_BLOCK = Described(lambda block: ForwardingBlock(*_halves(block)), holds=VIT_HOLDS)
+
+
+def _gamma_block(block: Any) -> ForwardingBlock:
+    """LayerScale vectors gamma_1, gamma_2 are parameters of the block, or None."""
+    first, second = ([] if gamma is None else [ChannelScale(gamma)] for gamma in (block.gamma_1, block.gamma_2))
+    return ForwardingBlock(
+        OpenBranch(block.norm1, block.attn, *first, block.drop_path1),
+        OpenBranch(block.norm2, block.mlp, *second, block.drop_path2),
+    )
+
+
+GAMMA_BLOCK = Described(
+    _gamma_block,
+    holds=("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "gamma_1", "gamma_2"),
+    may_hold=("init_values",),
+)
+
+# --- Swin -------------------------------------------------------------------------------------------------------------
+
+
+def _swin_block(block: Any) -> WindowBlock:
+    attn = block.attn
+    d_qk = attn.proj.in_features // attn.num_heads if type(attn.proj) is nn.Linear else 0
+    scale = d_qk**-0.5 if attn.fused_attn and d_qk else attn.scale
+    attention = AttentionParts(attn.qkv, attn.proj, attn.num_heads, d_qk, scale, norm=plain(block.norm1), residual=True)
+    windows = WindowParts(
+        attention,
+        attn._get_rel_pos_bias()[0].detach(),
+        tuple(attn.window_size),
+        tuple(block.shift_size),
+        roll_first=True,
+        static_shift=True,
+    )
+    return WindowBlock(windows, OpenBranch(block.norm2, block.mlp, block.drop_path2), FixedWindowBlock)
+
+
+SWIN_BLOCK = Described(
+    _swin_block,
+    holds=("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "window_size", "shift_size"),
+    may_hold=(
+        *("dim", "input_resolution", "target_shift_size", "always_partition", "dynamic_mask", "window_area"),
+        *("mlp_ratio", "attn_mask"),
+    ),
+    inside={
+        "attn": (
+            "timm.models.swin_transformer.WindowAttention",
+            (
+                *("qkv", "proj", "attn_drop", "proj_drop", "softmax", "relative_position_bias_table", "num_heads"),
+                *("relative_position_index", "scale", "dim", "window_size", "window_area", "fused_attn"),
+            ),
+        )
+    },
+)
+
+# --- what else stands in a model --------------------------------------------------------------------------------------
+
+
+def _layer_norm(norm: Any) -> nn.Module:
+    like = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    like.weight, like.bias = norm.weight, norm.bias
+    return like
+
+
+def _layer_scale(scale: Any) -> nn.Module:
+    return ChannelScale(scale.gamma)
+
+
+TURNED = "rotary position embeddings turn q and k in between"
+GATED = "a gated FFN multiplies two projections; only fc1 → GELU → fc2 can be fused"
+POOLING = "attention pooling: its queries are not the tokens"
+COSINE = "cosine attention normalises q and k in between"
+PARALLEL = "attention and FFN run in parallel on one projection"
+
+TIMM = Family(
+    "timm",
+    ready=lambda: hasattr(sys.modules.get("timm.models"), "create_model"),  # else in the middle of its import
+    attentions={
+        "timm.layers.Attention": ATTENTION,
+        "timm.models.vision_transformer.Attention": ATTENTION,  # up to some 1.0.x the class is that module's own
+    },
+    ffns={"timm.layers.Mlp": MLP},
+    blocks={
+        "timm.models.vision_transformer.Block": VIT_BLOCK,
+        "timm.models.vision_transformer_relpos.RelPosBlock": RELATIVE_BLOCK,
+        "timm.models.eva.EvaBlock": GAMMA_BLOCK,
+        "timm.models.beit.Block": GAMMA_BLOCK,
+    },
+    window_blocks={"timm.models.swin_transformer.SwinTransformerBlock": SWIN_BLOCK},
+    refused={
+        "timm.layers.AttentionRope": TURNED,
+        "timm.models.eva.EvaAttention": TURNED,
+        "timm.layers.DiffAttention": "differential attention subtracts a second softmax",
+        "timm.layers.AttentionPoolLatent": POOLING,
+        "timm.layers.AttentionPoolPrr": POOLING,
+        "timm.layers.GluMlp": GATED,
+        "timm.layers.SwiGLU": GATED,
+        "timm.layers.GatedMlp": GATED,
+        "timm.layers.GlobalResponseNormMlp": "a norm over all tokens stands between activation and fc2",
+        "timm.layers.ConvMlp": "its layers are convolutions; only nn.Linear can be fused",
+        "timm.models.beit.Attention": "relative position biases of its own and its caller's are added to the scores",
+        "timm.models.vision_transformer_relpos.RelPosAttention": "relative position biases are added to the scores",
+        "timm.models.vision_transformer_sam.Attention": "relative position biases depend on q",
+        "timm.models.swin_transformer_v2.WindowAttention": COSINE,
+        "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": COSINE,
+        "timm.models.vision_transformer.ParallelScalingBlock": PARALLEL,
+        "timm.models.vision_transformer.DiffParallelScalingBlock": PARALLEL,
+    },
+    resembling=re.compile(r"Attention|Attn|Mlp$|FFN$"),
+    meanings={
+        "timm.layers.activations.GELU": lambda _: nn.GELU(),
+        "timm.layers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
+        "timm.layers.LayerNorm": _layer_norm,
+        "timm.layers.LayerNormFp32": _layer_norm,
+        "timm.layers.LayerScale": _layer_scale,
+        "timm.models.vision_transformer.LayerScale": _layer_scale,
+        "timm.layers.DropPath": lambda _: nn.Identity(),
+    },
+    patch_embeddings={"timm.layers.patch_embed.PatchEmbed": "proj"},
+    mergings={
+        "timm.models.swin_transformer.PatchMerging": lambda merging: MergingParts(merging.norm, merging.reduction)
+    },
+)

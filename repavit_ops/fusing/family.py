@@ -1,0 +1,221 @@
+"""A foreign library's classes, each described once as parts; what follows from a description is the same for all.
+
+A pre-norm block is closed: its halves become ``x + scale · body(norm(x))``, each fused alone if its body has a rule.
+Bodies in any other surroundings (post-norm blocks, MLP-Mixers, pooling heads, …) are fused without norm and shortcut.
+A module that holds anything its description does not name (a child, a parameter, an attribute) is skipped and named.
+
+docs/adding-a-family.md shows how to describe one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..backends import Backend
+from ..nn import Block
+from ..nn.foreign_block import OpenBranch
+from .folding import (
+    AttentionParts,
+    FFNParts,
+    WindowParts,
+    fold_attention,
+    fold_ffn,
+    fold_window_attention,
+    reason_against,
+)
+from .patches import MergingParts, fold_merging, fuse_convolution
+from .rules import Meaning, Projection, Rule, can_fuse
+
+
+class WindowBlock(NamedTuple):
+    """A block of windowed attention as parts: the closed attention, the other half, and what callers call."""
+
+    attn: WindowParts
+    mlp: OpenBranch
+    call: type[Block]
+
+
+@dataclass(frozen=True)
+class Described:
+    """How the modules of one class are read.
+
+    Args:
+        parts: a module → its parts: :class:`AttentionParts`, :class:`FFNParts` (both without norm and shortcut),
+            :class:`WindowBlock`, or for a block of two halves the :class:`repavit_ops.nn.Block` of two
+            :class:`OpenBranch` that takes its place, under the signature that callers know.
+        holds: names of the children, parameters and attributes that the description knows and that must be there.
+        may_hold: names that it knows too and that may be missing.
+        refuses: names that may be missing, None or the identity; of anything else the reason against it.
+        inside: of children that no rule of their own describes the dotted name of the class and what it holds.
+        alone: what a fused attention or FFN becomes that is called under a signature of its own.
+    """
+
+    parts: Callable[[Any], Any]
+    holds: tuple[str, ...]
+    may_hold: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    inside: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    alone: Callable[[Any], nn.Module] = lambda fused: fused
+
+    def oddity(self, module: nn.Module, library: str) -> str | None:
+        """What a module has that its class lets not expect, in one line; None if there is nothing."""
+        if (reason := _surprise(module, self.holds, (*self.may_hold, *self.refuses), library)) is not None:
+            return reason
+        for name, (path, holds) in self.inside.items():
+            child = getattr(module, name)
+            if type(child) is not _named(path):
+                return f"its {name} is {type(child).__name__}, wanted {path}"
+            if (reason := _surprise(child, holds, (), library)) is not None:
+                return reason
+        return next((reason for name, reason in self.refuses.items() if not _absent(module, name)), None)
+
+
+def _surprise(module: nn.Module, holds: tuple[str, ...], may_hold: tuple[str, ...], library: str) -> str | None:
+    """Names that are missing, or that there is no knowing about; private ones and None do not count."""
+    names = {*module._modules, *module._parameters, *module._buffers, *(vars(module).keys() - BUILT_IN)}
+    if missing := sorted(set(holds) - names):
+        return f"{type(module).__name__} lacks {', '.join(missing)}; this version of {library} is not known"
+    extra = sorted(n for n in names - {*holds, *may_hold} if n[0] != "_" and getattr(module, n) is not None)
+    if extra:
+        return f"{type(module).__name__} also holds {', '.join(extra)}, which its rule does not know"
+    return None
+
+
+BUILT_IN = frozenset(vars(nn.Module())) | {"forward"}  # one on the instance is refused elsewhere
+
+
+def _absent(module: nn.Module, name: str) -> bool:
+    """Whether an optional child is not there: missing in other versions, None, or the identity."""
+    child = getattr(module, name, None)
+    return child is None or type(child) is nn.Identity
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """The classes of one library by dotted name; whatever of it is not loaded costs nothing and is never imported.
+
+    Args:
+        library: the name that users import.
+        ready: whether the library is loaded far enough that its classes stand under their dotted names.
+        attentions, ffns, blocks, window_blocks: the described classes by what their parts are.
+        refused: classes that are attentions or FFNs which no operator computes, and why not.
+        resembling: matches the names of classes that look like one; they are refused where nothing else knows them.
+        meanings: norms, activations, scales and no-ops as PyTorch's own.
+        patch_embeddings: name of the convolution over patches in them.
+        mergings: parts of Swin's mergings of patches.
+    """
+
+    library: str
+    ready: Callable[[], bool] = lambda: True
+    attentions: Mapping[str, Described] = field(default_factory=dict)
+    ffns: Mapping[str, Described] = field(default_factory=dict)
+    blocks: Mapping[str, Described] = field(default_factory=dict)
+    window_blocks: Mapping[str, Described] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    resembling: re.Pattern[str] | None = None
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
+    patch_embeddings: Mapping[str, str] = field(default_factory=dict)
+    mergings: Mapping[str, Callable[[Any], MergingParts]] = field(default_factory=dict)
+    _rules: dict[type, Rule | None] = field(default_factory=dict)
+
+    def rule_for(self, cls: type[nn.Module]) -> Rule | None:
+        if not self._has(cls):
+            return None
+        if cls not in self._rules:
+            self._rules[cls] = self._find_rule(cls)
+        return self._rules[cls]
+
+    def projection_for(self, cls: type[nn.Module]) -> Projection | None:
+        if (name := self._listed(cls, self.patch_embeddings)) is not None:
+            return partial(fuse_convolution, name=name)
+        if (parts := self._listed(cls, self.mergings)) is not None:
+            return lambda merging, backend: fold_merging(parts(merging), backend) or merging
+        return None
+
+    def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
+        return self._listed(cls, self.meanings)
+
+    def _has(self, cls: type) -> bool:
+        return cls.__module__.partition(".")[0] == self.library and self.ready()
+
+    def _listed(self, cls: type, table: Mapping[str, Any]) -> Any:
+        """What a table has for exactly this class: one of its dotted names leads to it."""
+        if not self._has(cls):
+            return None
+        return next((value for path, value in table.items() if _named(path) is cls), None)
+
+    def _find_rule(self, cls: type[nn.Module]) -> Rule | None:
+        for kind, table, make in (
+            ("rep_attention", self.attentions, self._body_rule),
+            ("partial_gelu_ffn", self.ffns, self._body_rule),
+            ("block", self.blocks, self._block_rule),
+            ("window_rep_attention", self.window_blocks, self._window_rule),
+        ):
+            if (described := self._listed(cls, table)) is not None:
+                return make(kind, described)
+        if (reason := self._listed(cls, self.refused)) is not None:
+            return refusing(reason)
+        described_inside = {path for block in self.window_blocks.values() for path, _ in block.inside.values()}
+        if any(_named(path) is cls for path in described_inside):
+            return None  # the block around it has the rule
+        if self.resembling is not None and self.resembling.search(cls.__name__):
+            return refusing("repavit_ops has no operator for what it computes")
+        return None
+
+    def _body_rule(self, kind: str, described: Described) -> Rule:
+        def reason(module: nn.Module) -> str | None:
+            return described.oddity(module, self.library) or reason_against(described.parts(module))
+
+        def fold(module: nn.Module, backend: Backend) -> nn.Module:
+            parts: AttentionParts | FFNParts = described.parts(module)
+            return described.alone(
+                fold_ffn(parts, backend) if isinstance(parts, FFNParts) else fold_attention(parts, backend)
+            )
+
+        return Rule(kind, reason, fold, parts=described.parts)
+
+    def _block_rule(self, kind: str, described: Described) -> Rule:
+        def reason(block: nn.Module) -> str | None:
+            """None if one half or both can be fused with norm and shortcut."""
+            if (oddity := described.oddity(block, self.library)) is not None:
+                return oddity
+            reasons = {name: can_fuse(half) for name, half in described.parts(block).named_children()}
+            return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+        def fold(block: nn.Module, backend: Backend) -> nn.Module:
+            closed: nn.Module = described.parts(block)
+            return closed  # the halves are fused on their own, by the rule for OpenBranch
+
+        return Rule(kind, reason, fold, keeps_children=True)
+
+    def _window_rule(self, kind: str, described: Described) -> Rule:
+        def reason(block: nn.Module) -> str | None:
+            return described.oddity(block, self.library) or reason_against(described.parts(block).attn)
+
+        def fold(block: nn.Module, backend: Backend) -> nn.Module:
+            attn, mlp, call = described.parts(block)
+            return call(fold_window_attention(attn, backend), mlp)
+
+        return Rule(kind, reason, fold)
+
+
+def refusing(reason: str) -> Rule:
+    """The rule for a class that no operator computes."""
+
+    def fold(module: nn.Module, backend: Backend) -> nn.Module:
+        raise TypeError(f"{type(module).__name__} cannot be fused: {reason}")
+
+    return Rule("unsupported", lambda _: reason, fold)
+
+
+def _named(path: str) -> Any:
+    """The class of a dotted name, if its module is loaded and has it."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
