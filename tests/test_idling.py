@@ -72,6 +72,21 @@ def test_files_of_timm_models_restore_them(timm, name, tmp_path):
         repavit_ops.load_checkpoint(tmp_path / "idled.safetensors", num_heads=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("local-dir:elsewhere", {}, "wanted the name of one of timm's architectures"),
+        ("vit_base_patch16_224", {"checkpoint_path": "elsewhere.pth"}, "checkpoint_path for timm, wanted none"),
+    ],
+)
+def test_a_file_cannot_send_timm_to_other_files(timm, name, arguments, message, tmp_path):
+    from repavit_ops.checkpoints.idled_timm import save_idled
+
+    save_idled(timm.create_model("vit_base_patch16_224", **VIT), tmp_path / "idled.safetensors", name, **arguments)
+    with pytest.raises(ValueError, match=message):
+        repavit_ops.load_checkpoint(tmp_path / "idled.safetensors")
+
+
 @torch.no_grad()
 def test_ratio_zero_is_the_original_bit_for_bit(timm):
     x = images(2, seed=99)

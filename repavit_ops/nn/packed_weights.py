@@ -1,4 +1,7 @@
-"""Packed copies of weights: derived state that a module owns, never saves and rebuilds when the source changes."""
+"""Packed copies of weights, in the order in which the C++ kernels read them.
+
+A copy is derived state: the module owns it, never saves it, and makes it anew when the weights change.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,18 @@ PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackedWeights(nn.Module):
-    """Base of the deployed modules: keeps ``packed``, the C++ kernels' layout of the weights, in step with them.
+    """Base of the deployed modules: holds the packed copy of their weights and keeps it up to date.
 
-    The copy is made at the first CPU call and again when a weight changed: after ``load_state_dict``, ``.to()`` and
-    in-place edits that autograd can see (its version counter, looked at in eager mode only, since under
-    ``torch.compile`` it would be a guard on data). Edits through ``.data`` or numpy need :meth:`repack`.
+    The copy is made at the first call on a CPU and again whenever a weight has changed: after ``load_state_dict``,
+    after ``.to()``, and after edits in place, which raise a tensor's version counter. The counter is compared in eager
+    mode only, because under ``torch.compile`` the comparison would become a guard on data. Edits through ``.data`` or
+    numpy raise no counter and need :meth:`repack`.
 
-    :meth:`drop_unpacked` frees the plain weights: the parameters keep name and shape but own no memory, state_dict
-    unpacks, moving the module unpacks and packs again, and gradients raise.
+    :meth:`drop_unpacked` frees the plain weights. The parameters then keep their names and shapes but own no memory,
+    ``state_dict`` unpacks them, moving the module unpacks and packs again, and asking for gradients raises.
 
-    A subclass names its ``operator`` and, in the order of the operator's pack, its weights in ``packed_names``, and
-    defines :meth:`pack`.
+    A subclass sets ``operator`` to the name of its operator and ``packed_names`` to the names of its weights in the
+    order that the operator's pack function takes them, and defines :meth:`pack`.
     """
 
     operator: ClassVar[str]
@@ -38,7 +42,7 @@ class PackedWeights(nn.Module):
         self._unpacked_dropped = False
 
     def pack(self) -> Tensor:
-        """Pack :meth:`sources` for the C++ kernels."""
+        """A new packed copy of :meth:`sources`."""
         raise TypeError(f"{type(self).__name__} must define pack()")
 
     def _unpacked(self) -> Iterator[tuple[str, Tensor]]:
@@ -68,8 +72,11 @@ class PackedWeights(nn.Module):
         return self._packed
 
     def backend_for(self, x: Tensor) -> backends.Backend:
-        """The backend for ``x``: under "auto" plain PyTorch for float64 on the CPU, where its BLAS takes half the time
-        of the one portable kernel that there is."""
+        """The backend for ``x``.
+
+        Under "auto" float64 on a CPU is left to PyTorch: there is only a portable kernel for it, which takes twice as
+        long as PyTorch's BLAS.
+        """
         return "reference" if self.backend == "auto" and x.is_cpu and x.dtype == torch.float64 else self.backend
 
     def repack(self) -> None:

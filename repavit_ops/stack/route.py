@@ -1,4 +1,9 @@
-"""How a module runs on inputs of one kind in few operator calls, and whether that still holds."""
+"""A route: the operator calls by which a module runs on inputs of one kind, kept until something in the module changes.
+
+Finding out which blocks can go through one call takes far longer than the call. So a module finds it out once per kind
+of input (dtype, sizes) and keeps the answer with everything that it depends on: which children and parameters stand
+where, the version counters of weights that were copied, and that no part has hooks. Each later call only compares.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +19,33 @@ from .. import backends, stack_plan
 from ..nn.packed_weights import PACKABLE, PackedWeights
 from .kept_plan import KeptPlan
 
-Columns = tuple[tuple[Any, ...], ...]
+Columns = tuple[tuple[Any, ...], ...]  # a table, column by column
 Routes = dict[tuple[Any, ...], "Route"]  # by dtype, sizes and whatever else of the input matters
-KEPT = 16  # a route may hold a position table of its own
-Segment = nn.Module | stack_plan.Plan  # a module by itself, or a run of steps
+KEPT = 16  # routes per module: each may hold a position table of its own
+Segment = nn.Module | stack_plan.Plan  # a module that is called by itself, or a run of steps for one operator call
 
 
 @dataclass(frozen=True)
 class Route:
-    """What to call one after the other, and what must still be as it was for that to hold.
+    """What to call one after the other, and the state of the module under which that is right.
 
-    That is looked at in every call, with cold caches, so in columns that need no bytecode per entry.
+    Every call compares that state, often right after the weights of a whole model have pushed everything else out of
+    the processor's caches. It is therefore stored as columns and compared by ``map``, which runs in C: a Python loop
+    over the same entries takes several times as long.
+
+    Attributes:
+        calls: functions of one tensor, in order; none where the module must run part by part.
+        entries: dictionaries, keys, and the objects that must still stand there: children, parameters, packed copies.
+        sizes: dictionaries of parameters and their lengths, so that a parameter that is new is noticed.
+        versions: tensors that were copied, and their version counters.
+        hooks: dictionaries of hooks, which must all be empty.
     """
 
     calls: Sequence[Callable[[Tensor], Tensor]]
-    entries: Columns = ((), (), ())  # dicts, keys and what stands there: children, parameters, packed copies
-    sizes: Columns = ((), ())  # dicts and their lengths: no parameter where there was none
-    versions: Columns = ((), ())  # tensors and their version counters
-    hooks: tuple[dict[int, Any], ...] = ()  # all empty
+    entries: Columns = ((), (), ())
+    sizes: Columns = ((), ())
+    versions: Columns = ((), ())
+    hooks: tuple[dict[int, Any], ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module, segments: list[Segment]) -> Route:
@@ -40,6 +54,7 @@ class Route:
         return cls(calls, _entries(module), _sizes(module), _versions(module), hooks_below(module))
 
     def holds(self) -> bool:
+        """Whether the module is still in the state that the route was made for."""
         dicts, keys, values = self.entries
         sized, sizes = self.sizes
         tensors, versions = self.versions
@@ -51,13 +66,14 @@ class Route:
         )
 
     def run(self, x: Tensor) -> Tensor:
+        """The module's output for ``x``."""
         for call in self.calls:
             x = call(x)
         return x
 
 
 def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
-    """The route, kept for the next input of its kind; inputs of ever new sizes start over."""
+    """Keep a route for the next input of its kind; once there are :data:`KEPT` others, they are all forgotten."""
     if len(routes) >= KEPT and key not in routes:
         routes.clear()
     routes[key] = route
@@ -65,7 +81,7 @@ def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
 
 
 def run_traced(x: Tensor, segments: Iterable[Segment]) -> Tensor:
-    """The segments as torch.compile should see them: operators that take their weights."""
+    """Run the segments as torch.compile must see them: as operators that take the weights, not as kept plans."""
     for segment in segments:
         if isinstance(segment, nn.Module):
             x = segment(x)
@@ -92,6 +108,7 @@ def why_not_for(x: Tensor) -> str | None:
 
 
 def hooks_below(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The dictionaries of forward hooks of every part, without the module's own, which run in any case."""
     below = [child for child in module.modules() if child is not module]
     return tuple(hooks for child in below for hooks in (child._forward_hooks, child._forward_pre_hooks))
 
@@ -111,7 +128,11 @@ def _sizes(module: nn.Module) -> Columns:
 
 
 def _versions(module: nn.Module) -> Columns:
-    """Of what steps hold a copy of: packed weights, and what a root computes from its own parameters."""
+    """Version counters of the tensors that a route holds copies of.
+
+    These are the sources of packed weights, and the parameters of the root itself, from which it may have computed a
+    table (positions resized to the image).
+    """
     packed = [t for part in module.modules() if isinstance(part, PackedWeights) for t in part.sources()]
     copied = [t for t in (*packed, *module.parameters(recurse=False)) if t is not None]
     return _columns(((t, t._version) for t in copied if not t.is_inference()), 2)
