@@ -346,7 +346,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     WindowRepAttention: Kind(
         _attributes(
             *FUSED_ATTENTION,
-            *("window", "shift", "roll_first", "static_shift"),
+            *("window", "shift", "roll_first", "static_shift", "shift_by_axis"),
             dim_out=lambda module: module.w_proj.shape[0],
             padding=lambda module: module.pad_kv is not None,
         ),

@@ -21,6 +21,7 @@ from torch import nn
 from ..backends import Backend
 from ..nn import Block
 from ..nn.foreign_block import OpenBranch
+from ..nn.stand_in import standing_in
 from .folding import (
     AttentionParts,
     FFNParts,
@@ -32,6 +33,18 @@ from .folding import (
 )
 from .patches import MergingParts, fold_merging, fuse_convolution
 from .rules import Meaning, Projection, Rule, can_fuse
+
+
+class WholeBlock(NamedTuple):
+    """A block that is fused as a whole or not at all, as the parts of its closed halves and what callers call.
+
+    For blocks whose attention is called in a way of its own (``nn.MultiheadAttention``) or whose FFN is no module.
+    """
+
+    attn: AttentionParts
+    mlp: FFNParts
+    call: type[Block]
+    attributes: Mapping[str, Any] = {}
 
 
 class WindowBlock(NamedTuple):
@@ -48,12 +61,14 @@ class Described:
 
     Args:
         parts: a module → its parts: :class:`AttentionParts`, :class:`FFNParts` (both without norm and shortcut),
-            :class:`WindowBlock`, or for a block of two halves the :class:`repavit_ops.nn.Block` of two
-            :class:`OpenBranch` that takes its place, under the signature that callers know.
+            :class:`WholeBlock`, :class:`WindowBlock`, or for a block of two halves the :class:`repavit_ops.nn.Block`
+            of two :class:`OpenBranch` that takes its place, under the signature that callers know.
         holds: names of the children, parameters and attributes that the description knows and that must be there.
         may_hold: names that it knows too and that may be missing.
         refuses: names that may be missing, None or the identity; of anything else the reason against it.
         inside: of children that no rule of their own describes the dotted name of the class and what it holds.
+        unless: a reason against a module that holds what it should, in one line; None if there is none.
+        keeps_class: the fused block is an instance of the class that it replaces, too, with its plain attributes.
         alone: what a fused attention or FFN becomes that is called under a signature of its own.
     """
 
@@ -62,7 +77,13 @@ class Described:
     may_hold: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     inside: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    unless: Callable[[Any], str | None] = lambda module: None
+    keeps_class: bool = False
     alone: Callable[[Any], nn.Module] = lambda fused: fused
+
+    def closed(self, block: nn.Module, made: nn.Module) -> nn.Module:
+        """What takes a block's place."""
+        return standing_in(made, block) if self.keeps_class else made
 
     def oddity(self, module: nn.Module, library: str) -> str | None:
         """What a module has that its class lets not expect, in one line; None if there is nothing."""
@@ -74,7 +95,8 @@ class Described:
                 return f"its {name} is {type(child).__name__}, wanted {path}"
             if (reason := _surprise(child, holds, (), library)) is not None:
                 return reason
-        return next((reason for name, reason in self.refuses.items() if not _absent(module, name)), None)
+        present = (reason for name, reason in self.refuses.items() if not _absent(module, name))
+        return next(present, None) or self.unless(module)
 
 
 def _surprise(module: nn.Module, holds: tuple[str, ...], may_hold: tuple[str, ...], library: str) -> str | None:
@@ -104,10 +126,13 @@ class Family:
     Args:
         library: the name that users import.
         ready: whether the library is loaded far enough that its classes stand under their dotted names.
-        attentions, ffns, blocks, window_blocks: the described classes by what their parts are.
+        attentions, ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts are.
         refused: classes that are attentions or FFNs which no operator computes, and why not.
         resembling: matches the names of classes that look like one; they are refused where nothing else knows them.
         meanings: norms, activations, scales and no-ops as PyTorch's own.
+        loops: name of the list of blocks that forward loops over, calling each with what the one before returned and
+            looking at nothing in between.
+        resets: what makes a module forget state of earlier calls.
         patch_embeddings: name of the convolution over patches in them.
         mergings: parts of Swin's mergings of patches.
     """
@@ -117,9 +142,12 @@ class Family:
     attentions: Mapping[str, Described] = field(default_factory=dict)
     ffns: Mapping[str, Described] = field(default_factory=dict)
     blocks: Mapping[str, Described] = field(default_factory=dict)
+    whole_blocks: Mapping[str, Described] = field(default_factory=dict)
     window_blocks: Mapping[str, Described] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     resembling: re.Pattern[str] | None = None
+    loops: Mapping[str, str] = field(default_factory=dict)
+    resets: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     patch_embeddings: Mapping[str, str] = field(default_factory=dict)
     mergings: Mapping[str, Callable[[Any], MergingParts]] = field(default_factory=dict)
@@ -139,6 +167,14 @@ class Family:
             return lambda merging, backend: fold_merging(parts(merging), backend) or merging
         return None
 
+    def loop_for(self, cls: type[nn.Module]) -> str | None:
+        name: str | None = self._listed(cls, self.loops)
+        return name
+
+    def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
+        forget: Callable[[Any], None] | None = self._listed(cls, self.resets)
+        return forget
+
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         return self._listed(cls, self.meanings)
 
@@ -156,6 +192,7 @@ class Family:
             ("rep_attention", self.attentions, self._body_rule),
             ("partial_gelu_ffn", self.ffns, self._body_rule),
             ("block", self.blocks, self._block_rule),
+            ("block", self.whole_blocks, self._whole_rule),
             ("window_rep_attention", self.window_blocks, self._window_rule),
         ):
             if (described := self._listed(cls, table)) is not None:
@@ -190,10 +227,24 @@ class Family:
             return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
         def fold(block: nn.Module, backend: Backend) -> nn.Module:
-            closed: nn.Module = described.parts(block)
-            return closed  # the halves are fused on their own, by the rule for OpenBranch
+            return described.closed(block, described.parts(block))  # halves are fused on their own, by their rule
 
         return Rule(kind, reason, fold, keeps_children=True)
+
+    def _whole_rule(self, kind: str, described: Described) -> Rule:
+        def reason(block: nn.Module) -> str | None:
+            if (oddity := described.oddity(block, self.library)) is not None:
+                return oddity
+            parts: WholeBlock = described.parts(block)
+            return reason_against(parts.attn) or reason_against(parts.mlp)
+
+        def fold(block: nn.Module, backend: Backend) -> nn.Module:
+            parts: WholeBlock = described.parts(block)
+            made = parts.call(fold_attention(parts.attn, backend), fold_ffn(parts.mlp, backend))
+            vars(made).update(parts.attributes)
+            return described.closed(block, made)
+
+        return Rule(kind, reason, fold)
 
     def _window_rule(self, kind: str, described: Described) -> Rule:
         def reason(block: nn.Module) -> str | None:
@@ -201,7 +252,7 @@ class Family:
 
         def fold(block: nn.Module, backend: Backend) -> nn.Module:
             attn, mlp, call = described.parts(block)
-            return call(fold_window_attention(attn, backend), mlp)
+            return described.closed(block, call(fold_window_attention(attn, backend), mlp))
 
         return Rule(kind, reason, fold)
 

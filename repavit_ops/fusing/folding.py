@@ -28,7 +28,7 @@ class AttentionParts:
     ``keep_v_bias`` where callers may mask a row wholly: its output is then proj(0), without the V bias.
     """
 
-    qkv: nn.Module
+    qkv: nn.Module | tuple[nn.Module, nn.Module, nn.Module]  # one projection, or three
     proj: nn.Module
     num_heads: int
     d_qk: int
@@ -49,6 +49,7 @@ class WindowParts:
     shift: tuple[int, int]
     roll_first: bool = False
     static_shift: bool = False
+    shift_by_axis: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     """Why a sub-block of these parts cannot be fused, in one line; None if it can."""
     if isinstance(parts, WindowParts):
         parts = parts.attention
-    for part in (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (parts.qkv, parts.proj):
+    linears = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (*_projections(parts), parts.proj)
+    for part in linears:
         if type(part) is not nn.Linear:
             return f"a projection is {type(part).__name__}, wanted nn.Linear (merge adapters or dequantise first)"
     if type(parts.norm) not in (nn.Identity, nn.LayerNorm):
@@ -79,10 +81,21 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
         return f"its LayerNorm spans {len(parts.norm.normalized_shape)} dimensions; only the last can be fused"
     if isinstance(parts, FFNParts) and gelu_variant(parts.act) is None:
         return f"its activation is {type(parts.act).__name__}; only GELU (erf or tanh) can be fused"
-    dim, dim_out = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (parts.qkv, parts.proj)
+    dim, dim_out = linears[0], linears[-1]
     if dim.in_features != dim_out.out_features and (parts.residual or isinstance(parts, FFNParts)):
         return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
     return None
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An ``nn.Linear`` on parameters that a module holds itself."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight, made.bias = (p if p is None else nn.Parameter(p.detach(), False) for p in (weight, bias))  # type: ignore[assignment]
+    return made
+
+
+def _projections(parts: AttentionParts) -> tuple[nn.Module, ...]:
+    return parts.qkv if isinstance(parts.qkv, tuple) else (parts.qkv,)
 
 
 def gelu_variant(act: nn.Module) -> str | None:
@@ -109,7 +122,7 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention:
         backend=backend,
         device="meta",
     )
-    return _filled(fused, weights, _dtype_of(parts.qkv))
+    return _filled(fused, weights, _dtype_of(parts.proj))
 
 
 def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAttention:
@@ -130,10 +143,11 @@ def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAtte
         padding=affine is not None,
         roll_first=parts.roll_first,
         static_shift=parts.static_shift,
+        shift_by_axis=parts.shift_by_axis,
         backend=backend,
         device="meta",
     )
-    dtype = _dtype_of(parts.attention.qkv)
+    dtype = _dtype_of(parts.attention.proj)
     fused.rel_bias = nn.Parameter(reparam.cast(parts.rel_bias, dtype, "rel_bias"))
     if affine is not None:
         pad_kv = reparam.pad_kv_vector(original, affine, weights)
@@ -176,12 +190,12 @@ def _norm_fold(norm: nn.Module) -> tuple[Affine | None, float | None]:
 
 
 def _weights_of(parts: AttentionParts) -> AttentionWeights:
-    qkv, proj = parts.qkv, parts.proj
-    assert isinstance(qkv, nn.Linear)
-    assert isinstance(proj, nn.Linear)
-    return reparam.attention_weights(
-        qkv.weight, qkv.bias, proj.weight, proj.bias, parts.num_heads, parts.d_qk, parts.scale
-    )
+    proj: Any = parts.proj
+    qkv: list[Any] = list(_projections(parts))
+    weight = torch.cat([part.weight for part in qkv])
+    biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in qkv]
+    bias = None if all(part.bias is None for part in qkv) else torch.cat(biases)
+    return reparam.attention_weights(weight, bias, proj.weight, proj.bias, parts.num_heads, parts.d_qk, parts.scale)
 
 
 def _folded(

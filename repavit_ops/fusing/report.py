@@ -12,7 +12,8 @@ from .. import backends, reparam
 from ..nn import PartialGELUFFN, PatchConv2d, PatchProjection
 from ..nn.foreign_block import MaskedAttention, OpenBranch
 from ..nn.packed_weights import PackedWeights
-from ..stack import FusedStack, OneCall
+from ..stack import OneCall
+from ..stack.block_runs import BlockRuns
 from .rules import can_fuse, rule_of
 from .verbs import TRAINING_FORMS
 
@@ -108,9 +109,9 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
         apart = module.why_apart()
         note = "the whole model in one call; part by part under gradients, autocast or hooks"
         return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
-    if isinstance(module, FusedStack):
+    if isinstance(module, BlockRuns):
         apart = module.why_apart()
-        note = f"{len(module)} blocks in one call; one by one under gradients or autocast"
+        note = f"{len(module._modules)} blocks in one call; one by one under masks, gradients or autocast"
         return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
     if isinstance(module, PatchConv2d | PatchProjection):
         return ReportEntry(name, "patch_projection", "projected", "one product of the patches, without im2col")

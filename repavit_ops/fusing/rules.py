@@ -49,6 +49,12 @@ class Source(Protocol):
     def projection_for(self, cls: type[nn.Module]) -> Projection | None:
         """What replaces a patch embedding or a merging of patches of exactly this class; None if it is neither."""
 
+    def loop_for(self, cls: type[nn.Module]) -> str | None:
+        """Name of the list of blocks that the forward of exactly this class loops over; None if it has none."""
+
+    def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
+        """What makes a module of exactly this class forget state of earlier calls; None where it keeps none."""
+
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         """What a norm, activation, scale or no-op of exactly this class is in PyTorch's own; None if it is neither."""
 
@@ -69,6 +75,18 @@ def rule_of(module: nn.Module) -> Rule | None:
 def projection_of(module: nn.Module) -> Projection | None:
     """What replaces a module of exactly this class that projects patches; None for any other module."""
     return _first(source.projection_for(type(module)) for source in _SOURCES)
+
+
+def loop_of(module: nn.Module) -> str | None:
+    """Name of the list of blocks that the forward of a module of exactly this class loops over."""
+    return _first(source.loop_for(type(module)) for source in _SOURCES)
+
+
+def reset(module: nn.Module) -> None:
+    """Let a module forget what earlier calls left in it, where its class is known to keep such state."""
+    forget = _first(source.reset_for(type(module)) for source in _SOURCES)
+    if forget is not None:
+        forget(module)
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from ..nn import (
 )
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
-from ..stack import FusedStack, OneCall
+from ..nn.stand_in import stand_in_class
+from ..stack import FusedStack, LoopedBlocks, LoopOwner, OneCall
 from .folding import fold_batchnorm
 from .patches import fuse_patches
-from .rules import can_fuse, rule_of
+from .rules import can_fuse, loop_of, reset, rule_of
 
 TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
 
@@ -115,6 +117,8 @@ def fuse(
     model = _swap(model if inplace else copy.deepcopy(model), merged)
     if strict:
         _require_fusible(model, wanted)
+    for module in model.modules():
+        reset(module)
     model = _swap(_swap(_swap(model, fused), patches), _stacked)
     if dtype is not None:
         _cast(model, dtype)
@@ -147,10 +151,22 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
 def _stacked(module: nn.Module, name: str) -> nn.Module:
     if isinstance(module, OneCall):
         module.in_one_call = True
+    if (name_of_blocks := loop_of(module)) is not None:
+        return _looped(module, name_of_blocks)
     if type(module) is not nn.Sequential:
         return module
     stack = FusedStack.replacing(module)
     return module if stack.has_no_run() else stack
+
+
+def _looped(owner: nn.Module, name: str) -> nn.Module:
+    blocks = getattr(owner, name)
+    if LoopedBlocks.can_replace(blocks):
+        setattr(owner, name, LoopedBlocks.replacing(blocks))
+        classes: tuple[Any, Any] = LoopOwner, type(owner)
+        owner.__class__ = stand_in_class(*classes)
+        vars(owner)["loops_over"] = name
+    return owner
 
 
 def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> nn.Module:

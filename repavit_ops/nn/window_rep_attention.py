@@ -27,8 +27,9 @@ class WindowRepAttention(RepAttention):
 
     Args:
         window, shift: tokens, one number or (height, width). A map no larger than the window in some direction is not
-            shifted (Swin's rule), unless ``static_shift``.
+            shifted at all (Swin's rule), unless one of the next two says otherwise.
         static_shift: shift maps of every size (timm settles the shift when it builds the block).
+        shift_by_axis: do not shift in the direction that the window covers, but in the other one (torchvision).
         padding: whether pad_kv exists: needed once a norm's affine is folded into w_qkv.
         roll_first: roll before padding, as timm does.
         others: as :class:`RepAttention`.
@@ -54,6 +55,7 @@ class WindowRepAttention(RepAttention):
         padding: bool = False,
         roll_first: bool = False,
         static_shift: bool = False,
+        shift_by_axis: bool = False,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,13 +76,14 @@ class WindowRepAttention(RepAttention):
         )
         self.window: tuple[int, int] = (window, window) if isinstance(window, int) else (window[0], window[1])
         self.shift: tuple[int, int] = (shift, shift) if isinstance(shift, int) else (shift[0], shift[1])
-        self.roll_first, self.static_shift = roll_first, static_shift
+        self.roll_first, self.static_shift, self.shift_by_axis = roll_first, static_shift, shift_by_axis
         tokens = self.window[0] * self.window[1]
         self.rel_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens, device=device, dtype=dtype))
         pad_width = num_heads * (self.d_qk + self.d_v)
         self.pad_kv = nn.Parameter(torch.zeros(pad_width, device=device, dtype=dtype)) if padding else None
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, static_shift: bool | None = None) -> Tensor:  # type: ignore[override]
+        """``static_shift`` given: for this call in place of the module's own."""
         self.check_trainable(x)
         return ops.window_rep_attention(
             x,
@@ -90,7 +93,7 @@ class WindowRepAttention(RepAttention):
             self.b_proj,
             rel_bias=self.rel_bias,
             pad_kv=self.pad_kv,
-            **self._window_static(x.shape[1:3]),
+            **self._window_static(x.shape[1:3], static_shift),
             packed=self.packed(),
             backend=self.backend_for(x),
         )
@@ -100,21 +103,33 @@ class WindowRepAttention(RepAttention):
         weights = (self.w_qkv, self.b_qkv, self.w_proj, self.b_proj, self.rel_bias, self.pad_kv)
         return Step("window_rep_attention", weights, self._window_static(size), self.packed())
 
-    def _window_static(self, size: Sequence[int]) -> dict[str, Any]:
+    def _window_static(self, size: Sequence[int], static_shift: bool | None = None) -> dict[str, Any]:
+        static = self.static_shift if static_shift is None else static_shift
         return {
             "num_heads": self.num_heads,
             "scale": self.scale,
             "window": self.window,
-            "shift": self.shift if self.static_shift else effective_shift(size, self.window, self.shift),
+            "shift": self.shift if static else effective_shift(size, self.window, self.shift, self._by_axis()),
             "norm_eps": self.norm_eps,
             "residual": self.residual,
             "roll_first": self.roll_first,
         }
 
+    def _by_axis(self) -> bool:
+        return self.__dict__.get("shift_by_axis", False)  # pickles of older versions lack it
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, shift={self.shift}, roll_first={self.roll_first}"
 
 
-def effective_shift(size: Sequence[int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
-    """The shift that a map of this size gets: none once the window covers it in some direction (Swin's rule)."""
+def effective_shift(
+    size: Sequence[int], window: tuple[int, int], shift: tuple[int, int], by_axis: bool = False
+) -> tuple[int, int]:
+    """The shift that a map of this size gets: none once the window covers it in some direction (Swin's rule).
+
+    ``by_axis``: none in that direction alone.
+    """
+    if by_axis:
+        height, width = (s if side > edge else 0 for s, side, edge in zip(shift, size, window, strict=True))
+        return height, width
     return (0, 0) if min(size) <= min(window) else shift

@@ -17,7 +17,7 @@ from ..nn import PatchConv2d, PatchProjection
 from ..nn.packed_weights import PackedWeights
 from ..nn.plain_call import why_not_plain
 from ..stack_plan import Step
-from .fused_stack import steps_of
+from .block_runs import steps_of
 from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from ...models.patch_embed import PatchEmbed
 from ...models.swin import PatchMerging, SwinBlock, SwinPatchEmbed
 from ...nn import FFN, Attention, Block, PartialGELUFFN, RepAttention, WindowRepAttention
 from ...nn.foreign_block import OpenBranch
+from ...nn.foreign_signatures import FirstOfTuple
 from ...nn.packed_weights import PackedWeights
 from ..folding import (
     AttentionParts,
@@ -78,6 +80,7 @@ RULES: dict[type[nn.Module], Rule] = {
         lambda m, backend: Block(fold_window_attention(_swin(m), backend), m.mlp),
     ),
     OpenBranch: HALF,
+    FirstOfTuple: HALF,
     PartialGELUFFN: _fused_already("partial_gelu_ffn"),
     RepAttention: _fused_already("rep_attention"),
     WindowRepAttention: _fused_already("window_rep_attention"),
@@ -108,6 +111,12 @@ class _Ours:
 
     def projection_for(self, cls: type[nn.Module]) -> Projection | None:
         return PROJECTIONS.get(cls)
+
+    def loop_for(self, cls: type[nn.Module]) -> str | None:
+        return None
+
+    def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
+        return None
 
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         return None

@@ -1,0 +1,207 @@
+"""Fused blocks under the signatures of other libraries: what their forward takes and returns.
+
+Each says with :meth:`enter` and :meth:`leave` when a call is one with the tokens alone, so that many blocks can be one
+operator call (:mod:`repavit_ops.stack.looped_blocks`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .block import Block
+from .foreign_block import OpenBranch
+from .rep_attention import RepAttention
+
+
+class SignatureBlock(Block):
+    """Base: a block whose callers pass more than x, or want more than x back."""
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The tokens of a call whose other arguments change nothing; None if they do."""
+        raise TypeError(f"{type(self).__name__} must define enter()")
+
+    def leave(self, y: Tensor, x: Tensor) -> Any:
+        """What callers get for the result y, having passed x."""
+        return y
+
+
+class FirstOfTuple(OpenBranch):
+    """An open half whose body returns a tuple: attention of transformers, with its weights."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + self.after(self.body(self.norm(x), *args, **kwargs)[0])
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+class TransformersLayer(SignatureBlock):
+    """``forward(hidden_states, attention_mask=None, **kwargs)``, as layers of transformers under SDPA.
+
+    Shapes:
+        hidden_states, returns  [B, T, C]
+        attention_mask          broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
+
+    Raises:
+        RuntimeError: attention maps are asked for, which a fused layer does not have; says what to do.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if not isinstance(self.attn, RepAttention):
+            return self.mlp(self.attn(hidden_states, attention_mask, **kwargs))
+        if kwargs.get("output_attentions") and vars(self)["attention_config"]._attn_implementation == "eager":
+            raise RuntimeError(
+                f"output_attentions: {type(self).__name__} is fused and has no attention maps; load the model with "
+                "attn_implementation='eager' before fusing, then its attention stays as it is"
+            )
+        mask = sdpa_mask(hidden_states, attention_mask, kwargs.get("is_causal"))
+        if (bias := kwargs.get("position_bias")) is not None:
+            mask = bias if mask is None else mask + bias
+        return self.mlp(self.attn(hidden_states) if mask is None else self.attn(hidden_states, mask))
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        asked = (*args, *(kwargs.get(name) for name in ("attention_mask", "is_causal", "position_bias")))
+        maps = kwargs.get("output_attentions")
+        return None if maps or any(value is not None and value is not False for value in asked) else x
+
+
+def sdpa_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool | None) -> Tensor | None:
+    """The arguments of PyTorch's SDPA as one float mask: True attends; a mask given is causal already."""
+    if attn_mask is None:
+        return causal_mask(x) if is_causal and x.shape[1] > 1 else None
+    if attn_mask.dtype is not torch.bool:
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, float("-inf"))
+
+
+def causal_mask(x: Tensor) -> Tensor:
+    """[T, T]: 0 up to a token's own place, -inf behind it."""
+    return x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+
+
+# --- nn.MultiheadAttention inside ------------------------------------------------------------------------------------
+
+
+class OpenClipBlock(SignatureBlock):
+    """``forward(q_x, k_x=None, v_x=None, attn_mask=None)``, as open_clip's ResidualAttentionBlock.
+
+    Shapes:
+        q_x, returns  [B, T, C], or [T, B, C] where its attention was not batch_first
+        attn_mask     [T, T] or [B·h, T, T], added before softmax
+
+    Raises:
+        ValueError: k_x or v_x is given: the fused block attends to its own tokens only.
+    """
+
+    batch_first: bool
+    num_heads: int
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        if k_x is not None or v_x is not None:
+            raise ValueError("k_x, v_x: got other tokens to attend to; this block is fused for self-attention alone")
+        x = q_x if self.batch_first else q_x.transpose(0, 1)
+        if attn_mask is not None:
+            attn_mask = per_head(attn_mask.to(x.dtype), self.num_heads)
+        x = self.mlp(self.attn(x) if attn_mask is None else self.attn(x, attn_mask))
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """The dtype to which open_clip casts what it embeds."""
+        return self.attn.get_parameter("w_qkv").dtype
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if any(value is not None for value in (*args, *kwargs.values())):
+            return None
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def leave(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if self.batch_first else y.transpose(0, 1)
+
+
+class TorchEncoderLayer(SignatureBlock):
+    """``forward(src, src_mask=None, src_key_padding_mask=None, is_causal=False)``, as nn.TransformerEncoderLayer.
+
+    Shapes:
+        src, returns          [B, T, C], or [T, B, C] without batch_first; or one sequence [T, C]
+        src_mask              [T, T] or [B·h, T, T]: bool (True does not attend) or float, added before softmax
+        src_key_padding_mask  [B, T], of one sequence [T]: bool (True is padding) or float
+    """
+
+    batch_first: bool
+    num_heads: int
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        x = self._batched(src)
+        mask = None if src_mask is None else per_head(_additive(src_mask, x), self.num_heads)
+        if src_key_padding_mask is not None:
+            padding = _additive(src_key_padding_mask, x).reshape(x.shape[0], 1, 1, x.shape[1])
+            mask = padding if mask is None else mask + padding
+        return self.leave(self.mlp(self.attn(x) if mask is None else self.attn(x, mask)), src)
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        masks = (*args, kwargs.get("src_mask"), kwargs.get("src_key_padding_mask"))
+        return None if any(mask is not None and mask is not False for mask in masks) else self._batched(x)
+
+    def leave(self, y: Tensor, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return y[0]
+        return y if self.batch_first else y.transpose(0, 1)
+
+    def _batched(self, src: Tensor) -> Tensor:
+        if src.dim() == 2:
+            return src.unsqueeze(0)
+        return src if self.batch_first else src.transpose(0, 1)
+
+
+def per_head(mask: Tensor, num_heads: int) -> Tensor:
+    """A mask [B·h, T, T] of nn.MultiheadAttention as [B, h, T, T]; one of [T, T] as it is."""
+    return mask if mask.dim() == 2 else mask.unflatten(0, (-1, num_heads))
+
+
+def _additive(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of nn.MultiheadAttention, True where not to look, as one to add."""
+    if mask.dtype is not torch.bool:
+        return mask.to(x.dtype)
+    return torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, float("-inf"))
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+class TransformersSwinLayer(SignatureBlock):
+    """``forward(hidden_states, input_dimensions, always_partition=False, **kwargs)``, as transformers' SwinLayer.
+
+    Unlike that one it keeps no state: each call is answered as the first one of a model just built.
+
+    Shapes:
+        hidden_states  [B, H·W, C], with input_dimensions (H, W)
+        returns        ([B, H·W, C], None)
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **_: Any
+    ) -> tuple[Tensor, None]:
+        x = hidden_states.unflatten(1, tuple(input_dimensions))
+        return self.mlp(self.attn(x, static_shift=always_partition).flatten(1, 2)), None
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        size, *flags = args if args else (kwargs.get("input_dimensions"),)
+        if any(flags) or kwargs.get("always_partition") or kwargs.get("output_attentions") or size is None:
+            return None
+        return x.unflatten(1, tuple(size))
+
+    def leave(self, y: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return y.flatten(1, 2), None
