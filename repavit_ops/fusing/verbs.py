@@ -13,6 +13,7 @@ from .. import reparam
 from ..backends import BACKENDS, Backend, why_unavailable
 from ..nn import (
     Attention,
+    Block,
     ChannelIdleFFN,
     DeployedShapeFFN,
     JoinedBranchAttention,
@@ -120,6 +121,7 @@ def fuse(
     for module in model.modules():
         reset(module)
     model = _swap(_swap(_swap(model, fused), patches), _stacked)
+    _refuse_saving(model)
     if dtype is not None:
         _cast(model, dtype)
     for module in model.modules():
@@ -157,6 +159,28 @@ def _stacked(module: nn.Module, name: str) -> nn.Module:
         return module
     stack = FusedStack.replacing(module)
     return module if stack.has_no_run() else stack
+
+
+class _Refused:
+    """A method of a model that would do something wrong with its fused parts."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError(f"{self.name}: this model is fused, {self.why}")
+
+
+def _refuse_saving(model: nn.Module) -> None:
+    """Let save_pretrained say what it cannot do: nothing could load the folded weights under the class's own keys."""
+    why = (
+        "and its folded weights fit no from_pretrained; save the model before fusing, and fuse what from_pretrained "
+        "gives back (torch.save of the whole fused model works too)"
+    )
+    for module in model.modules():
+        if callable(getattr(module, "save_pretrained", None)) and any(isinstance(m, Block) for m in module.modules()):
+            for name in ("save_pretrained", "push_to_hub"):
+                vars(module)[name] = _Refused(name, why)
 
 
 def _looped(owner: nn.Module, name: str) -> nn.Module:

@@ -13,6 +13,7 @@ from ..nn.foreign_block import FixedWindowBlock, MaskedBlock
 from ..nn.foreign_signatures import OpenClipBlock, TorchEncoderLayer, TransformersLayer, TransformersSwinLayer
 from ..nn.plain_call import why_not_plain
 from ..nn.stand_in import own_class
+from .recorders import acts
 from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
@@ -39,7 +40,7 @@ class BlockRuns(nn.Module):
         steps = [part for _, parts in self._runs() if parts is not None for part in parts]
         if not steps:
             return "no two of its blocks are fused and follow each other"
-        if any(hooks_below(self)):
+        if any(map(acts, hooks_below(self))):
             return "a block has forward hooks"
         like = getattr(steps[0], steps[0].packed_names[0]) if x is None else x
         if (reason := why_not_here(steps, like)) is not None or x is None:

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from ..nn.plain_call import why_not_plain
-from .block_runs import BlockRuns, own_class, steps_of
+from ..nn.stand_in import own_class
+from .block_runs import BlockRuns, steps_of
+from .recorders import recording
 
 _WHOLE: ContextVar[tuple[int, ...]] = ContextVar("blocks that are iterated over as one", default=())
 
@@ -59,7 +61,7 @@ class LoopedBlocks(BlockRuns, nn.ModuleList):
         blocks: Any = list(self._modules.values())
         entered = blocks[0].enter(x, *args, **kwargs)
         route = None
-        if entered is not None and why_not_plain(self, entered) is None:
+        if entered is not None and not recording() and why_not_plain(self, entered) is None:
             route = self._route(entered)
         if route is not None:
             return blocks[-1].leave(route.run(entered), x)

@@ -18,6 +18,7 @@ from ..nn.packed_weights import PackedWeights
 from ..nn.plain_call import why_not_plain
 from ..stack_plan import Step
 from .block_runs import steps_of
+from .recorders import acts
 from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
@@ -81,7 +82,7 @@ class OneCall(nn.Module):
         fused = [module for module in self.modules() if isinstance(module, PackedWeights)]
         if not fused:
             raise Apart("no block is fused")
-        if any(hooks_below(self)):
+        if any(map(acts, hooks_below(self))):
             raise Apart("a part has forward hooks")
         if (reason := self._overridden() or why_not_here(fused, x)) is not None:
             raise Apart(reason)

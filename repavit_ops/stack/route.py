@@ -36,7 +36,7 @@ class Route:
     Attributes:
         calls: functions of one tensor, in order; none where the module must run part by part.
         entries: dictionaries, keys, and the objects that must still stand there: children, parameters, packed copies.
-        sizes: dictionaries of parameters and their lengths, so that a parameter that is new is noticed.
+        sizes: dictionaries and their lengths, so that a parameter or a hook that is new is noticed.
         versions: tensors that were copied, and their version counters.
         hooks: dictionaries of hooks, which must all be empty.
     """
@@ -51,7 +51,10 @@ class Route:
     def of(cls, module: nn.Module, segments: list[Segment]) -> Route:
         """The route that holds as long as nothing in and below ``module`` changes."""
         calls = [segment if isinstance(segment, nn.Module) else KeptPlan(segment) for segment in segments]
-        return cls(calls, _entries(module), _sizes(module), _versions(module), hooks_below(module))
+        hooks = hooks_below(module)
+        idle = [found for found in hooks if found]  # recorders; that no other joins them shows in their number
+        empty = tuple(found for found in hooks if not found)
+        return cls(calls, _entries(module), _sizes(module, idle), _versions(module), empty)
 
     def holds(self) -> bool:
         """Whether the module is still in the state that the route was made for."""
@@ -123,8 +126,9 @@ def _entries(module: nn.Module) -> Columns:
     return _columns(entries, 3)
 
 
-def _sizes(module: nn.Module) -> Columns:
-    return _columns(((part._parameters, len(part._parameters)) for part in module.modules()), 2)
+def _sizes(module: nn.Module, others: Iterable[dict[Any, Any]] = ()) -> Columns:
+    sized = [*(part._parameters for part in module.modules()), *others]
+    return _columns(((entries, len(entries)) for entries in sized), 2)
 
 
 def _versions(module: nn.Module) -> Columns:
