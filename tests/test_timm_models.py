@@ -53,7 +53,7 @@ FAMILIES = {
     "vit_relpos_small_patch16_224": (VIT, 32, 2, (POSITION, "ReLU", "no operator")),
     "vit_srelpos_small_patch16_224": (VIT, 32, 2, (POSITION, "ReLU", "no operator")),
     "eva02_tiny_patch14_224": (VIT, 32, 0, (ROPE, GATED)),
-    "beit_base_patch16_224": (VIT, 32, 2, (POSITION,)),
+    "beit_base_patch16_224": (VIT, 32, 4, ()),
     "beit3_base_patch16_224": (VIT, 32, 0, ("between attention and its projection", "between activation and fc2")),
     "aimv2_large_patch14_224": (VIT, 32, 2, ("RmsNorm", GATED)),
     "samvit_base_patch16": ({**VIT, "img_size": 64, "window_size": 4}, 64, 2, (POSITION,)),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..backends import Backend
-from ..nn import Block
+from ..nn import Block, PartialGELUFFN
 from ..nn.foreign_block import OpenBranch
 from ..nn.stand_in import standing_in
 from .folding import (
@@ -32,7 +32,7 @@ from .folding import (
     reason_against,
 )
 from .patches import MergingParts, fold_merging, fuse_convolution
-from .rules import Meaning, Projection, Rule, can_fuse
+from .rules import FUSED_INSIDE, Meaning, Projection, Rule, can_fuse, plain
 
 
 class WholeBlock(NamedTuple):
@@ -48,11 +48,15 @@ class WholeBlock(NamedTuple):
 
 
 class WindowBlock(NamedTuple):
-    """A block of windowed attention as parts: the closed attention, the other half, and what callers call."""
+    """A block of windowed attention as parts: the closed attention, the other half, and what callers call.
+
+    The other half is an open one, or the closed FFN's parts where that is no module.
+    """
 
     attn: WindowParts
-    mlp: OpenBranch
+    mlp: OpenBranch | FFNParts
     call: type[Block]
+    attributes: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ class Family:
         library: the name that users import.
         ready: whether the library is loaded far enough that its classes stand under their dotted names.
         attentions, ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts are.
+        ffns_apart: names of fc1, the activation and fc2 in classes whose forward has an FFN spread over modules; fc1's
+            and fc2's own modules become the fused FFN and the identity.
         refused: classes that are attentions or FFNs which no operator computes, and why not.
         resembling: matches the names of classes that look like one; they are refused where nothing else knows them.
         meanings: norms, activations, scales and no-ops as PyTorch's own.
@@ -144,6 +150,7 @@ class Family:
     blocks: Mapping[str, Described] = field(default_factory=dict)
     whole_blocks: Mapping[str, Described] = field(default_factory=dict)
     window_blocks: Mapping[str, Described] = field(default_factory=dict)
+    ffns_apart: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     resembling: re.Pattern[str] | None = None
     loops: Mapping[str, str] = field(default_factory=dict)
@@ -197,6 +204,8 @@ class Family:
         ):
             if (described := self._listed(cls, table)) is not None:
                 return make(kind, described)
+        if (names := self._listed(cls, self.ffns_apart)) is not None:
+            return self._apart_rule(*names)
         if (reason := self._listed(cls, self.refused)) is not None:
             return refusing(reason)
         described_inside = {path for block in self.window_blocks.values() for path, _ in block.inside.values()}
@@ -231,6 +240,26 @@ class Family:
 
         return Rule(kind, reason, fold, keeps_children=True)
 
+    def _apart_rule(self, first: str, act: str, second: str) -> Rule:
+        """``first`` and ``second`` are Linears inside modules of their own, between which only ``act`` stands."""
+
+        def parts(layer: nn.Module) -> FFNParts:
+            fc1, middle, fc2 = (plain(layer.get_submodule(name)) for name in (first, act, second))
+            return FFNParts(fc1, middle, fc2)
+
+        def reason(layer: nn.Module) -> str | None:
+            if isinstance(layer.get_submodule(first.rpartition(".")[0]), PartialGELUFFN):
+                return FUSED_INSIDE
+            return reason_against(parts(layer))
+
+        def fold(layer: nn.Module, backend: Backend) -> nn.Module:
+            fused = fold_ffn(parts(layer), backend)
+            layer.set_submodule(first.rpartition(".")[0], fused)
+            layer.set_submodule(second.rpartition(".")[0], nn.Identity())
+            return layer
+
+        return Rule("partial_gelu_ffn", reason, fold)
+
     def _whole_rule(self, kind: str, described: Described) -> Rule:
         def reason(block: nn.Module) -> str | None:
             if (oddity := described.oddity(block, self.library)) is not None:
@@ -248,11 +277,18 @@ class Family:
 
     def _window_rule(self, kind: str, described: Described) -> Rule:
         def reason(block: nn.Module) -> str | None:
-            return described.oddity(block, self.library) or reason_against(described.parts(block).attn)
+            if (oddity := described.oddity(block, self.library)) is not None:
+                return oddity
+            parts: WindowBlock = described.parts(block)
+            against = reason_against(parts.mlp) if isinstance(parts.mlp, FFNParts) else None
+            return reason_against(parts.attn) or against
 
         def fold(block: nn.Module, backend: Backend) -> nn.Module:
-            attn, mlp, call = described.parts(block)
-            return described.closed(block, call(fold_window_attention(attn, backend), mlp))
+            parts: WindowBlock = described.parts(block)
+            mlp = fold_ffn(parts.mlp, backend) if isinstance(parts.mlp, FFNParts) else parts.mlp
+            made = parts.call(fold_window_attention(parts.attn, backend), mlp)
+            vars(made).update(parts.attributes)
+            return described.closed(block, made)
 
         return Rule(kind, reason, fold)
 

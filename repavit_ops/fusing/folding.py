@@ -16,6 +16,7 @@ from .. import reparam
 from ..backends import Backend
 from ..nn import Attention, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
 from ..nn.channel_idle_ffn import affine_of
+from ..nn.foreign_block import BiasedAttention
 from ..reparam import Affine, AttentionWeights
 
 
@@ -34,6 +35,8 @@ class AttentionParts:
     d_qk: int
     scale: float
     keep_v_bias: bool = False
+    takes_bias: bool = False  # what is fused becomes a BiasedAttention, with ``bias`` [1, h, T, T] or without
+    bias: Tensor | None = None
     norm: nn.Module = field(default_factory=nn.Identity)
     output_scale: Tensor | float | None = None
     residual: bool = False
@@ -106,7 +109,7 @@ def gelu_variant(act: nn.Module) -> str | None:
 # --- parts → fused module ---------------------------------------------------------------------------------------------
 
 
-def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention:
+def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | BiasedAttention:
     """Every fold of the attention algebra; the LayerNorm core and the shortcut stay, inside the operator."""
     affine, norm_eps = _norm_fold(parts.norm)
     weights = _folded(_weights_of(parts), affine, parts.output_scale, parts.keep_v_bias)
@@ -122,7 +125,11 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention:
         backend=backend,
         device="meta",
     )
-    return _filled(fused, weights, _dtype_of(parts.proj))
+    dtype = _dtype_of(parts.proj)
+    fused = _filled(fused, weights, dtype)
+    if not parts.takes_bias:
+        return fused
+    return BiasedAttention(fused, None if parts.bias is None else reparam.cast(parts.bias.detach(), dtype, "bias"))
 
 
 def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAttention:

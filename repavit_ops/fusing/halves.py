@@ -7,14 +7,14 @@ from dataclasses import replace
 from torch import nn
 
 from ..backends import Backend
-from ..nn.foreign_block import ChannelScale, MaskedAttention, OpenBranch
+from ..nn.foreign_block import BiasedAttention, ChannelScale, MaskedAttention, OpenBranch
 from ..nn.packed_weights import PackedWeights
 from .folding import AttentionParts, FFNParts, fold_attention, fold_ffn, reason_against
 from .rules import Rule, can_fuse, plain, rule_of
 
 
 def _reason(branch: OpenBranch) -> str | None:
-    if isinstance(branch.body, MaskedAttention | PackedWeights):
+    if isinstance(branch.body, MaskedAttention | BiasedAttention | PackedWeights):
         return f"only its body is fused, without norm ({type(branch.norm).__name__}) and shortcut"
     rule = rule_of(branch.body)
     if rule is None or rule.parts is None:

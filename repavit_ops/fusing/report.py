@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .. import backends, reparam
 from ..nn import PartialGELUFFN, PatchConv2d, PatchProjection
-from ..nn.foreign_block import MaskedAttention, OpenBranch
+from ..nn.foreign_block import BiasedAttention, MaskedAttention, OpenBranch
 from ..nn.packed_weights import PackedWeights
 from ..stack import OneCall
 from ..stack.block_runs import BlockRuns
-from .rules import can_fuse, rule_of
+from .rules import FUSED_INSIDE, can_fuse, rule_of
 from .verbs import TRAINING_FORMS
 
 Status = Literal["fused", "merged", "skipped", "stacked", "apart", "projected"]
@@ -94,7 +94,8 @@ def _told_elsewhere(name: str, module: nn.Module) -> list[str]:
     if rule is None or not rule.keeps_children:
         return []
     closes = rule.can_fuse(module) is None
-    bodies_alone = any(isinstance(body, MaskedAttention) or can_fuse(body) is None for body in module.children())
+    alone = (MaskedAttention, BiasedAttention)
+    bodies_alone = any(isinstance(body, alone) or can_fuse(body) is None for body in module.children())
     return [] if bodies_alone and not closes else [name]
 
 
@@ -116,7 +117,7 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
     if isinstance(module, PatchConv2d | PatchProjection):
         return ReportEntry(name, "patch_projection", "projected", "one product of the patches, without im2col")
     rule = rule_of(module)
-    if rule is None:
+    if rule is None or can_fuse(module) == FUSED_INSIDE:
         return None
     if isinstance(module, PackedWeights):
         status: Status = "merged" if module.backend == "reference" else "fused"

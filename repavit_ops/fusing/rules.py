@@ -15,6 +15,7 @@ from torch import nn
 from ..backends import Backend
 
 T = TypeVar("T")
+FUSED_INSIDE = "what of it can be fused is fused"
 Projection = Callable[[Any, Backend], nn.Module]  # (module, backend) → the module on a fused projection of patches
 Meaning = Callable[[Any], nn.Module]  # a module → PyTorch's own that computes the same, on the same parameters
 

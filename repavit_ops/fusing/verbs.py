@@ -20,6 +20,7 @@ from ..nn import (
     JoinedBranchFFN,
     PartialGELUFFN,
     TokenBatchNorm,
+    recorders,
 )
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
@@ -27,7 +28,7 @@ from ..nn.stand_in import stand_in_class
 from ..stack import FusedStack, LoopedBlocks, LoopOwner, OneCall
 from .folding import fold_batchnorm
 from .patches import fuse_patches
-from .rules import can_fuse, loop_of, reset, rule_of
+from .rules import FUSED_INSIDE, can_fuse, loop_of, reset, rule_of
 
 TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
 
@@ -119,6 +120,7 @@ def fuse(
     if strict:
         _require_fusible(model, wanted)
     for module in model.modules():
+        recorders.forget(module)
         reset(module)
     model = _swap(_swap(_swap(model, fused), patches), _stacked)
     _refuse_saving(model)
@@ -136,7 +138,7 @@ def _require_fusible(model: nn.Module, wanted: Callable[[nn.Module, str], bool])
     skipped = [
         f"{name or type(module).__name__}: {can_fuse(module)}"
         for name, module in model.named_modules()
-        if rule_of(module) is not None and can_fuse(module) is not None and wanted(module, name)
+        if rule_of(module) is not None and can_fuse(module) not in (None, FUSED_INSIDE) and wanted(module, name)
     ]
     if skipped:
         raise RuntimeError("fuse(strict=True): not fused: " + "; ".join(skipped))
@@ -184,8 +186,8 @@ def _refuse_saving(model: nn.Module) -> None:
 
 
 def _looped(owner: nn.Module, name: str) -> nn.Module:
-    blocks = getattr(owner, name)
-    if LoopedBlocks.can_replace(blocks):
+    blocks = getattr(owner, name, None)
+    if isinstance(blocks, nn.ModuleList) and LoopedBlocks.can_replace(blocks):
         setattr(owner, name, LoopedBlocks.replacing(blocks))
         classes: tuple[Any, Any] = LoopOwner, type(owner)
         owner.__class__ = stand_in_class(*classes)

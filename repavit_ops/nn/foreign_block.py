@@ -79,6 +79,32 @@ class MaskedAttention(nn.Module):
         return self.attention(x, additive_mask(x, attn_mask, is_causal))
 
 
+class BiasedAttention(nn.Module):
+    """Attention with relative position biases that were gathered when it was fused, and more that callers may add.
+
+    Shapes:
+        x, returns           [B, T, C]
+        bias                 [1, h, T, T], or None
+        shared_rel_pos_bias  broadcastable to [B, h, T, T], or None
+    """
+
+    def __init__(self, attention: RepAttention, bias: Tensor | None) -> None:
+        super().__init__()
+        self.attention = attention
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        given = [bias for bias in (self.bias, shared_rel_pos_bias) if bias is not None]
+        return self.attention(x, sum(given[1:], given[0]) if given else None)
+
+    def set_window_size(self, *_args: Any, **_kwargs: Any) -> None:
+        """Raises RuntimeError: timm would resize the biases here, which are fused."""
+        raise RuntimeError(
+            "set_input_size: this attention is fused, its position biases are settled; "
+            "call set_input_size on the unfused model, then fuse it"
+        )
+
+
 class FixedWindowBlock(Block):
     """:class:`Block` whose window, shift and position bias were settled when it was fused (Swin)."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block import Block
 from .foreign_block import OpenBranch
+from .recorders import recording
 from .rep_attention import RepAttention
 
 
@@ -26,6 +27,23 @@ class SignatureBlock(Block):
     def leave(self, y: Tensor, x: Tensor) -> Any:
         """What callers get for the result y, having passed x."""
         return y
+
+
+class EagerAttention:
+    """Whether a config of transformers asks for its "eager" attention, which alone returns maps."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __call__(self) -> bool:
+        return bool(self.config._attn_implementation == "eager")
+
+
+class Always:
+    """Yes."""
+
+    def __call__(self) -> bool:
+        return True
 
 
 class FirstOfTuple(OpenBranch):
@@ -45,8 +63,11 @@ class TransformersLayer(SignatureBlock):
         hidden_states, returns  [B, T, C]
         attention_mask          broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
 
+    Attributes:
+        gives_maps: whether the layer that was fused would return attention maps to whoever asks.
+
     Raises:
-        RuntimeError: attention maps are asked for, which a fused layer does not have; says what to do.
+        RuntimeError: such maps are asked for; says what to do.
     """
 
     def forward(  # type: ignore[override]
@@ -54,10 +75,10 @@ class TransformersLayer(SignatureBlock):
     ) -> Tensor:
         if not isinstance(self.attn, RepAttention):
             return self.mlp(self.attn(hidden_states, attention_mask, **kwargs))
-        if kwargs.get("output_attentions") and vars(self)["attention_config"]._attn_implementation == "eager":
+        if vars(self)["gives_maps"]() and (kwargs.get("output_attentions") or recording("attentions")):
             raise RuntimeError(
-                f"output_attentions: {type(self).__name__} is fused and has no attention maps; load the model with "
-                "attn_implementation='eager' before fusing, then its attention stays as it is"
+                f"output_attentions: {type(self).__name__} is fused and has no attention maps; ask the model for them "
+                "before fusing, or fuse it as loaded with attn_implementation='eager': its attention then stays"
             )
         mask = sdpa_mask(hidden_states, attention_mask, kwargs.get("is_causal"))
         if (bias := kwargs.get("position_bias")) is not None:
@@ -68,6 +89,48 @@ class TransformersLayer(SignatureBlock):
         asked = (*args, *(kwargs.get(name) for name in ("attention_mask", "is_causal", "position_bias")))
         maps = kwargs.get("output_attentions")
         return None if maps or any(value is not None and value is not False for value in asked) else x
+
+
+class TransformersBeitLayer(TransformersLayer):
+    """As :class:`TransformersLayer`, with relative position biases of its own, which depend on the image's size.
+
+    Shapes:
+        resolution  (height, width) of the image in pixels
+    """
+
+    relative_position_bias: nn.Module | None
+    patch_size: int
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if self.relative_position_bias is not None:
+            if resolution is None:
+                raise ValueError("resolution: got None, wanted (height, width) of the image in pixels")
+            window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
+            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
+            attention_mask = bias if attention_mask is None else bias + attention_mask
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return None if self.relative_position_bias is not None else super().enter(x, *args[:1], **kwargs)
+
+
+class VitPoseLayer(TransformersLayer):
+    """As :class:`TransformersLayer`; ``dataset_index`` chooses among experts, of which a fused layer has one."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, dataset_index: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        return super().forward(hidden_states, None, **kwargs)
+
+    def enter(self, x: Tensor, *_args: Any, **kwargs: Any) -> Tensor | None:
+        return super().enter(x, **kwargs)
 
 
 def sdpa_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool | None) -> Tensor | None:
@@ -194,14 +257,57 @@ class TransformersSwinLayer(SignatureBlock):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **_: Any
     ) -> tuple[Tensor, None]:
-        x = hidden_states.unflatten(1, tuple(input_dimensions))
+        x = self._map(hidden_states, input_dimensions, always_partition)
         return self.mlp(self.attn(x, static_shift=always_partition).flatten(1, 2)), None
 
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         size, *flags = args if args else (kwargs.get("input_dimensions"),)
         if any(flags) or kwargs.get("always_partition") or kwargs.get("output_attentions") or size is None:
             return None
-        return x.unflatten(1, tuple(size))
+        return self._map(x, size, False)
 
     def leave(self, y: Tensor, x: Tensor) -> tuple[Tensor, None]:
         return y.flatten(1, 2), None
+
+    def _map(self, tokens: Tensor, size: tuple[int, int], always_partition: bool) -> Tensor:
+        window = vars(self)["window"]
+        if not always_partition and min(size) < window:
+            raise ValueError(
+                f"input_dimensions: got maps of {size[0]}x{size[1]}, wanted no side below the window of {window}; "
+                "resize the images"
+            )
+        return tokens.unflatten(1, tuple(size))
+
+
+class TransformersSwinTuple(TransformersSwinLayer):
+    """``forward(hidden_states, input_dimensions, output_attentions=False, always_partition=False)`` → a tuple of one,
+    as DonutSwin's layer. Shapes as :class:`TransformersSwinLayer`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        output_attentions: bool = False,
+        always_partition: bool = False,
+    ) -> tuple[Tensor]:
+        if output_attentions:
+            raise RuntimeError("output_attentions: this layer is fused, without attention maps; ask the unfused model")
+        return super().forward(hidden_states, input_dimensions, always_partition)[:1]
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return None if any(args[1:]) else super().enter(x, *args[:1], **kwargs)
+
+    def leave(self, y: Tensor, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (y.flatten(1, 2),)
+
+
+class MaskFormerSwinLayer(TransformersSwinTuple):
+    """``forward(hidden_states, input_dimensions, output_attentions=False)``: shifts and pads maps of every size."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
+    ) -> tuple[Tensor]:
+        return super().forward(hidden_states, input_dimensions, output_attentions, always_partition=True)
+
+    def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return None  # it shifts where the one call of Swin would not

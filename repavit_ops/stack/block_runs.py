@@ -10,23 +10,21 @@ from torch import Tensor, nn
 from .. import stack_plan
 from ..nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
 from ..nn.foreign_block import FixedWindowBlock, MaskedBlock
-from ..nn.foreign_signatures import OpenClipBlock, TorchEncoderLayer, TransformersLayer, TransformersSwinLayer
+from ..nn.foreign_signatures import SignatureBlock
 from ..nn.plain_call import why_not_plain
+from ..nn.recorders import acts
 from ..nn.stand_in import own_class
-from .recorders import acts
 from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
 # called with x alone these are mlp(attn(x))
-BLOCKS = (
-    *(Block, MaskedBlock, FixedWindowBlock),
-    *(TransformersLayer, OpenClipBlock, TorchEncoderLayer, TransformersSwinLayer),
-)
+BLOCKS = (Block, MaskedBlock, FixedWindowBlock)
 
 
 def steps_of(block: nn.Module) -> list[Any] | None:
     """The sub-blocks that a child of a stack consists of, in order; None if it is anything else."""
-    parts: list[Any] = [block.attn, block.mlp] if own_class(block) in BLOCKS else [block]
+    halves = own_class(block) in BLOCKS or isinstance(block, SignatureBlock)
+    parts: list[Any] = [block.attn, block.mlp] if halves else [block]
     return parts if all(type(part) in STEPS for part in parts) else None
 
 

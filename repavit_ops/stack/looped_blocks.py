@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..nn.plain_call import why_not_plain
+from ..nn.recorders import recording
 from ..nn.stand_in import own_class
 from .block_runs import BlockRuns, steps_of
-from .recorders import recording
 
 _WHOLE: ContextVar[tuple[int, ...]] = ContextVar("blocks that are iterated over as one", default=())
 
@@ -36,14 +36,14 @@ class LoopedBlocks(BlockRuns, nn.ModuleList):
         self._routes = {}
 
     @classmethod
-    def replacing(cls, blocks: nn.ModuleList) -> LoopedBlocks:
+    def replacing(cls, blocks: nn.Module) -> LoopedBlocks:
         """A list of the very children of ``blocks``, under their names."""
         looped = cls()
         looped.__dict__.update(blocks.__dict__)
         return looped
 
     @staticmethod
-    def can_replace(blocks: nn.Module) -> bool:
+    def can_replace(blocks: Any) -> bool:
         """Whether the children are at least two blocks of one signature, fused in both halves."""
         if type(blocks) is not nn.ModuleList or len(blocks) < 2:
             return False

@@ -16,9 +16,9 @@ from .. import stack_plan
 from ..nn import PatchConv2d, PatchProjection
 from ..nn.packed_weights import PackedWeights
 from ..nn.plain_call import why_not_plain
+from ..nn.recorders import acts
 from ..stack_plan import Step
 from .block_runs import steps_of
-from .recorders import acts
 from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...nn.foreign_block import (
@@ -17,7 +18,7 @@ from ...nn.foreign_block import (
     OpenBranch,
 )
 from ..family import Described, Family, WindowBlock
-from ..folding import AttentionParts, FFNParts, WindowParts
+from ..folding import AttentionParts, FFNParts, WindowParts, linear
 from ..patches import MergingParts
 from ..rules import plain
 
@@ -40,6 +41,27 @@ ATTENTION = Described(
         "gate": "a gate multiplies the attention output",
     },
     alone=MaskedAttention,
+)
+
+
+def _biased_attention(attn: Any) -> AttentionParts:
+    """BEiT's: q and v have biases of their own, and relative position biases are added to the scores."""
+    bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    heads = attn.num_heads
+    d_qk = attn.proj.in_features // heads if type(attn.proj) is nn.Linear else 0
+    scale = d_qk**-0.5 if attn.fused_attn and d_qk else attn.scale
+    relative = None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias().detach()
+    qkv = linear(attn.qkv.weight, bias) if type(attn.qkv) is nn.Linear else attn.qkv
+    return AttentionParts(qkv, attn.proj, heads, d_qk, scale, keep_v_bias=True, takes_bias=True, bias=relative)
+
+
+BEIT_ATTENTION = Described(
+    _biased_attention,
+    holds=("qkv", "q_bias", "v_bias", "proj", "attn_drop", "proj_drop", "num_heads", "scale", "fused_attn"),
+    may_hold=(
+        *("k_bias", "qkv_bias_separate", "window_size", "num_relative_distance"),
+        *("relative_position_bias_table", "relative_position_index"),
+    ),
 )
 
 MLP = Described(
@@ -140,6 +162,7 @@ TIMM = Family(
     ready=lambda: hasattr(sys.modules.get("timm.models"), "create_model"),  # else in the middle of its import
     attentions={
         "timm.layers.Attention": ATTENTION,
+        "timm.models.beit.Attention": BEIT_ATTENTION,
         "timm.models.vision_transformer.Attention": ATTENTION,  # up to some 1.0.x the class is that module's own
     },
     ffns={"timm.layers.Mlp": MLP},
@@ -161,7 +184,6 @@ TIMM = Family(
         "timm.layers.GatedMlp": GATED,
         "timm.layers.GlobalResponseNormMlp": "a norm over all tokens stands between activation and fc2",
         "timm.layers.ConvMlp": "its layers are convolutions; only nn.Linear can be fused",
-        "timm.models.beit.Attention": "relative position biases of its own and its caller's are added to the scores",
         "timm.models.vision_transformer_relpos.RelPosAttention": "relative position biases are added to the scores",
         "timm.models.vision_transformer_sam.Attention": "relative position biases depend on q",
         "timm.models.swin_transformer_v2.WindowAttention": COSINE,

@@ -9,8 +9,19 @@ from typing import Any
 from torch import nn
 
 from ...nn.foreign_block import ChannelScale
-from ...nn.foreign_signatures import FirstOfTuple, OpenBranch, TransformersLayer, TransformersSwinLayer
-from ..family import Described, Family, WindowBlock
+from ...nn.foreign_signatures import (
+    Always,
+    EagerAttention,
+    FirstOfTuple,
+    MaskFormerSwinLayer,
+    OpenBranch,
+    TransformersBeitLayer,
+    TransformersLayer,
+    TransformersSwinLayer,
+    TransformersSwinTuple,
+    VitPoseLayer,
+)
+from ..family import Described, Family, WholeBlock, WindowBlock
 from ..folding import AttentionParts, FFNParts, WindowParts
 from ..rules import plain
 
@@ -54,6 +65,15 @@ def _needs_maps(attn: Any) -> str | None:
     )
 
 
+def _packed_attention(attn: Any) -> AttentionParts:
+    return AttentionParts(attn.qkv, attn.projection, attn.num_heads, attn.head_dim, attn.scale, keep_v_bias=True)
+
+
+PACKED = ("qkv", "projection", "num_heads", "head_dim", "scale", "embed_dim", "config")
+BLIP_ATTENTION = Described(_packed_attention, holds=PACKED, may_hold=DROPS)
+BLIP2_ATTENTION = Described(
+    _packed_attention, holds=PACKED, may_hold=(*DROPS, "is_causal"), unless=lambda attn: _needs_maps(attn)
+)
 ATTENTION = _described_attention(HEADS)
 CLIP_ATTENTION = _described_attention(CLIP_HEADS)
 MLP = Described(
@@ -65,17 +85,23 @@ MLP = Described(
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _layer(attn: str, norms: tuple[str, str], *after: tuple[str, ...], **options: Any) -> Described:
-    """A layer whose attention, norms and what follows each half (scale, dropout) have these names."""
+def _layer(
+    attn: str, norms: tuple[str, str], *after: tuple[str, ...], always_maps: bool = False, **options: Any
+) -> Described:
+    """A layer whose attention, norms and what follows each half (scale, dropout) have these names.
+
+    ``always_maps``: its attention returns maps whatever the config says.
+    """
     first, second = after or ((), ())
 
     def parts(layer: Any) -> TransformersLayer:
         attention = getattr(layer, attn)
+        config = getattr(attention, "config", None)
         closed = TransformersLayer(
             FirstOfTuple(getattr(layer, norms[0]), attention, *(_scale(getattr(layer, name)) for name in first)),
             OpenBranch(getattr(layer, norms[1]), layer.mlp, *(_scale(getattr(layer, name)) for name in second)),
         )
-        vars(closed)["attention_config"] = attention.config
+        vars(closed)["gives_maps"] = Always() if always_maps else EagerAttention(config)
         return closed
 
     held = dict.fromkeys((attn, "mlp", *norms, *first, *second))
@@ -86,12 +112,14 @@ def _scale(after: Any) -> nn.Module:
     """What follows a half: a module, a LayerScale vector, or the number one."""
     if isinstance(after, nn.Module):
         return after
-    return nn.Identity() if after == 1.0 and isinstance(after, float) else ChannelScale(after)
+    return ChannelScale(after) if isinstance(after, nn.Parameter) else nn.Identity()
 
 
 VIT_LAYER = _layer("attention", ("layernorm_before", "layernorm_after"), ("dropout",), ("dropout",))
 DINO_LAYER = _layer("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 CLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",))
+
+BLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
 
 # --- Swin -------------------------------------------------------------------------------------------------------------
 
@@ -110,7 +138,8 @@ def _swin_layer(layer: Any) -> WindowBlock:
     window = tuple(attn.relative_position_bias.window_size)
     shift = (layer.shift_size, layer.shift_size)
     windows = WindowParts(attention, attn.relative_position_bias()[0].detach(), window, shift)
-    return WindowBlock(windows, OpenBranch(layer.layernorm_after, layer.mlp, layer.dropout), TransformersSwinLayer)
+    mlp = OpenBranch(layer.layernorm_after, layer.mlp, layer.dropout)
+    return WindowBlock(windows, mlp, TransformersSwinLayer, {"window": window[0]})
 
 
 SWIN_LAYER = Described(
@@ -119,6 +148,89 @@ SWIN_LAYER = Described(
     may_hold=("window_size", "shift_size", "input_resolution"),
     keeps_class=True,
     unless=lambda layer: _needs_maps(layer.attention),
+)
+
+
+def _older_swin_layer(call: type[TransformersSwinTuple]) -> Described:
+    """DonutSwin's and MaskFormer's: the same parts under the names of transformers 4."""
+
+    def parts(layer: Any) -> WindowBlock:
+        attn = layer.attention.self
+        attention = AttentionParts(
+            (attn.query, attn.key, attn.value),
+            layer.attention.output.dense,
+            attn.num_attention_heads,
+            attn.attention_head_size,
+            attn.attention_head_size**-0.5,
+            norm=layer.layernorm_before,
+            residual=True,
+        )
+        window, tokens = tuple(attn.window_size), attn.window_size[0] * attn.window_size[1]
+        bias = attn.relative_position_bias_table[attn.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        shift = (layer.shift_size, layer.shift_size)
+        act = plain(layer.intermediate.intermediate_act_fn)
+        ffn = FFNParts(layer.intermediate.dense, act, layer.output.dense, norm=layer.layernorm_after, residual=True)
+        windows = WindowParts(attention, bias.permute(2, 0, 1).detach().contiguous(), window, shift)
+        return WindowBlock(windows, ffn, call, {"window": window[0]})
+
+    return Described(
+        parts,
+        holds=("attention", "layernorm_before", "layernorm_after", "intermediate", "output", "drop_path"),
+        may_hold=("window_size", "shift_size", "input_resolution", "chunk_size_feed_forward"),
+        keeps_class=True,
+    )
+
+
+DONUT_LAYER = _older_swin_layer(TransformersSwinTuple)
+MASKFORMER_LAYER = _older_swin_layer(MaskFormerSwinLayer)
+
+# --- BEiT and ViTPose -------------------------------------------------------------------------------------------------
+
+
+def _beit_layer(layer: Any) -> TransformersBeitLayer:
+    closed = TransformersBeitLayer(
+        FirstOfTuple(layer.layernorm_before, layer.attention, layer.dropout, _scale(layer.lambda_1), layer.drop_path),
+        OpenBranch(layer.layernorm_after, layer.mlp, layer.dropout, _scale(layer.lambda_2), layer.drop_path),
+    )
+    closed.relative_position_bias = layer.relative_position_bias
+    vars(closed)["gives_maps"] = EagerAttention(layer.attention.config)
+    return closed
+
+
+BEIT_LAYER = Described(
+    _beit_layer,
+    holds=("attention", "layernorm_before", "layernorm_after", "mlp", "dropout", "patch_size", "drop_path"),
+    may_hold=("lambda_1", "lambda_2", "relative_position_bias"),
+    keeps_class=True,
+)
+
+
+def _vitpose_layer(layer: Any) -> WholeBlock:
+    attn, mlp = layer.attention.attention, layer.mlp
+    attention = AttentionParts(
+        (attn.query, attn.key, attn.value),
+        layer.attention.output.dense,
+        attn.num_attention_heads,
+        attn.attention_head_size,
+        attn.scaling,
+        norm=layer.layernorm_before,
+        residual=True,
+    )
+    ffn = FFNParts(mlp.fc1, plain(mlp.activation), mlp.fc2, norm=layer.layernorm_after, residual=True)
+    return WholeBlock(attention, ffn, VitPoseLayer, {"gives_maps": EagerAttention(attn.config)})
+
+
+def _why_not_vitpose(layer: Any) -> str | None:
+    if layer.num_experts != 1:
+        return f"its FFN is a mixture of {layer.num_experts} experts"
+    return _needs_maps(layer.attention.attention)
+
+
+VITPOSE_LAYER = Described(
+    _vitpose_layer,
+    holds=("attention", "mlp", "layernorm_before", "layernorm_after", "num_experts"),
+    unless=_why_not_vitpose,
+    keeps_class=True,
 )
 
 
@@ -133,61 +245,160 @@ def _reset_swin_stage(stage: Any) -> None:
 # --- what else stands in a model --------------------------------------------------------------------------------------
 
 MODELS = "transformers.models."
-VIT_LIKE = {  # module → prefix of its classes
-    "vit.modeling_vit": "ViT",
-    "deit.modeling_deit": "DeiT",
-    "vit_mae.modeling_vit_mae": "ViTMAE",
-    "vit_msn.modeling_vit_msn": "ViTMSN",
-    "ijepa.modeling_ijepa": "IJepa",
+Names = dict[str, tuple[str, ...]]
+
+# The classes of each library module, as named there: layer, attention, FFN, and what loops over the layers. Their code
+# is the same within a group (compared by syntax tree in transformers 5.23).
+VIT_LIKE: Names = {
+    "audio_spectrogram_transformer": ("ASTLayer", "ASTAttention", "ASTMLP", "ASTModel"),
+    "deit": ("DeiTLayer", "DeiTAttention", "DeiTMLP", "DeiTModel"),
+    "ijepa": ("IJepaLayer", "IJepaAttention", "IJepaMLP", "IJepaModel"),
+    "vit": ("ViTLayer", "ViTAttention", "ViTMLP", "ViTModel"),
+    "vit_mae": ("ViTMAELayer", "ViTMAEAttention", "ViTMAEMLP", "ViTMAEModel"),
+    "vit_msn": ("ViTMSNLayer", "ViTMSNAttention", "ViTMSNMLP", "ViTMSNModel"),
+    "vivit": ("VivitLayer", "VivitAttention", "VivitMLP", "VivitModel"),
 }
-DINO_LIKE = {
-    "dinov2.modeling_dinov2": "Dinov2",
-    "dinov2_with_registers.modeling_dinov2_with_registers": "Dinov2WithRegisters",
+DINO_LIKE: Names = {
+    "dinov2": ("Dinov2Layer", "Dinov2Attention", "Dinov2MLP", "Dinov2Encoder"),
+    "dinov2_with_registers": (
+        *("Dinov2WithRegistersLayer", "Dinov2WithRegistersAttention"),
+        *("Dinov2WithRegistersMLP", "Dinov2WithRegistersEncoder"),
+    ),
 }
-CLIP_LIKE = {
-    "clip.modeling_clip": "CLIP",
-    "siglip.modeling_siglip": "Siglip",
-    "siglip2.modeling_siglip2": "Siglip2",
-    "owlvit.modeling_owlvit": "OwlViT",
+CLIP_LIKE: Names = {
+    "altclip": ("AltCLIPEncoderLayer", "AltCLIPAttention", "AltCLIPMLP", "AltCLIPEncoder"),
+    "chinese_clip": (
+        *("ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"),
+        *("ChineseCLIPVisionMLP", "ChineseCLIPVisionEncoder"),
+    ),
+    "clip": ("CLIPEncoderLayer", "CLIPAttention", "CLIPMLP", "CLIPEncoder"),
+    "clipseg": ("CLIPSegEncoderLayer", "CLIPSegAttention", "CLIPSegMLP", ""),  # its encoder returns what lies between
+    "idefics2": ("Idefics2EncoderLayer", "Idefics2VisionAttention", "Idefics2VisionMLP", "Idefics2Encoder"),
+    "idefics3": ("Idefics3EncoderLayer", "Idefics3VisionAttention", "Idefics3VisionMLP", "Idefics3Encoder"),
+    "kosmos2": ("Kosmos2VisionEncoderLayer", "Kosmos2VisionAttention", "Kosmos2VisionMLP", "Kosmos2VisionEncoder"),
+    "metaclip_2": ("MetaClip2EncoderLayer", "MetaClip2Attention", "MetaClip2MLP", "MetaClip2Encoder"),
+    "owlv2": ("Owlv2EncoderLayer", "Owlv2Attention", "Owlv2MLP", "Owlv2Encoder"),
+    "owlvit": ("OwlViTEncoderLayer", "OwlViTAttention", "OwlViTMLP", "OwlViTEncoder"),
+    "siglip": ("SiglipEncoderLayer", "SiglipAttention", "SiglipMLP", "SiglipEncoder"),
+    "siglip2": ("Siglip2EncoderLayer", "Siglip2Attention", "Siglip2MLP", "Siglip2Encoder"),
+    "smolvlm": ("SmolVLMEncoderLayer", "SmolVLMVisionAttention", "SmolVLMVisionMLP", "SmolVLMEncoder"),
+    "x_clip": ("XCLIPEncoderLayer", "XCLIPAttention", "XCLIPMLP", "XCLIPEncoder"),
 }
-SWIN_LIKE = {"swin.modeling_swin": "Swin"}
+BEIT_LIKE: Names = {"beit": ("BeitLayer", "BeitAttention", "BeitMLP", "BeitModel")}
+BLIP_LIKE: Names = {"blip": ("BlipEncoderLayer", "BlipAttention", "BlipMLP", "BlipEncoder")}
+BLIP2_LIKE: Names = {
+    "blip_2": ("Blip2EncoderLayer", "Blip2Attention", "Blip2MLP", "Blip2Encoder"),
+    "instructblip": ("InstructBlipEncoderLayer", "InstructBlipAttention", "InstructBlipMLP", "InstructBlipEncoder"),
+    "instructblipvideo": (
+        *("InstructBlipVideoEncoderLayer", "InstructBlipVideoAttention"),
+        *("InstructBlipVideoMLP", "InstructBlipVideoEncoder"),
+    ),
+}
+SWIN_LIKE: Names = {"swin": ("SwinLayer", "SwinAttention", "SwinMLP", "SwinStage")}
+LAYER, ATTN, FFN, LOOP = range(4)
+OLDER_FFN = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
+
+# attention with more to it than any operator has; their FFNs fuse, each under the names that its library gives
+ONLY_FFN = {
+    "hiera.modeling_hiera.HieraMlp": ("fc1", "activation_fn", "fc2"),
+    "sam.modeling_sam.SamMLPBlock": ("lin1", "act", "lin2"),
+    "sam_hq.modeling_sam_hq.SamHQMLPBlock": ("lin1", "act", "lin2"),
+    "vitdet.modeling_vitdet.VitDetMlp": ("fc1", "act", "fc2"),
+    "vjepa2.modeling_vjepa2.VJEPA2MLP": ("fc1", "activation", "fc2"),
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": ("up_proj", "act_fn", "down_proj"),
+}
+TURNED = "rotary position embeddings turn q and k in between"
+RELATIVE = "relative position biases depend on q"
+REFUSED = {
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention": TURNED,
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP": "a gated FFN multiplies two projections",
+    "dinov2.modeling_dinov2.Dinov2SwiGLUFFN": "a gated FFN multiplies two projections",
+    "hiera.modeling_hiera.HieraMaskUnitAttention": "its queries are pooled, and it attends within mask units",
+    "sam.modeling_sam.SamVisionAttention": RELATIVE,
+    "sam.modeling_sam.SamVisionSdpaAttention": RELATIVE,
+    "sam2.modeling_sam2.Sam2MultiScaleAttention": "its queries are pooled",
+    "vitdet.modeling_vitdet.VitDetAttention": RELATIVE,
+    "vjepa2.modeling_vjepa2.VJEPA2RopeAttention": TURNED,
+    "swinv2.modeling_swinv2.Swinv2SelfAttention": "cosine attention normalises q and k in between",
+    "mobilevit.modeling_mobilevit.MobileViTSelfAttention": "its layer has SiLU in the FFN, and its parts are apart",
+}
 
 
-def _classes(suffix: str, value: Any, *groups: dict[str, str]) -> dict[str, Any]:
-    """The classes of these modules that end in ``suffix``, by dotted name."""
-    return {f"{MODELS}{module}.{prefix}{suffix}": value for group in groups for module, prefix in group.items()}
+def _module(name: str) -> str:
+    return f"{MODELS}{name}.modeling_{name}"
+
+
+def _classes(which: int, value: Any, *groups: Names) -> dict[str, Any]:
+    """The classes in one column of these groups, by dotted name."""
+    rows = ((name, names[which]) for group in groups for name, names in group.items())
+    return {f"{_module(name)}.{cls}": value for name, cls in rows if cls}
+
+
+def _named(suffix: str, value: Any, *groups: Names) -> dict[str, Any]:
+    """Classes that are named after the layer's, with another ending."""
+    rows = ((name, names[FFN].removesuffix("MLP")) for group in groups for name, names in group.items())
+    return {f"{_module(name)}.{prefix}{suffix}": value for name, prefix in rows}
+
+
+def _mlp(first: str, act: str, second: str) -> Described:
+    return Described(
+        lambda mlp: FFNParts(getattr(mlp, first), plain(getattr(mlp, act)), getattr(mlp, second)),
+        holds=(first, act, second),
+        may_hold=("config", "drop", "hidden_size", "intermediate_size"),
+    )
 
 
 TRANSFORMERS = Family(
     "transformers",
     attentions={
-        **_classes("Attention", ATTENTION, VIT_LIKE, DINO_LIKE),
-        **_classes("Attention", CLIP_ATTENTION, CLIP_LIKE),
+        **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, BEIT_LIKE),
+        **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE),
+        **_classes(ATTN, BLIP_ATTENTION, BLIP_LIKE),
+        **_classes(ATTN, BLIP2_ATTENTION, BLIP2_LIKE),
     },
-    ffns=_classes("MLP", MLP, VIT_LIKE, DINO_LIKE, CLIP_LIKE, SWIN_LIKE),
+    ffns={
+        **_classes(FFN, MLP, VIT_LIKE, DINO_LIKE, BEIT_LIKE, CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE, SWIN_LIKE),
+        **{f"{MODELS}{path}": _mlp(*names) for path, names in ONLY_FFN.items()},
+    },
     blocks={
-        **_classes("Layer", VIT_LAYER, VIT_LIKE),
-        **_classes("Layer", DINO_LAYER, DINO_LIKE),
-        **_classes("EncoderLayer", CLIP_LAYER, CLIP_LIKE),
+        **_classes(LAYER, VIT_LAYER, VIT_LIKE),
+        **_classes(LAYER, DINO_LAYER, DINO_LIKE),
+        **_classes(LAYER, CLIP_LAYER, CLIP_LIKE, BLIP2_LIKE),
+        **_classes(LAYER, BLIP_LAYER, BLIP_LIKE),
+        **_classes(LAYER, BEIT_LAYER, BEIT_LIKE),
     },
-    window_blocks=_classes("Layer", SWIN_LAYER, SWIN_LIKE),
+    whole_blocks={f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": VITPOSE_LAYER},
+    window_blocks={
+        **_classes(LAYER, SWIN_LAYER, SWIN_LIKE),
+        f"{MODELS}donut.modeling_donut_swin.DonutSwinLayer": DONUT_LAYER,
+        f"{MODELS}maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": MASKFORMER_LAYER,
+    },
+    ffns_apart={
+        f"{MODELS}swinv2.modeling_swinv2.Swinv2Layer": OLDER_FFN,
+        f"{MODELS}data2vec.modeling_data2vec_vision.Data2VecVisionLayer": OLDER_FFN,
+    },
+    refused={f"{MODELS}{path}": reason for path, reason in REFUSED.items()},
     loops={
-        **_classes("Model", "layers", VIT_LIKE),
-        **_classes("Encoder", "layer", DINO_LIKE),
-        **_classes("Encoder", "layers", CLIP_LIKE),
-        **_classes("Stage", "blocks", SWIN_LIKE),
+        **_classes(LOOP, "layers", VIT_LIKE, CLIP_LIKE, BEIT_LIKE, BLIP_LIKE, BLIP2_LIKE),
+        f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneEncoder": "layer",
+        f"{MODELS}donut.modeling_donut_swin.DonutSwinStage": "blocks",
+        **_classes(LOOP, "layer", DINO_LIKE),
+        **_classes(LOOP, "blocks", SWIN_LIKE),
     },
-    resets=_classes("Stage", _reset_swin_stage, SWIN_LIKE),
+    resets={
+        **_classes(LOOP, _reset_swin_stage, SWIN_LIKE),
+        f"{MODELS}donut.modeling_donut_swin.DonutSwinStage": _reset_swin_stage,
+    },
     resembling=re.compile(r"Vi(T|sion)\w*(Attention|MLP)$"),
     meanings={
         "transformers.activations.GELUActivation": lambda act: nn.GELU() if act.act is nn.functional.gelu else act,
-        "transformers.activations.GELUTanh": lambda act: nn.GELU("tanh"),
+        "transformers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
         "transformers.activations.NewGELUActivation": lambda _: nn.GELU("tanh"),
-        **_classes("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
-        **_classes("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE),
+        **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
+        **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
     },
     patch_embeddings={
-        **_classes("PatchEmbeddings", "projection", VIT_LIKE, DINO_LIKE, SWIN_LIKE),
-        **_classes("VisionEmbeddings", "patch_embedding", CLIP_LIKE),
+        **_named("PatchEmbeddings", "projection", VIT_LIKE, DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
+        **_named("VisionEmbeddings", "patch_embedding", CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE),
     },
 )
