@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,6 +129,7 @@ class Family:
 
     Args:
         library: the name that users import.
+        oldest: the oldest version that the descriptions were tested with; older ones are skipped with that reason.
         ready: whether the library is loaded far enough that its classes stand under their dotted names.
         attentions, ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts are.
         ffns_apart: names of fc1, the activation and fc2 in classes whose forward has an FFN spread over modules; fc1's
@@ -144,6 +145,7 @@ class Family:
     """
 
     library: str
+    oldest: str = ""
     ready: Callable[[], bool] = lambda: True
     attentions: Mapping[str, Described] = field(default_factory=dict)
     ffns: Mapping[str, Described] = field(default_factory=dict)
@@ -182,6 +184,10 @@ class Family:
         forget: Callable[[Any], None] | None = self._listed(cls, self.resets)
         return forget
 
+    def known(self) -> Iterable[str]:
+        tables = (self.attentions, self.ffns, self.blocks, self.whole_blocks, self.window_blocks, self.ffns_apart)
+        return [name for table in tables for name in table]
+
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         return self._listed(cls, self.meanings)
 
@@ -195,6 +201,16 @@ class Family:
         return next((value for path, value in table.items() if _named(path) is cls), None)
 
     def _find_rule(self, cls: type[nn.Module]) -> Rule | None:
+        rule = self._rule_of_table(cls)
+        version = str(getattr(sys.modules.get(self.library), "__version__", ""))
+        if rule is None or not self.oldest or _numbers(version) >= _numbers(self.oldest):
+            return rule
+        return refusing(
+            f"{self.library} {version} is installed; its blocks are known from {self.oldest} on: "
+            f"pip install '{self.library}>={self.oldest}'"
+        )
+
+    def _rule_of_table(self, cls: type[nn.Module]) -> Rule | None:
         for kind, table, make in (
             ("rep_attention", self.attentions, self._body_rule),
             ("partial_gelu_ffn", self.ffns, self._body_rule),
@@ -300,6 +316,10 @@ def refusing(reason: str) -> Rule:
         raise TypeError(f"{type(module).__name__} cannot be fused: {reason}")
 
     return Rule("unsupported", lambda _: reason, fold)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _named(path: str) -> Any:

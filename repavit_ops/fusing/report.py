@@ -14,6 +14,7 @@ from ..nn.foreign_block import BiasedAttention, MaskedAttention, OpenBranch
 from ..nn.packed_weights import PackedWeights
 from ..stack import OneCall
 from ..stack.block_runs import BlockRuns
+from .nothing import nothing_fuses
 from .rules import FUSED_INSIDE, can_fuse, rule_of
 from .verbs import TRAINING_FORMS
 
@@ -39,12 +40,14 @@ class FusionReport:
         entries: one per sub-block of a known kind, in the model's order.
         runs_on: the kernels that the fused modules take on the model's device, or why there are none.
         memory: of the weights and their packed copies, and the scratch that the CPU kernels keep in this process.
+        nothing: of a model of which nothing fuses, the classes that were looked at and the nearest that would.
         tolerance: what "equal" means for the fused model.
     """
 
     entries: tuple[ReportEntry, ...]
     runs_on: str
     memory: str = ""
+    nothing: str = ""
     tolerance: str = TOLERANCE
 
     def with_status(self, status: Status) -> tuple[ReportEntry, ...]:
@@ -68,6 +71,7 @@ class FusionReport:
         width = max((len(e.name) for e in self.entries), default=0)
         kind = max((len(e.kind) for e in self.entries), default=0)
         rows = [f"  {e.name:<{width}}  {e.kind:<{kind}}  {e.status:<9}  {e.note}".rstrip() for e in self.entries]
+        rows += [f"  {self.nothing}"] if self.nothing else []
         ends = [f"memory: {self.memory}", f"tolerance: {self.tolerance}"]
         return "\n".join([f"{counts}; runs on {self.runs_on}", *rows, *ends])
 
@@ -81,8 +85,12 @@ def fusion_report(model: nn.Module) -> FusionReport:
     told = {name for name, module in modules.items() for name in _told_elsewhere(name, module)}
     entries = [e for name, m in modules.items() if name not in told and (e := _entry(name, m)) is not None]
     devices = sorted({p.device.type for p in model.parameters()})
+    done = any(entry.status in ("fused", "merged", "projected") for entry in entries)
     return FusionReport(
-        tuple(entries), "; ".join(_runs_on(d) for d in devices) or "no parameters", _memory(list(modules.values()))
+        tuple(entries),
+        "; ".join(_runs_on(d) for d in devices) or "no parameters",
+        _memory(list(modules.values())),
+        "" if done or any(can_fuse(module) is None for module in modules.values()) else nothing_fuses(model),
     )
 
 

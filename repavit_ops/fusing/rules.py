@@ -56,6 +56,9 @@ class Source(Protocol):
     def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
         """What makes a module of exactly this class forget state of earlier calls; None where it keeps none."""
 
+    def known(self) -> Iterable[str]:
+        """Dotted names of the classes that it fuses, at least in part."""
+
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         """What a norm, activation, scale or no-op of exactly this class is in PyTorch's own; None if it is neither."""
 
@@ -88,6 +91,11 @@ def reset(module: nn.Module) -> None:
     forget = _first(source.reset_for(type(module)) for source in _SOURCES)
     if forget is not None:
         forget(module)
+
+
+def known_classes() -> list[str]:
+    """Dotted names of all classes that fuse, at least in part."""
+    return sorted({name for source in _SOURCES for name in source.known()})
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..nn import (
     Attention,
     Block,
     ChannelIdleFFN,
+    ConvReLU2d,
     DeployedShapeFFN,
     JoinedBranchAttention,
     JoinedBranchFFN,
@@ -27,6 +29,7 @@ from ..nn.packed_weights import PackedWeights
 from ..nn.stand_in import stand_in_class
 from ..stack import FusedStack, LoopedBlocks, LoopOwner, OneCall
 from .folding import fold_batchnorm
+from .nothing import nothing_fuses
 from .patches import fuse_patches
 from .rules import FUSED_INSIDE, can_fuse, loop_of, reset, rule_of
 
@@ -71,7 +74,8 @@ def fuse(
     Convolutions over patches and Swin's mergings become projections without im2col, LV-ViT's stem folds its norms, and
     runs of fused blocks in an ``nn.Sequential`` become a :class:`repavit_ops.stack.FusedStack`, one call for all;
     a plain ViT or Swin of :mod:`repavit_ops.models` goes through one call from the image to the logits.
-    What cannot be fused stays and :func:`repavit_ops.fusion_report` says why. Fusing twice changes nothing.
+    What cannot be fused stays and :func:`repavit_ops.fusion_report` says why; if that is everything, a warning names
+    the classes that were looked at. Fusing twice changes nothing.
 
     Args:
         model: any module; may itself be fusible. Modules that are shared are fused once and stay shared.
@@ -131,6 +135,8 @@ def fuse(
             module.repack()
             if not keep_unpacked:
                 module.drop_unpacked()
+    if filter_fn is None and not any(isinstance(module, PackedWeights | ConvReLU2d) for module in model.modules()):
+        warnings.warn(f"repavit_ops.fuse: {nothing_fuses(model)}", stacklevel=2)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -117,6 +117,9 @@ class _Ours:
 
     def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
         return None
+
+    def known(self) -> Iterable[str]:
+        return [f"{cls.__module__}.{cls.__qualname__}" for cls in RULES]
 
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
         return None

@@ -184,7 +184,7 @@ def _older_swin_layer(call: type[TransformersSwinTuple]) -> Described:
 DONUT_LAYER = _older_swin_layer(TransformersSwinTuple)
 MASKFORMER_LAYER = _older_swin_layer(MaskFormerSwinLayer)
 
-# --- BEiT and ViTPose -------------------------------------------------------------------------------------------------
+# --- BEiT, ViTPose, DPT, YOLOS ----------------------------------------------------------------------------------------
 
 
 def _beit_layer(layer: Any) -> TransformersBeitLayer:
@@ -205,9 +205,10 @@ BEIT_LAYER = Described(
 )
 
 
-def _vitpose_layer(layer: Any) -> WholeBlock:
-    attn, mlp = layer.attention.attention, layer.mlp
-    attention = AttentionParts(
+def _older_attention(layer: Any) -> AttentionParts:
+    """query, key and value apart from their projection, as transformers 4 had them."""
+    attn = layer.attention.attention
+    return AttentionParts(
         (attn.query, attn.key, attn.value),
         layer.attention.output.dense,
         attn.num_attention_heads,
@@ -216,8 +217,31 @@ def _vitpose_layer(layer: Any) -> WholeBlock:
         norm=layer.layernorm_before,
         residual=True,
     )
+
+
+def _maps_of(layer: Any) -> dict[str, Any]:
+    return {"gives_maps": EagerAttention(layer.attention.attention.config)}
+
+
+def _older_layer(layer: Any) -> WholeBlock:
+    act = plain(layer.intermediate.intermediate_act_fn)
+    ffn = FFNParts(layer.intermediate.dense, act, layer.output.dense, norm=layer.layernorm_after, residual=True)
+    return WholeBlock(_older_attention(layer), ffn, TransformersLayer, _maps_of(layer))
+
+
+OLDER_LAYER = Described(
+    _older_layer,
+    holds=("attention", "intermediate", "output", "layernorm_before", "layernorm_after"),
+    may_hold=("chunk_size_feed_forward", "seq_len_dim"),
+    unless=lambda layer: _needs_maps(layer.attention.attention),
+    keeps_class=True,
+)
+
+
+def _vitpose_layer(layer: Any) -> WholeBlock:
+    mlp = layer.mlp
     ffn = FFNParts(mlp.fc1, plain(mlp.activation), mlp.fc2, norm=layer.layernorm_after, residual=True)
-    return WholeBlock(attention, ffn, VitPoseLayer, {"gives_maps": EagerAttention(attn.config)})
+    return WholeBlock(_older_attention(layer), ffn, VitPoseLayer, _maps_of(layer))
 
 
 def _why_not_vitpose(layer: Any) -> str | None:
@@ -367,7 +391,11 @@ TRANSFORMERS = Family(
         **_classes(LAYER, BLIP_LAYER, BLIP_LIKE),
         **_classes(LAYER, BEIT_LAYER, BEIT_LIKE),
     },
-    whole_blocks={f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": VITPOSE_LAYER},
+    whole_blocks={
+        f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": VITPOSE_LAYER,
+        f"{MODELS}dpt.modeling_dpt.DPTViTLayer": OLDER_LAYER,
+        f"{MODELS}yolos.modeling_yolos.YolosLayer": OLDER_LAYER,
+    },
     window_blocks={
         **_classes(LAYER, SWIN_LAYER, SWIN_LIKE),
         f"{MODELS}donut.modeling_donut_swin.DonutSwinLayer": DONUT_LAYER,
@@ -382,6 +410,7 @@ TRANSFORMERS = Family(
         **_classes(LOOP, "layers", VIT_LIKE, CLIP_LIKE, BEIT_LIKE, BLIP_LIKE, BLIP2_LIKE),
         f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneEncoder": "layer",
         f"{MODELS}donut.modeling_donut_swin.DonutSwinStage": "blocks",
+        f"{MODELS}dpt.modeling_dpt.DPTViTEncoder": "layer",
         **_classes(LOOP, "layer", DINO_LIKE),
         **_classes(LOOP, "blocks", SWIN_LIKE),
     },
