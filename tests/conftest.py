@@ -21,11 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def timm() -> types.ModuleType:
+def torchvision_stub() -> None:
+    """Let torchvision import beside a PyTorch for CPUs, without its compiled operators."""
+    sys.modules.setdefault(TORCHVISION_STUB, types.ModuleType(TORCHVISION_STUB))
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision_stub: None) -> types.ModuleType:
     """timm with a torchvision that imports without its compiled operators; skips where timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed: pip install timm")
-    sys.modules.setdefault(TORCHVISION_STUB, types.ModuleType(TORCHVISION_STUB))
     return importlib.import_module("timm")
 
 

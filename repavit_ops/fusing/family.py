@@ -107,7 +107,7 @@ def _surprise(module: nn.Module, holds: tuple[str, ...], may_hold: tuple[str, ..
     """Names that are missing, or that there is no knowing about; private ones and None do not count."""
     names = {*module._modules, *module._parameters, *module._buffers, *(vars(module).keys() - BUILT_IN)}
     if missing := sorted(set(holds) - names):
-        return f"{type(module).__name__} lacks {', '.join(missing)}; this version of {library} is not known"
+        return f"{type(module).__name__} lacks {', '.join(missing)}; {_release(library)} is not known"
     extra = sorted(n for n in names - {*holds, *may_hold} if n[0] != "_" and getattr(module, n) is not None)
     if extra:
         return f"{type(module).__name__} also holds {', '.join(extra)}, which its rule does not know"
@@ -205,10 +205,7 @@ class Family:
         version = str(getattr(sys.modules.get(self.library), "__version__", ""))
         if rule is None or not self.oldest or _numbers(version) >= _numbers(self.oldest):
             return rule
-        return refusing(
-            f"{self.library} {version} is installed; its blocks are known from {self.oldest} on: "
-            f"pip install '{self.library}>={self.oldest}'"
-        )
+        return refusing(f"{self.library} {version} is installed; its blocks are known from {self.oldest} on")
 
     def _rule_of_table(self, cls: type[nn.Module]) -> Rule | None:
         for kind, table, make in (
@@ -316,6 +313,12 @@ def refusing(reason: str) -> Rule:
         raise TypeError(f"{type(module).__name__} cannot be fused: {reason}")
 
     return Rule("unsupported", lambda _: reason, fold)
+
+
+def _release(library: str) -> str:
+    """The installed version of a library, for a reason."""
+    version = getattr(sys.modules.get(library), "__version__", None)
+    return f"this version of {library}" if version is None else f"{library} {version}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

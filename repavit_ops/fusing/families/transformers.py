@@ -374,6 +374,7 @@ def _mlp(first: str, act: str, second: str) -> Described:
 
 TRANSFORMERS = Family(
     "transformers",
+    oldest="5.10",  # up to 5.15 without DINOv2, whose parts had other names
     attentions={
         **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, BEIT_LIKE),
         **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE),
