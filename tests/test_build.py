@@ -107,6 +107,14 @@ def test_isa_sources_see_no_header_with_shared_inline_functions():
     assert len(seen) > 10
 
 
+def test_the_map_of_csrc_names_every_file():
+    text = (ROOT / "csrc/README.md").read_text()
+    for file in (ROOT / "csrc").rglob("*"):
+        if file.parent.name == "cpu" and not file.name.startswith("isa_"):
+            name = re.sub(r"(-inl)?\.(h|cpp)$", "", file.name)
+            assert re.search(rf"\b{re.escape(name)}\b", text), file.name
+
+
 @pytest.mark.skipif(not LIBRARY.exists() or shutil.which("nm") is None, reason="needs the built library and nm")
 def test_the_library_has_no_python_symbols_and_no_machine_paths():
     symbols = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)

@@ -18,6 +18,16 @@ struct fp16 {
 };
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kDTypes };
+template <class T>
+constexpr DType kDTypeOf = kDTypes;  // of no type but these
+template <>
+constexpr DType kDTypeOf<float> = kFloat32;
+template <>
+constexpr DType kDTypeOf<bf16> = kBFloat16;
+template <>
+constexpr DType kDTypeOf<fp16> = kFloat16;
+template <>
+constexpr DType kDTypeOf<double> = kFloat64;
 
 // Instruction-set levels, each containing those before it. Also what the operator cpu_isa() returns.
 enum IsaLevel : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kIsaLevels };

@@ -37,13 +37,13 @@ struct MatrixCopy {
   T* panels;
 };
 
-template <class T, int kDType>
+template <class T>
 void matrix_pack(const void* w, int64_t outputs, int64_t depth, void* destination, const Pool& pool) {
   MatrixCopy<T> copy{{outputs, depth}, static_cast<T*>(const_cast<void*>(w)),
                      const_cast<T*>(MatrixLayout<T>::panels(destination))};
   PackedMatrixHeader header{};
   __builtin_memcpy(header.magic, kPackedMatrixMagic, sizeof(header.magic));
-  header.dtype = kDType;
+  header.dtype = kDTypeOf<T>;
   header.outputs = outputs;
   header.depth = depth;
   header.bytes = copy.layout.bytes();

@@ -46,7 +46,7 @@ int64_t partial_gelu_ffn_packed_bytes(int64_t channels, int64_t active, bool has
   return FfnLayout<T>(channels, active, has_merged).bytes();
 }
 
-template <class T, int kDType>
+template <class T>
 void partial_gelu_ffn_pack(const PartialGeluFfnWeights& weights, void* destination, const Pool& pool) {
   struct Context {
     FfnLayout<T> layout;
@@ -61,7 +61,7 @@ void partial_gelu_ffn_pack(const PartialGeluFfnWeights& weights, void* destinati
 
   PackedFfnHeader header{};
   __builtin_memcpy(header.magic, kPackedFfnMagic, sizeof(header.magic));
-  header.dtype = kDType;
+  header.dtype = kDTypeOf<T>;
   header.has_merged = layout.has_merged;
   header.channels = weights.channels;
   header.active = weights.active;

@@ -61,7 +61,7 @@ int64_t rep_attention_packed_bytes(const AttentionShape& shape) {
   return AttentionLayout<T>(shape).bytes();
 }
 
-template <class T, int kDType>
+template <class T>
 void rep_attention_pack(const AttentionWeights& weights, void* destination, const Pool& pool) {
   struct Context {
     AttentionLayout<T> layout;
@@ -72,7 +72,7 @@ void rep_attention_pack(const AttentionWeights& weights, void* destination, cons
 
   PackedAttentionHeader header{};
   __builtin_memcpy(header.magic, kPackedAttentionMagic, sizeof(header.magic));
-  header.dtype = kDType;
+  header.dtype = kDTypeOf<T>;
   header.heads = static_cast<int32_t>(weights.shape.heads);
   header.channels = weights.shape.channels;
   header.d_qk = weights.shape.d_qk;

@@ -1,0 +1,57 @@
+// The list of kernels: what a level writes into the table, for the element types that it names.
+//
+// An operator is added here once; cpu/isa_<level>.cpp says which flags it is compiled with and for which types it has
+// something better than the level below.
+#pragma once
+
+#include "dispatch.h"
+#include "fused_blocks-inl.h"
+#include "partial_gelu_ffn-inl.h"
+#include "patch_projection-inl.h"
+#include "peak-inl.h"
+#include "pooled_head-inl.h"
+#include "rep_attention-inl.h"
+#include "token_embedding-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+template <class T>
+void install_one(Kernels& table) {
+  constexpr DType kType = kDTypeOf<T>;
+  table.fused_blocks[kType] = fused_blocks<T>;
+  table.partial_gelu_ffn[kType] = partial_gelu_ffn<T>;
+  table.patch_projection[kType] = patch_projection<T>;
+  table.pooled_head[kType] = pooled_head<T>;
+  table.product_peak[kType] = product_peak<T>;
+  table.rep_attention[kType] = rep_attention<T>;
+  table.token_embedding[kType] = token_embedding<T>;
+}
+
+// A packed layout is the same at every level, so one level packs for all.
+template <class T>
+void install_packing_of(Kernels& table) {
+  constexpr DType kType = kDTypeOf<T>;
+  table.partial_gelu_ffn_packed_bytes[kType] = partial_gelu_ffn_packed_bytes<T>;
+  table.partial_gelu_ffn_pack[kType] = partial_gelu_ffn_pack<T>;
+  table.partial_gelu_ffn_unpack[kType] = partial_gelu_ffn_unpack<T>;
+  table.matrix_packed_bytes[kType] = matrix_packed_bytes<T>;
+  table.matrix_pack[kType] = matrix_pack<T>;
+  table.matrix_unpack[kType] = matrix_unpack<T>;
+  table.rep_attention_packed_bytes[kType] = rep_attention_packed_bytes<T>;
+  table.rep_attention_pack[kType] = rep_attention_pack<T>;
+  table.rep_attention_unpack[kType] = rep_attention_unpack<T>;
+}
+
+template <class... Types>
+void install_kernels(Kernels& table) {
+  (install_one<Types>(table), ...);
+}
+
+template <class... Types>
+void install_packing(Kernels& table) {
+  (install_packing_of<Types>(table), ...);
+}
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit
