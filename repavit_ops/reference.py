@@ -176,7 +176,13 @@ def pooled_head(
 
     The mean is over ``count`` tokens (0: all the rest) from ``first`` on; the norm as in :func:`token_embedding`.
     """
-    x = x.flatten(1, -2)[:, first : first + count if count else None]
+    x = x.flatten(1, -2)
+    tokens = x.shape[1]
+    if not (0 <= first < tokens and 0 <= count <= tokens - first):  # a slice would take what there is, or count back
+        raise ValueError(
+            f"first, count: got {first} and {count}, wanted a range of the {tokens} tokens (count 0: the rest)"
+        )
+    x = x[:, first : first + count if count else None]
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     x = x.mean(dim=1)
