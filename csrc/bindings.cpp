@@ -12,11 +12,17 @@ using namespace repavit_bindings;
 // ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
 
 repavit::PackedFfnHeader header_of(const Tensor& packed) {
-  return read_header<repavit::PackedFfnHeader>(packed, repavit::kPackedFfnMagic, "partial_gelu_ffn_pack");
+  const auto bytes_of = [](const repavit::PackedFfnHeader& h) {
+    const bool flag = h.has_merged == 0 || h.has_merged == 1;
+    const auto bytes = repavit::kernels().partial_gelu_ffn_packed_bytes[h.dtype];
+    return flag ? bytes(h.channels, h.active, h.has_merged != 0) : kNoSize;
+  };
+  return read_header<repavit::PackedFfnHeader>(packed, repavit::kPackedFfnMagic, "partial_gelu_ffn_pack", bytes_of);
 }
 
 Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged) {
   STD_TORCH_CHECK(w_in.dim() == 2, "w_in: got shape ", shape_of(w_in), ", wanted [m, C]");
+  const DType dtype = check_input("w_in", w_in);
   const int64_t active = w_in.size(0), channels = w_in.size(1);
   check_shape("w_out", w_out, {channels, active});
   check_same_kind("w_out", w_out, w_in);
@@ -24,11 +30,10 @@ Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const Mayb
     check_shape("w_merged", *w_merged, {channels, channels});
     check_same_kind("w_merged", *w_merged, w_in);
   }
-  const DType dtype = dtype_of("w_in", w_in);
 
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.partial_gelu_ffn_packed_bytes[dtype](channels, active, w_merged.has_value());
-  Tensor packed = new_packed(bytes);
+  Tensor packed = new_packed("w_in, w_out, w_merged", bytes);
   std::vector<Tensor> copies;
   const repavit::PartialGeluFfnWeights weights{channels, active, ordered_data(w_in, copies),
                                                ordered_data(w_out, copies), ordered_data(w_merged, copies)};
@@ -74,7 +79,8 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
                   ", wanted [..., C] and [m, C]");
   const int64_t active = w_in.size(0), channels = w_in.size(1);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x: got shape ", shape_of(x), ", wanted [..., ", channels, "]");
-  dtype_of("x", x);  // names x, before another tensor of the same dtype is blamed
+  check_input("x", x);  // names x, before another tensor of the same dtype is blamed
+  check_norm(norm_eps);
   check_shape("w_out", w_out, {channels, active});
   check_same_kind("w_in", w_in, x);
   check_same_kind("w_out", w_out, x);
@@ -90,6 +96,7 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
   repavit::PartialGeluFfnArgs args{};
   args.channels = channels;
   args.active = active;
+  args.has_merged = w_merged.has_value();
   args.packed = copies.back().const_data_ptr();
   args.b_in = ordered_data(b_in, copies);
   args.bias = ordered_data(bias, copies);
@@ -125,7 +132,9 @@ Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& 
 
 // Runs products in registers on all threads; returns the operations done. The caller takes the time.
 int64_t product_peak(const Tensor& like, int64_t iterations) {
-  return repavit::kernels().product_peak[dtype_of("like", like)](iterations, torch_pool());
+  constexpr int64_t kMost = int64_t{1} << 32;  // a minute or so; nothing interrupts it
+  STD_TORCH_CHECK(0 <= iterations && iterations <= kMost, "iterations: got ", iterations, ", wanted 0 to ", kMost);
+  return repavit::kernels().product_peak[check_input("like", like)](iterations, torch_pool());
 }
 
 int64_t cpu_isa() { return repavit::isa_level(); }

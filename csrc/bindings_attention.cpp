@@ -6,15 +6,17 @@
 
 namespace repavit_bindings {
 
-repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk) {
+repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads,
+                                        std::optional<int64_t> given_d_qk) {
   STD_TORCH_CHECK(w_qkv.dim() == 2 && w_proj.dim() == 2, "w_qkv, w_proj: got shapes ", shape_of(w_qkv), ", ",
                   shape_of(w_proj), ", wanted matrices");
-  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, "num_heads: got ", heads, ", wanted at least 1");
+  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, "num_heads: got ", heads, ", wanted 1 to ", INT32_MAX);
   STD_TORCH_CHECK(w_proj.size(1) % heads == 0, "w_proj: got shape ", shape_of(w_proj),
                   ", wanted [C_out, num_heads * d_v] for num_heads = ", heads);
-  const int64_t d_v = w_proj.size(1) / heads;
-  if (d_qk < 1) d_qk = (w_qkv.size(0) - heads * d_v) / (2 * heads);
-  STD_TORCH_CHECK(d_qk >= 1 && w_qkv.size(0) == heads * (2 * d_qk + d_v), "w_qkv: got shape ", shape_of(w_qkv),
+  const int64_t d_v = w_proj.size(1) / heads, rows = w_qkv.size(0);
+  const int64_t d_qk = given_d_qk ? *given_d_qk : (rows - w_proj.size(1)) / heads / 2;
+  const int64_t wanted = size_product(heads, size_sum(size_product(2, d_qk), d_v));
+  STD_TORCH_CHECK(d_qk >= 1 && rows == wanted, "w_qkv: got shape ", shape_of(w_qkv),
                   ", wanted [num_heads * (2 * d_qk + d_v), C] for num_heads = ", heads, ", d_qk = ", d_qk,
                   ", d_v = ", d_v);
   return {w_qkv.size(1), w_proj.size(0), heads, d_qk, d_v};
@@ -29,15 +31,21 @@ using namespace repavit_bindings;
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 
 repavit::PackedAttentionHeader header_of(const Tensor& packed) {
-  return read_header<repavit::PackedAttentionHeader>(packed, repavit::kPackedAttentionMagic, "rep_attention_pack");
+  const auto bytes_of = [](const repavit::PackedAttentionHeader& h) {
+    const repavit::AttentionShape shape{h.channels, h.channels_out, h.heads, h.d_qk, h.d_v};
+    const bool sizes = h.heads >= 1 && h.d_qk >= 1;
+    return sizes ? repavit::kernels().rep_attention_packed_bytes[h.dtype](shape) : kNoSize;
+  };
+  return read_header<repavit::PackedAttentionHeader>(packed, repavit::kPackedAttentionMagic, "rep_attention_pack",
+                                                     bytes_of);
 }
 
 Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
+  const DType dtype = check_input("w_qkv", w_qkv);
   check_same_kind("w_proj", w_proj, w_qkv);
-  const DType dtype = dtype_of("w_qkv", w_qkv);
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.rep_attention_packed_bytes[dtype](shape);
-  Tensor packed = new_packed(bytes);
+  Tensor packed = new_packed("w_qkv, w_proj", bytes);
   std::vector<Tensor> copies;
   const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
   kernels.rep_attention_pack[dtype](weights, packed.mutable_data_ptr(), torch_pool());
@@ -51,7 +59,9 @@ Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num
 
 std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
   const repavit::PackedAttentionHeader h = header_of(packed);
-  const int64_t shapes[2][2] = {{h.heads * (2 * h.d_qk + h.d_v), h.channels}, {h.channels_out, h.heads * h.d_v}};
+  const int64_t rows = size_product(h.heads, size_sum(size_product(2, h.d_qk), h.d_v));
+  STD_TORCH_CHECK(rows != kNoSize, "packed: the heads that it says it holds have more rows than 64 bits count");
+  const int64_t shapes[2][2] = {{rows, h.channels}, {h.channels_out, checked_product("packed", "its values", h.heads, h.d_v)}};
   std::vector<Tensor> weights;
   for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, aoti_dtype_of(static_cast<DType>(h.dtype))));
   repavit::kernels().rep_attention_unpack[h.dtype](
@@ -90,7 +100,8 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                                      bool residual, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
                   shape.channels, "]");
-  dtype_of("x", x);  // names x, before another tensor of the same dtype is blamed
+  check_input("x", x);  // names x, before another tensor of the same dtype is blamed
+  check_norm(norm_eps);
   check_same_kind("w_qkv", w_qkv, x);
   check_same_kind("w_proj", w_proj, x);
   check_optional("b_qkv", b_qkv, x, w_qkv.size(0));
@@ -116,14 +127,18 @@ repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::v
   STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2, "window, shift: wanted two numbers each");
   repavit::WindowGrid grid{};
   for (size_t i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(window[i] >= 1 && 0 <= shift[i] && shift[i] < window[i], "shift: got ", shift[i], " with window ",
-                    window[i], ", wanted 0 <= shift < window");
+    STD_TORCH_CHECK(window[i] >= 1 && 0 <= shift[i] && shift[i] < window[i], "window, shift: got ", window[i], " and ",
+                    shift[i], ", wanted 0 <= shift < window");
     grid.map[i] = x.size(static_cast<int64_t>(i) + 1);
     grid.window[i] = window[i];
     grid.shift[i] = shift[i];
   }
-  const int64_t tokens = window[0] * window[1];
-  check_shape("rel_bias", rel_bias, {num_heads, tokens, tokens});
+  const int64_t tokens = checked_product("window", "its tokens", window[0], window[1]);
+  const std::initializer_list<int64_t> table = {num_heads, tokens, tokens};
+  STD_TORCH_CHECK(rel_bias.dim() == 3 && rel_bias.size(0) == num_heads && rel_bias.size(1) == tokens &&
+                      rel_bias.size(2) == tokens,
+                  "rel_bias: got shape ", shape_of(rel_bias), ", wanted ", text_of(table.begin(), 3),
+                  " for num_heads = ", num_heads, " and window ", text_of(window.data(), 2));
   check_same_kind("rel_bias", rel_bias, x);
   grid.bias = ordered_data(rel_bias, copies);
   grid.roll_first = roll_first;
@@ -134,14 +149,27 @@ repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::v
 
 namespace {
 
+// Weights without channels and heads without values take no memory and may be of any size; q, k and v of them do. Up to
+// here no stride or size of scratch is beyond 64 bits; far below it the allocator says what it has not.
+void check_scratch(const repavit::RepAttentionArgs& args, int64_t rows) {
+  constexpr int64_t kMost = int64_t{1} << 48;  // elements
+  const repavit::AttentionShape& shape = args.shape;
+  const int64_t width = size_product(shape.heads, size_sum(size_product(2, shape.d_qk), shape.d_v));
+  const int64_t window = args.windows == nullptr ? 0 : size_product(args.windows->window[0], args.windows->window[1]);
+  const int64_t elements = size_product(size_sum(rows, window), width);
+  STD_TORCH_CHECK(elements != kNoSize && elements <= kMost, "w_qkv: q, k and v of ", rows, " tokens, ", width,
+                  " numbers each, are more than any memory holds");
+}
+
 // Runs args (all but x, y and their sizes filled in) on tokens x [B, ..., columns] → [B, ..., columns_out].
 Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out) {
-  const auto kernel = repavit::kernels().rep_attention[dtype_of("x", x)];
+  const auto kernel = repavit::kernels().rep_attention[check_input("x", x)];
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = columns_out;
   Tensor y = new_empty(sizes.data(), x.dim(), aoti_dtype_of(x));
   if (y.numel() == 0) return y;
   const RowView rows(x);
+  check_scratch(args, rows.rows);
   args.batch = x.size(0);
   args.tokens = rows.rows / args.batch;
   args.x = rows.owner.const_data_ptr();
@@ -195,12 +223,12 @@ Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTen
                             const MaybeTensor& packed, int64_t num_heads, double scale, std::vector<int64_t> window,
                             std::vector<int64_t> shift, std::optional<double> norm_eps, bool residual,
                             bool roll_first) {
-  const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, 0);
+  const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, std::nullopt);
   std::vector<Tensor> copies;
   repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
   repavit::RepAttentionArgs args =
       block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
-  check_optional("pad_kv", pad_kv, x, num_heads * (shape.d_qk + shape.d_v));
+  check_optional("pad_kv", pad_kv, x, padding_elements(shape));
   grid.padding = ordered_data(pad_kv, copies);
   args.windows = &grid;
   args.scale = scale;
@@ -211,9 +239,10 @@ Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTen
 
 repavit::RepAttentionArgs core_args(const Tensor& qkv, int64_t heads, int64_t d_qk, double scale) {
   const int64_t width = qkv.dim() > 0 ? qkv.size(qkv.dim() - 1) : 0;
-  STD_TORCH_CHECK(heads >= 1 && d_qk >= 1 && width % heads == 0 && width >= heads * 2 * d_qk, "qkv: got shape ",
-                  shape_of(qkv), ", wanted [..., num_heads * (2 * d_qk + d_v)] for num_heads = ", heads,
-                  ", d_qk = ", d_qk);
+  const int64_t keys = size_product(2, heads, d_qk);
+  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX && d_qk >= 1 && keys != kNoSize && width % heads == 0 && width >= keys,
+                  "qkv: got shape ", shape_of(qkv), ", wanted [..., num_heads * (2 * d_qk + d_v)] for num_heads = ",
+                  heads, ", d_qk = ", d_qk);
   repavit::RepAttentionArgs args{};
   args.shape = {width, 0, heads, d_qk, width / heads - 2 * d_qk};
   args.scale = scale;

@@ -1,65 +1,12 @@
-// What the bindings share: checks in the words of the Python layer, tensors without the dispatcher, libtorch's threads.
+// What the bindings share: tensors without the dispatcher, packed weights, libtorch's threads (checks: bindings_check.h).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstring>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "bindings_check.h"
 #include "cpu/arena.h"
-#include "cpu/dispatch.h"
 
 namespace repavit_bindings {
-
-using repavit::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
-  bool same = t.dim() == static_cast<int64_t>(wanted.size());
-  int64_t i = 0;
-  std::string text;
-  for (const int64_t size : wanted) {
-    same = same && t.size(i) == size;
-    text += (i++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, name, ": got shape ", shape_of(t), ", wanted [", text, "]");
-}
-
-inline void check_same_kind(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": is not on the CPU, but x is; move one with .to(...)");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": got ", torch::headeronly::toString(t.scalar_type()),
-                  ", but x is ", torch::headeronly::toString(x.scalar_type()), "; cast one with .to(...)");
-}
-
-inline DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return repavit::kFloat32;
-    case ScalarType::BFloat16:
-      return repavit::kBFloat16;
-    case ScalarType::Half:
-      return repavit::kFloat16;
-    case ScalarType::Double:
-      return repavit::kFloat64;
-    default:
-      break;
-  }
-  STD_TORCH_CHECK(false, name, ": got ", torch::headeronly::toString(t.scalar_type()),
-                  ", wanted float32, bfloat16, float16 or float64");
-}
 
 // The tensor's elements in order, copied into `copies` where they are not so already.
 inline const void* ordered_data(const Tensor& t, std::vector<Tensor>& copies) {
@@ -87,8 +34,10 @@ inline Tensor new_empty(const int64_t* sizes, int64_t dims, int32_t aoti_dtype) 
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[static_cast<size_t>(i)] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
+    stride = size_product(stride, sizes[i] == 0 ? 1 : sizes[i]);
   }
+  STD_TORCH_CHECK(stride != kNoSize, "result: no memory holds a tensor of size ",
+                  text_of(sizes, static_cast<size_t>(dims)));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides.data(), aoti_dtype, aoti_torch_device_type_cpu(), 0, &handle));
@@ -107,25 +56,30 @@ inline int32_t aoti_dtype_of(DType dtype) {
   return dtypes[dtype];
 }
 
-// Memory for packed weights, in huge pages where it fills any.
-inline Tensor new_packed(int64_t bytes) {
+// Memory for packed weights, in huge pages where it fills any. `bytes` is what a layout says, of the weights named.
+inline Tensor new_packed(const char* names, int64_t bytes) {
+  STD_TORCH_CHECK(bytes != kNoSize, names, ": too large to be packed");
   Tensor packed = new_empty(&bytes, 1, aoti_torch_dtype_uint8());
   repavit::advise_huge_pages(packed.mutable_data_ptr(), static_cast<size_t>(bytes));
   return packed;
 }
 
-// First bytes of packed weights, which the operator named `pack` made; raises for anything else.
-template <class Header>
-Header read_header(const Tensor& packed, const char (&magic)[8], const char* pack) {
+// First bytes of packed weights, which the operator named `pack` made; raises for anything else. `bytes_of(header)` is what
+// a layout of the header's sizes takes: a header may say anything, and is believed where the buffer is as long as that.
+template <class Header, class BytesOf>
+Header read_header(const Tensor& packed, const char (&magic)[8], const char* pack, const BytesOf& bytes_of) {
   Header header{};
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
                   "packed: wanted a contiguous uint8 tensor on the CPU, as ", pack, " returns");
+  check_memory("packed", packed);
   if (packed.numel() >= static_cast<int64_t>(sizeof(header))) {
     std::memcpy(&header, packed.const_data_ptr(), sizeof(header));
   }
   const bool ours = std::memcmp(header.magic, magic, sizeof(header.magic)) == 0;
-  STD_TORCH_CHECK(ours && header.bytes == packed.numel() && header.dtype >= 0 && header.dtype < repavit::kDTypes,
-                  "packed: this is not the result of ", pack, "; pack the weights again");
+  STD_TORCH_CHECK(ours && header.dtype >= 0 && header.dtype < repavit::kDTypes && header.bytes == packed.numel() &&
+                      bytes_of(header) == packed.numel(),
+                  "packed: got ", packed.numel(), " bytes that are not the result of ", pack,
+                  "; pack the weights again");
   return header;
 }
 
@@ -173,8 +127,12 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
                                      std::optional<double> norm_eps, bool residual, bool tanh_gelu,
                                      std::vector<Tensor>& copies);
 
-// bindings_attention.cpp. Head widths from both weights; d_qk < 1: from w_qkv's rows.
-repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads, int64_t d_qk);
+// bindings_attention.cpp. Head widths from both weights; without a d_qk it is what the rows of w_qkv leave.
+repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads,
+                                        std::optional<int64_t> d_qk);
+inline int64_t padding_elements(const repavit::AttentionShape& shape) {  // k | v of a padded token
+  return size_product(shape.heads, size_sum(shape.d_qk, shape.d_v));
+}
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, std::optional<double> norm_eps,

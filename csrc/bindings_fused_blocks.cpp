@@ -45,7 +45,7 @@ struct Step {
 // The arguments of consecutive steps within blocks, read for x of one kind and size, and what they point to.
 class Run {
  public:
-  explicit Run(const Tensor& x) : dtype_(dtype_of("x", x)), sizes_(x.sizes().begin(), x.sizes().end()) {}
+  explicit Run(const Tensor& x) : dtype_(check_input("x", x)), sizes_(x.sizes().begin(), x.sizes().end()) {}
 
   void add(const Step& step, const Tensor& x) {
     repavit::StackStep to{};
@@ -60,7 +60,8 @@ class Run {
     STD_TORCH_CHECK(x.dim() == (windowed ? 4 : 3), "x: got shape ", shape_of(x), ", wanted ",
                     windowed ? "[B, H, W, C]" : "[B, T, C]", " for this kind of attention");
     const Tensor &w_qkv = step.tensor(0, "w_qkv"), &w_proj = step.tensor(2, "w_proj");
-    const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, step.heads(), step.d_qk());
+    const repavit::AttentionShape shape = attention_shape(
+        w_qkv, w_proj, step.heads(), windowed ? std::nullopt : std::optional<int64_t>(step.d_qk()));
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
     to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
@@ -70,7 +71,7 @@ class Run {
       grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
                                    step.tensor(5, "rel_bias"), copies_));
       if (const MaybeTensor& pad_kv = step.tensors[6]) {
-        check_shape("pad_kv", *pad_kv, {step.heads() * (shape.d_qk + shape.d_v)});
+        check_shape("pad_kv", *pad_kv, {padding_elements(shape)});
         check_same_kind("pad_kv", *pad_kv, x);
         grids_.back().padding = ordered_data(*pad_kv, copies_);
       }
@@ -83,7 +84,7 @@ class Run {
   // Whether a new reading for this x would find everything where this one did. Values are not looked at: only pointers
   // were taken. A copy that had to be made may be out of date.
   bool holds(const Tensor& x) const {
-    if (copied_ || dtype_of("x", x) != dtype_ || x.dim() != static_cast<int64_t>(sizes_.size())) return false;
+    if (copied_ || check_input("x", x) != dtype_ || x.dim() != static_cast<int64_t>(sizes_.size())) return false;
     for (int64_t i = 1; i < x.dim(); ++i) {
       if (x.size(i) != sizes_[static_cast<size_t>(i)]) return false;
     }

@@ -6,15 +6,19 @@ namespace {
 using namespace repavit_bindings;
 
 repavit::PackedMatrixHeader header_of(const Tensor& packed) {
-  return read_header<repavit::PackedMatrixHeader>(packed, repavit::kPackedMatrixMagic, "patch_projection_pack");
+  const auto bytes_of = [](const repavit::PackedMatrixHeader& h) {
+    return repavit::kernels().matrix_packed_bytes[h.dtype](h.outputs, h.depth);
+  };
+  return read_header<repavit::PackedMatrixHeader>(packed, repavit::kPackedMatrixMagic, "patch_projection_pack",
+                                                  bytes_of);
 }
 
 Tensor patch_projection_pack(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: got shape ", shape_of(weight), ", wanted [N, K]");
-  const DType dtype = dtype_of("weight", weight);
+  const DType dtype = check_input("weight", weight);
   const repavit::Kernels& kernels = repavit::kernels();
   const int64_t bytes = kernels.matrix_packed_bytes[dtype](weight.size(0), weight.size(1));
-  Tensor packed = new_packed(bytes);
+  Tensor packed = new_packed("weight", bytes);
   std::vector<Tensor> copies;
   kernels.matrix_pack[dtype](ordered_data(weight, copies), weight.size(0), weight.size(1), packed.mutable_data_ptr(),
                              torch_pool());
@@ -56,14 +60,16 @@ struct Patches {
 
   Patches(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
           const std::vector<int64_t>& patch, bool channels_last)
-      : dtype(dtype_of("x", x)) {
+      : dtype(check_input("x", x)) {
     STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 2, "x, weight: got shapes ", shape_of(x), ", ", shape_of(weight),
                     ", wanted four dimensions and [N, K]");
-    STD_TORCH_CHECK(patch.size() == 2 && patch[0] >= 1 && patch[1] >= 1, "patch: wanted two numbers >= 1");
+    STD_TORCH_CHECK(patch.size() == 2 && patch[0] >= 1 && patch[1] >= 1, "patch: got ",
+                    text_of(patch.data(), patch.size()), ", wanted two numbers >= 1");
     const int down = channels_last ? 1 : 2, across = down + 1, channel = channels_last ? 3 : 1;
     const int64_t channels = x.size(channel);
-    STD_TORCH_CHECK(weight.size(1) == channels * patch[0] * patch[1], "weight: got shape ", shape_of(weight),
-                    ", wanted [N, K = ", channels * patch[0] * patch[1], "] for x of ", channels, " channels");
+    const int64_t depth = checked_product("patch", "its elements", channels, patch[0], patch[1]);
+    STD_TORCH_CHECK(weight.size(1) == depth, "weight: got shape ", shape_of(weight), ", wanted [N, K = ", depth,
+                    "] for x of ", channels, " channels and patch ", text_of(patch.data(), 2));
     check_same_kind("weight", weight, x);
     args.bias = checked_data("bias", bias, {weight.size(0)}, x, copies);
     args.batch = x.size(0);
@@ -83,7 +89,10 @@ struct Patches {
     args.packed = weights.const_data_ptr();
   }
 
-  int64_t results() const { return args.batch * args.grid[0] * args.grid[1] * args.outputs; }
+  int64_t patches_each() const { return checked_product("x", "its patches", args.grid[0], args.grid[1]); }
+  int64_t results() const {
+    return checked_product("x, weight", "their patches and outputs", args.batch, args.grid[0], args.grid[1], args.outputs);
+  }
 };
 
 }  // namespace
@@ -92,6 +101,7 @@ namespace repavit_bindings {
 
 Tensor patch_projection(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
                         std::vector<int64_t> patch, bool channels_last, std::optional<double> norm_eps) {
+  check_norm(norm_eps);
   Patches patches(x, weight, bias, packed, patch, channels_last);
   repavit::PatchProjectionArgs& args = patches.args;
   const int64_t sizes[4] = {args.batch, args.grid[0], args.grid[1], args.outputs};
@@ -109,23 +119,24 @@ Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor&
                        const MaybeTensor& norm_bias, const std::vector<int64_t>& patch, bool as_map,
                        std::optional<double> norm_eps) {
   Patches patches(x, weight, bias, packed, patch, false);
-  STD_TORCH_CHECK(patches.args.grid[0] * patches.args.grid[1] * patches.args.outputs > 0, "x: got shape ", shape_of(x),
-                  ", which holds no patch of ", patch[0], "x", patch[1]);
+  check_norm(norm_eps);
+  const int64_t channels = patches.args.outputs, rows = patches.patches_each();
+  STD_TORCH_CHECK(rows > 0 && channels > 0, "x, patch: got shape ", shape_of(x), ", which holds no patch of ", patch[0],
+                  "x", patch[1]);
   STD_TORCH_CHECK(!(as_map && prefix), "prefix: a map has no rows in front of its patches; ask for tokens");
   repavit::TokenEmbeddingArgs args{patches.args, 0, nullptr, nullptr, nullptr, nullptr, 0.0, false};
-  const int64_t channels = patches.args.outputs, rows = patches.args.grid[0] * patches.args.grid[1];
   if (prefix) {
     args.prefix = prefix->dim() == 2 ? prefix->size(0) : 0;
     args.prefix_rows = checked_data("prefix", prefix, {args.prefix, channels}, x, patches.copies);
   }
-  args.position = checked_data("position", position, {args.prefix + rows, channels}, x, patches.copies);
+  args.position = checked_data("position", position, {size_sum(args.prefix, rows), channels}, x, patches.copies);
   args.norm_weight = checked_data("norm_weight", norm_weight, {channels}, x, patches.copies);
   args.norm_bias = checked_data("norm_bias", norm_bias, {channels}, x, patches.copies);
   args.norm_eps = norm_eps.value_or(0.0);
   args.normalize = norm_eps.has_value();
   STD_TORCH_CHECK(!args.normalize || (norm_weight && norm_bias), "norm_weight, norm_bias: both are wanted for a norm");
   const int64_t map[4] = {patches.args.batch, patches.args.grid[0], patches.args.grid[1], channels};
-  const int64_t tokens[3] = {patches.args.batch, args.prefix + rows, channels};
+  const int64_t tokens[3] = {patches.args.batch, size_sum(args.prefix, rows), channels};
   Tensor y = as_map ? new_empty(map, 4, aoti_dtype_of(x)) : new_empty(tokens, 3, aoti_dtype_of(x));
   args.patches.y = y.mutable_data_ptr();
   repavit::kernels().token_embedding[patches.dtype](args, torch_pool());

@@ -6,19 +6,24 @@ namespace repavit_bindings {
 Tensor pooled_head(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& norm_weight,
                    const MaybeTensor& norm_bias, int64_t first, int64_t count, std::optional<double> norm_eps) {
   STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "x: got shape ", shape_of(x), ", wanted [B, T, C] or [B, H, W, C]");
+  const DType dtype = check_input("x", x);
+  check_norm(norm_eps);
   repavit::PooledHeadArgs args{};
   args.batch = x.size(0);
   args.channels = x.size(x.dim() - 1);
-  args.tokens = x.dim() == 3 ? x.size(1) : x.size(1) * x.size(2);
+  args.tokens = x.dim() == 3 ? x.size(1) : checked_product("x", "its tokens", x.size(1), x.size(2));
+  const bool begins = 0 <= first && first < args.tokens;
   args.first = first;
-  args.count = count > 0 ? count : args.tokens - first;
-  STD_TORCH_CHECK(first >= 0 && args.count >= 1 && first + args.count <= args.tokens, "first, count: got ", first,
-                  " and ", count, " for ", args.tokens, " tokens");
+  args.count = begins && count == 0 ? args.tokens - first : count;
+  STD_TORCH_CHECK(begins && 1 <= args.count && args.count <= args.tokens - first,
+                  "first, count: got ", first, " and ", count, ", wanted a range of the ", args.tokens,
+                  " tokens (count 0: all behind the first)");
   STD_TORCH_CHECK(weight || !bias, "bias: is given without a weight");
   args.outputs = weight && weight->dim() == 2 ? weight->size(0) : args.channels;
   std::vector<Tensor> copies;
   args.x = ordered_data(x, copies);
   args.weight = checked_data("weight", weight, {args.outputs, args.channels}, x, copies);
+  if (weight && args.weight == nullptr) args.weight = &args;  // of no elements: never read, but there
   args.bias = checked_data("bias", bias, {args.outputs}, x, copies);
   args.norm_weight = checked_data("norm_weight", norm_weight, {args.channels}, x, copies);
   args.norm_bias = checked_data("norm_bias", norm_bias, {args.channels}, x, copies);
@@ -29,7 +34,7 @@ Tensor pooled_head(const Tensor& x, const MaybeTensor& weight, const MaybeTensor
   Tensor y = new_empty(sizes, 2, aoti_dtype_of(x));
   if (y.numel() == 0) return y;
   args.y = y.mutable_data_ptr();
-  repavit::kernels().pooled_head[dtype_of("x", x)](args, torch_pool());
+  repavit::kernels().pooled_head[dtype](args, torch_pool());
   return y;
 }
 

@@ -7,18 +7,20 @@ Design:
    C++ claims CPU from within its shared library; Triton claims CUDA below, imported at the first call.
 3. Gradients recompute the reference formula. No kernel needs a backward of its own to be trainable. Forward-mode
    derivatives are those of the reference, which then runs instead.
+4. What a tensor argument did not enter, it gets a zero gradient of: pad_kv where nothing was padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, reference, stack_plan
+from . import backends, flop_formulas, reference, stack_plan
 
 NAMESPACE = "repavit_ops"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -41,6 +43,11 @@ class Operator:
         """How many tensors the reference takes: all that stand before ``packed``."""
         return self.arguments.split("Tensor? packed")[0].count("Tensor")
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the tensors of the schema, ``packed`` last."""
+        return re.findall(r"Tensor\?? (\w+)", self.arguments)
+
 
 def _same_shape(x: Tensor, *_: Any, **__: Any) -> list[int]:
     return list(x.shape)
@@ -51,6 +58,8 @@ def _projected_shape(x: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, w_proj: Ten
 
 
 def _grid_shape(x: Tensor, weight: Tensor, *_: Any, patch: list[int], channels_last: bool, **__: Any) -> list[int]:
+    if min(patch) < 1:
+        raise ValueError(f"patch: got {list(patch)}, wanted numbers >= 1")
     h, w = x.shape[1:3] if channels_last else x.shape[2:4]
     return [x.shape[0], h // patch[0], w // patch[1], weight.shape[0]]
 
@@ -121,6 +130,14 @@ def refuse_onnx() -> None:
         )
 
 
+def _one_device(x: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise ValueError unless all tensors are where x is. One of them on the meta device is enough for the fake to be
+    asked, and what it returns for an x elsewhere would be memory that nobody wrote."""
+    for name, t in others:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: on {t.device}, but x is on {x.device}; move one with .to(...)")
+
+
 def _register(operator: Operator) -> None:
     _LIBRARY.define(f"{operator.name}({operator.arguments}) -> Tensor")
     qualified = f"{NAMESPACE}::{operator.name}"
@@ -130,6 +147,7 @@ def _register(operator: Operator) -> None:
 
     def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
         refuse_onnx()
+        _one_device(x, zip(operator.tensor_names[1:], others, strict=False))
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
@@ -169,7 +187,11 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
             y = operator.reference(*views[:n], **ctx.static)
         wanted = [i < n and v is not None and v.requires_grad for i, v in enumerate(views)]
         leaves: list[Any] = [v for v, want in zip(views, wanted, strict=True) if want]
-        grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=torch.is_grad_enabled()))
+        if y.requires_grad:
+            create_graph = torch.is_grad_enabled()
+            grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=create_graph, materialize_grads=True))
+        else:  # none of them entered
+            grads = map(torch.zeros_like, leaves)
         return tuple(next(grads) if want else None for want in wanted)
 
     return backward
@@ -195,8 +217,14 @@ def _register_fused_blocks() -> None:
     name = "fused_blocks"
     _LIBRARY.define(f"{name}(Tensor x, Tensor?[] weights, *, int[] plan, float[] scalars) -> Tensor")
 
+    def formula(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
+        _check_plan(weights, plan, scalars)
+        return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
+
     def fake(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
         refuse_onnx()
+        _check_plan(weights, plan, scalars)
+        _one_device(x, ((f"weights[{i}]", w) for i, w in enumerate(weights)))
         for step in stack_plan.decode(weights, plan, scalars):
             if step.operator not in stack_plan.IN_BLOCKS:
                 x = reference.run_step(step, x)
@@ -205,14 +233,28 @@ def _register_fused_blocks() -> None:
     def autograd(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
         tensors = [x, *(w for w in weights if w is not None)]
         if backends.in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
+            return formula(x, weights, plan=plan, scalars=scalars)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
 
-    _LIBRARY.impl(name, reference.fused_blocks, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, _triton(name, reference.fused_blocks, 2), "CUDA")
+    _LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _triton(name, formula, 2), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd")
+
+
+def _check_plan(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Sequence[float]) -> None:
+    """Raise ValueError unless these are the parts of a plan, as long as one another and of known kinds."""
+    each = (stack_plan.INTEGERS, stack_plan.TENSORS, stack_plan.SCALARS)
+    steps = len(plan) // stack_plan.INTEGERS
+    if steps == 0 or (len(plan), len(weights), len(scalars)) != tuple(steps * n for n in each):
+        raise ValueError(
+            f"plan: got {len(plan)} integers, {len(weights)} weights and {len(scalars)} scalars, "
+            f"wanted {each[0]}, {each[1]} and {each[2]} for each step"
+        )
+    for kind in plan[:: stack_plan.INTEGERS]:
+        if not 0 <= kind < len(stack_plan.KINDS):
+            raise ValueError(f"plan: got a step of kind {kind}, wanted 0 to {len(stack_plan.KINDS) - 1}")
 
 
 for _operator in OPERATORS:
@@ -221,3 +263,4 @@ _register_fused_blocks()
 for _schema in CPU_TOOLS:
     _LIBRARY.define(_schema)
 backends.load_cpp()
+flop_formulas.register_when_imported()

@@ -6,6 +6,7 @@ benchmarks. Nothing here is tuned; every line is the formula.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,20 @@ def layer_norm_core(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``x Φ(x)``, or its approximation by tanh. -0 gives -0, NaN gives NaN, +inf gives +inf, -inf NaN (-inf · 0).
+
+    Written out for the CPU's floats of at most 32 bits, where ``F.gelu`` of a contiguous tensor is oneDNN's. That
+    differs from machine to machine: with AVX-512 it is 1.2e-6 off, +inf gives NaN and 1.8e38 inf; -0 gives +0
+    everywhere. Compilers and exporters know F.gelu and have their own.
+    """
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if approximate != "none" or not x.is_cpu or not narrow or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.gelu(x, approximate=approximate)
+    wide = x.float()
+    return (wide * 0.5 * torch.erfc(wide * -math.sqrt(0.5))).to(x.dtype)
+
+
 def partial_gelu_ffn(
     x: Tensor,
     w_in: Tensor,
@@ -36,7 +51,7 @@ def partial_gelu_ffn(
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd."""
     z = x if norm_eps is None else layer_norm_core(x, norm_eps)
-    y = F.linear(F.gelu(F.linear(z, w_in, b_in), approximate=approximate), w_out, bias)
+    y = F.linear(gelu(F.linear(z, w_in, b_in), approximate), w_out, bias)
     if w_merged is not None:
         y = y + F.linear(z, w_merged)
     if residual:
@@ -176,7 +191,13 @@ def pooled_head(
 
     The mean is over ``count`` tokens (0: all the rest) from ``first`` on; the norm as in :func:`token_embedding`.
     """
-    x = x.flatten(1, -2)[:, first : first + count if count else None]
+    x = x.flatten(1, -2)
+    tokens = x.shape[1]
+    if not (0 <= first < tokens and 0 <= count <= tokens - first):  # a slice would take what there is, or count back
+        raise ValueError(
+            f"first, count: got {first} and {count}, wanted a range of the {tokens} tokens (count 0: the rest)"
+        )
+    x = x[:, first : first + count if count else None]
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     x = x.mean(dim=1)

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,15 +33,21 @@ struct Arena {
   ~Arena() { held -= capacity; }
 };
 
+[[noreturn]] void refuse(size_t bytes) {
+  throw std::runtime_error("scratch: cannot allocate " + std::to_string(bytes) +
+                           " bytes of memory; call with fewer rows or smaller weights");
+}
+
 void* reserve(Arena& arena, size_t bytes) {
   if (bytes > arena.capacity) {
+    if (bytes > PTRDIFF_MAX / 2) refuse(bytes);  // no rounding below may wrap
     const size_t page = bytes >= kLargeScratch ? kHugePage : kCacheLine;
     const size_t capacity = (bytes + page - 1) / page * page;
     arena.memory.reset();  // before the new one exists: the old content is not wanted
     held -= arena.capacity;
     arena.capacity = 0;
     arena.memory.reset(std::aligned_alloc(page, capacity));
-    if (!arena.memory) throw std::bad_alloc();
+    if (!arena.memory) refuse(bytes);
     arena.capacity = capacity;
     held += capacity;
     advise_huge_pages(arena.memory.get(), capacity);

@@ -6,7 +6,7 @@
 namespace repavit {
 
 // At least `bytes` of this thread's memory, 64-byte aligned, content undefined. Valid until the next call on the same
-// thread: a kernel asks once for all it needs and divides it. Throws std::bad_alloc.
+// thread: a kernel asks once for all it needs and divides it. Throws std::runtime_error.
 void* thread_arena(size_t bytes);
 
 // The same of another block, which stays valid while the kernel's forks use thread_arena(), also on this thread: for what

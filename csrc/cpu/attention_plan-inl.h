@@ -109,10 +109,11 @@ struct AttentionPlan {
   void share_work(int threads) {
     constexpr ptrdiff_t kManyPerThread = 8;               // one item more or less is then no imbalance
     const ptrdiff_t n = items();
-    const int64_t width = heads * layout.head_columns;
-    const int64_t depth = panels != nullptr ? layout.channels : 0;
-    const int64_t per_row = width * (depth + length) + layout.channels_out * heads * layout.d_v;
-    const ptrdiff_t owners = useful_threads(2 * per_row * length * n, threads);
+    const double width = static_cast<double>(heads * layout.head_columns);
+    const double depth = static_cast<double>((panels != nullptr ? layout.channels : 0) + length);
+    const double projected = static_cast<double>(layout.channels_out) * static_cast<double>(heads * layout.d_v);
+    const double rows = static_cast<double>(length) * static_cast<double>(n);
+    const ptrdiff_t owners = useful_threads(2.0 * rows * (width * depth + projected), threads);
     split = n >= kManyPerThread * owners ? 0 : n % owners;
     whole = n - split;
     const ptrdiff_t each = whole / owners;

@@ -118,19 +118,18 @@ struct RowPhase {
 // Threads that a fork pays for, by the products with the weights between two of them.
 template <class T>
 ptrdiff_t row_owners(const Stack<T>& stack, int64_t images, int threads) {
-  int64_t forks = 1, bytes = 0;
+  double forks = 1.0, bytes = 0.0;
   for (int64_t i = 0; i < stack.args.count; ++i) {
     if (stack.attends(i)) {
-      ++forks;
-      bytes += AttentionLayout<T>(stack.args.steps[i].attention.shape).bytes();
+      forks += 1.0;
+      bytes += static_cast<double>(AttentionLayout<T>(stack.args.steps[i].attention.shape).bytes());
     } else {
-      PackedFfnHeader header;
-      __builtin_memcpy(&header, stack.args.steps[i].ffn.packed, sizeof(header));
-      bytes += header.bytes;
+      const PartialGeluFfnArgs& ffn = stack.args.steps[i].ffn;
+      bytes += static_cast<double>(FfnLayout<T>(ffn.channels, ffn.active, ffn.has_merged).bytes());
     }
   }
-  const int64_t weights = bytes / static_cast<int64_t>(sizeof(T));
-  return useful_threads(2 * images * stack.args.tokens * weights / forks, threads);
+  const double weights = bytes / sizeof(T), rows = static_cast<double>(images * stack.args.tokens);
+  return useful_threads(2.0 * rows * weights / forks, threads);
 }
 
 // Bytes that the threads share for the greatest attention.

@@ -78,6 +78,7 @@ struct PartialGeluFfnArgs {
   const void* bias;                // [C] of T, or null
   void* y;                         // [M, C] of T, contiguous; every element is written
   double norm_eps;                 // read when normalize
+  bool has_merged;                 // what the header of `packed` says: it is checked once and not read again
   bool normalize;                  // z = core(x, norm_eps)
   bool residual;                   // add x, in the accumulator's precision
   bool tanh_gelu;                  // GELU by tanh instead of erf
@@ -234,6 +235,8 @@ struct StackArgs {
 // One level's functions; a null entry is a dtype that no level up to this one serves.
 struct Kernels {
   void (*partial_gelu_ffn[kDTypes])(const PartialGeluFfnArgs&, const Pool&);
+  // Bytes of a packed buffer, for any numbers; kNoSize (checked.h) where they are no sizes of one or it has no size. So a
+  // header can be held against the buffer that it stands in.
   int64_t (*partial_gelu_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);
   // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
   void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);

@@ -51,32 +51,67 @@ struct Affine {
   }
 };
 
+// Mean and variance of one row, neither of which is ever a difference of large numbers.
+//
+// 1. The first element goes off before anything is summed: what is left of an offset is exact (Sterbenz), of a constant
+//    row nothing. That alone would not do, since the first element may be an outlier.
+// 2. `centre`, the mean so found and rounded, is therefore only where deviations are taken from; `offset`, their own mean,
+//    is what it lacks. It is small, so neither it nor the variance Σd²/n - offset² loses digits to it.
+template <class T>
+struct RowStatistics {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  using E = Accumulator<T>;
+  V centre;
+  E offset;
+  double variance;  // squares of floats whose sum is beyond all floats leave +Inf, not the difference of two
+
+  RowStatistics(const T* x, ptrdiff_t columns) {
+    const V first = columns > 0 ? S::broadcast(first_of(x)) : S::zero();
+    const E share = E{1} / static_cast<E>(columns);
+    V total = S::zero();
+    for_each_vector(x, columns, [&](V v, ptrdiff_t, int n)
+                                    __attribute__((always_inline)) { total += difference(v, first, n); });
+    centre = first + S::broadcast(S::sum(total) * share);
+
+    V sum = S::zero(), squares = S::zero();
+    for_each_vector(x, columns, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
+      const V d = difference(v, centre, n);
+      sum += d;
+      squares = S::fma(d, d, squares);
+    });
+    offset = S::sum(sum) * share;
+    const double lacking = static_cast<double>(offset);
+    variance = static_cast<double>(S::sum(squares) * share) - lacking * lacking;
+    if (variance < 0.0) variance = 0.0;  // a NaN stays one
+  }
+
+ private:
+  static E first_of(const T* x) {
+    E lanes[S::kLanes];
+    S::store(lanes, S::load(x, 1));
+    return lanes[0];
+  }
+  // a - b in the first n lanes, zero in the rest.
+  static REPAVIT_INLINE V difference(V a, V b, int n) {
+    if (n == S::kLanes) return a - b;
+    E lanes[S::kLanes];
+    S::store(lanes, a - b);
+    return S::load(lanes, n);
+  }
+};
+
 // One row: x [columns] of T → out [columns] of O; they may be the same.
 template <class T, class O, class Finish = NoAffine<SimdOf<T>>>
 void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Finish& finish = {}) {
   using S = SimdOf<T>;
   using V = typename S::V;
   using E = Accumulator<T>;
-  V total = S::zero();
-  for_each_vector(x, columns, [&](V v, ptrdiff_t, int) __attribute__((always_inline)) { total += v; });
-  const V mean = S::broadcast(S::sum(total) / static_cast<E>(columns));
-
-  V squares = S::zero();
-  for_each_vector(x, columns, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
-    const V centred = v - mean;
-    if (n == S::kLanes) {
-      squares = S::fma(centred, centred, squares);
-    } else {  // the missing lanes hold -mean: add them apart and leave them out
-      E lanes[S::kLanes];
-      S::store(lanes, centred);
-      squares += S::load(lanes, n) * S::load(lanes, n);
-    }
-  });
-  const E variance = S::sum(squares) / static_cast<E>(columns);
-  const V scale = S::broadcast(E{1} / static_cast<E>(__builtin_sqrt(static_cast<double>(variance) + eps)));
-
+  const RowStatistics<T> row(x, columns);
+  const E factor = E{1} / static_cast<E>(__builtin_sqrt(row.variance + eps));
+  const V scale = S::broadcast(factor), shift = S::broadcast(-row.offset * factor);
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
-    store_some<S>(out + i, finish((v - mean) * scale, i, n), n);
+    store_some<S>(out + i, finish(S::fma(v - row.centre, scale, shift), i, n), n);
   });
 }
 

@@ -6,10 +6,11 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Threads that a fork over `operations` pays for: about a million each.
-inline ptrdiff_t useful_threads(int64_t operations, int threads) {
-  const int64_t useful = 1 + operations / (int64_t{1} << 20);
-  return static_cast<ptrdiff_t>(useful < threads ? useful : threads);
+// Threads that a fork over `operations` pays for: about a million each. As a double, since their number may be beyond all
+// integers where the sizes that it comes from are not.
+inline ptrdiff_t useful_threads(double operations, int threads) {
+  const double useful = 1.0 + operations * 0x1p-20;
+  return useful < threads ? static_cast<ptrdiff_t>(useful) : threads;
 }
 
 // Blocks of rows of each of `images`, so that `owners` have equally many of equal height, and few have more than one.

@@ -1,10 +1,22 @@
 // Panels of 32 columns from and to nn.Linear layout (the format is described in kernels.h).
 #pragma once
 
+#include "checked.h"
 #include "gemm-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
+
+// panel_elements() of a depth that nobody has checked yet; and how many panels so many columns are, none where a panel has
+// no elements.
+template <class T>
+int64_t checked_panel_elements(int64_t depth) {
+  return size_product(size_quotient(depth, kInterleave<T>), kInterleave<T>, kPanelColumns);
+}
+inline int64_t checked_panels(int64_t columns, int64_t elements) {
+  const int64_t panels = size_quotient(columns, kPanelColumns);
+  return elements == 0 && panels >= 0 ? 0 : panels;
+}
 
 // Where element (k, column) of a panel stands.
 template <class T>

@@ -6,7 +6,7 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Panels of W [N, K]; sizes in elements.
+// Panels of W [N, K]; sizes in elements. They may be any numbers: bytes() is kNoSize where they are none of a matrix.
 template <class T>
 struct MatrixLayout {
   ptrdiff_t outputs, depth;   // N, K
@@ -14,10 +14,10 @@ struct MatrixLayout {
 
   MatrixLayout(int64_t n, int64_t k)
       : outputs(static_cast<ptrdiff_t>(n)), depth(static_cast<ptrdiff_t>(k)),
-        count((outputs + kPanelColumns - 1) / kPanelColumns), stride(panel_elements<T>(depth)) {}
+        count(checked_panels(outputs, checked_panel_elements<T>(depth))), stride(checked_panel_elements<T>(depth)) {}
 
   int64_t bytes() const {
-    return static_cast<int64_t>(sizeof(PackedMatrixHeader)) + static_cast<int64_t>(sizeof(T)) * count * stride;
+    return size_sum(sizeof(PackedMatrixHeader), size_product(sizeof(T), count, stride));
   }
   static const T* panels(const void* packed) {
     return reinterpret_cast<const T*>(static_cast<const char*>(packed) + sizeof(PackedMatrixHeader));

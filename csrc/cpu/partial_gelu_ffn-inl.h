@@ -78,12 +78,10 @@ ptrdiff_t most_rows(const FfnLayout<T>& layout) {
 
 template <class T>
 FfnPlan<T> plan_ffn(const PartialGeluFfnArgs& args, int threads) {
-  PackedFfnHeader header;
-  __builtin_memcpy(&header, args.packed, sizeof(header));
-  FfnPlan<T> plan{args, FfnLayout<T>(args.channels, args.active, header.has_merged != 0),
-                  first_panel<T>(args.packed), 1, 0, 0, 0};
+  FfnPlan<T> plan{args, FfnLayout<T>(args.channels, args.active, args.has_merged), first_panel<T>(args.packed), 1, 0, 0, 0};
 
-  const int64_t work = 2 * args.rows * args.channels * (2 * args.active + (header.has_merged ? args.channels : 0));
+  const double depth = 2.0 * static_cast<double>(args.active) + static_cast<double>(args.has_merged ? args.channels : 0);
+  const double work = 2.0 * static_cast<double>(args.rows) * static_cast<double>(args.channels) * depth;
   const ptrdiff_t owners = useful_threads(work, threads);
   const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(plan.layout);
   const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);

@@ -6,7 +6,8 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Panels of a packed FFN; sizes in elements, offsets from the first panel.
+// Panels of a packed FFN; sizes in elements, offsets from the first panel. C and m may be any numbers: bytes() is kNoSize
+// where they are none of an FFN.
 template <class T>
 struct FfnLayout {
   ptrdiff_t channels, active;
@@ -18,17 +19,17 @@ struct FfnLayout {
 
   FfnLayout(int64_t c, int64_t m, bool merged)
       : channels(static_cast<ptrdiff_t>(c)), active(static_cast<ptrdiff_t>(m)), has_merged(merged) {
-    in_panels = (active + kPanelColumns - 1) / kPanelColumns;
-    in_stride = panel_elements<T>(channels);
-    out_panels = (channels + kPanelColumns - 1) / kPanelColumns;
-    merged_offset = panel_elements<T>(active);
-    out_stride = merged_offset + (merged ? panel_elements<T>(channels) : 0);
-    out_offset = in_panels * in_stride;
+    in_stride = checked_panel_elements<T>(channels);
+    in_panels = checked_panels(active, in_stride);
+    merged_offset = checked_panel_elements<T>(active);
+    out_stride = size_sum(merged_offset, merged ? checked_panel_elements<T>(channels) : 0);
+    out_panels = checked_panels(channels, out_stride);
+    out_offset = size_product(in_panels, in_stride);
   }
 
   int64_t bytes() const {
-    return static_cast<int64_t>(sizeof(PackedFfnHeader)) +
-           static_cast<int64_t>(sizeof(T)) * (out_offset + out_panels * out_stride);
+    const int64_t elements = size_sum(out_offset, size_product(out_panels, out_stride));
+    return size_sum(sizeof(PackedFfnHeader), size_product(sizeof(T), elements));
   }
 };
 

@@ -7,6 +7,7 @@
 #include "arena.h"
 #include "bias_residual-inl.h"
 #include "layernorm-inl.h"
+#include "owners-inl.h"
 #include "packed_matrix-inl.h"
 #include "scratch-inl.h"
 
@@ -27,12 +28,11 @@ struct PatchPlan {
         panels(MatrixLayout<T>::panels(a.packed)),
         rows(static_cast<ptrdiff_t>(a.batch * a.grid[0] * a.grid[1])),
         z_stride(scratch_stride<Operand<T>>(layout.depth)) {
-    constexpr ptrdiff_t kWorkPerThread = ptrdiff_t{1} << 20;  // a fork pays from about a million operations a thread
     const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(sizeof(Operand<T>)) * z_stride;
     const ptrdiff_t tiles = static_cast<ptrdiff_t>(l2_cache_bytes()) / 2 / row_bytes / kTileRows;
     const ptrdiff_t limit = (tiles < 2 ? 2 : tiles) * kTileRows;  // rows that L2 holds beside a panel
-    const ptrdiff_t useful = 1 + 2 * rows * layout.depth * layout.outputs / kWorkPerThread;
-    const ptrdiff_t owners = least(least(useful, threads), rows);
+    const double weights = static_cast<double>(layout.depth) * static_cast<double>(layout.outputs);
+    const ptrdiff_t owners = least(useful_threads(2.0 * static_cast<double>(rows) * weights, threads), rows);
     blocks = owners * ((rows + owners * limit - 1) / (owners * limit));
   }
   ptrdiff_t block_begin(ptrdiff_t block) const { return rows * block / blocks; }

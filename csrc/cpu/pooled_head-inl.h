@@ -112,7 +112,7 @@ struct PooledHead {
 // pooled_head_<T>: see PooledHeadArgs.
 template <class T>
 void pooled_head(const PooledHeadArgs& args, const Pool& pool) {
-  if (args.batch == 0 || args.channels == 0) return;
+  if (args.batch == 0) return;
   using A = Accumulator<T>;
   const ptrdiff_t channels = static_cast<ptrdiff_t>(args.channels);
   const size_t bytes = sizeof(A) * static_cast<size_t>(args.batch * channels);
@@ -121,12 +121,15 @@ void pooled_head(const PooledHeadArgs& args, const Pool& pool) {
     const PooledHead<T>& head;
     int64_t items, owners;
   };
-  const auto share = [&](int64_t items, int64_t operations, Pool::Body body) {
+  const auto share = [&](int64_t items, double operations, Pool::Body body) {
+    if (items == 0) return;
     const ptrdiff_t useful = useful_threads(operations, pool.threads);
     Context context{head, items, least(useful, static_cast<ptrdiff_t>(items))};
     pool.run(context.owners, body, &context);
   };
-  share(args.batch, 8 * args.batch * args.count * channels, [](void* raw, int64_t begin, int64_t end) {
+  const double elements = static_cast<double>(args.batch) * static_cast<double>(channels);
+  const int64_t pooled_images = channels > 0 ? args.batch : 0;  // or all their tokens would be visited for nothing
+  share(pooled_images, 8.0 * elements * static_cast<double>(args.count), [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
     A* row = static_cast<A*>(thread_arena(sizeof(A) * static_cast<size_t>(c.head.channels)));
     for (int64_t i = c.items * begin / c.owners; i < c.items * end / c.owners; ++i) c.head.pool(i, row);
@@ -138,7 +141,7 @@ void pooled_head(const PooledHeadArgs& args, const Pool& pool) {
     return;
   }
   if (args.outputs == 0) return;
-  share(args.outputs, 2 * args.batch * args.outputs * channels, [](void* raw, int64_t begin, int64_t end) {
+  share(args.outputs, 2.0 * elements * static_cast<double>(args.outputs), [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
     c.head.project(c.items * begin / c.owners, c.items * end / c.owners);
   });

@@ -6,7 +6,8 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Panels of a packed attention block; sizes in elements, offsets from the first panel.
+// Panels of a packed attention block; sizes in elements, offsets from the first panel. The shape may be of any numbers:
+// bytes() is kNoSize where they are none of an attention block.
 template <class T>
 struct AttentionLayout {
   ptrdiff_t channels, channels_out, heads, d_qk, d_v;
@@ -21,18 +22,18 @@ struct AttentionLayout {
         heads(static_cast<ptrdiff_t>(shape.heads)),
         d_qk(static_cast<ptrdiff_t>(shape.d_qk)),
         d_v(static_cast<ptrdiff_t>(shape.d_v)) {
-    head_columns = 2 * d_qk + d_v;
-    head_panels = (head_columns + kPanelColumns - 1) / kPanelColumns;
-    qkv_stride = panel_elements<T>(channels);
-    proj_panels = (channels_out + kPanelColumns - 1) / kPanelColumns;
-    proj_stride = panel_elements<T>(heads * d_v);
-    head_stride = head_panels * qkv_stride;
-    proj_offset = heads * head_stride;
+    head_columns = size_sum(size_product(2, d_qk), d_v);
+    qkv_stride = checked_panel_elements<T>(channels);
+    head_panels = checked_panels(head_columns, qkv_stride);
+    proj_stride = checked_panel_elements<T>(size_product(heads, d_v));
+    proj_panels = checked_panels(channels_out, proj_stride);
+    head_stride = size_product(head_panels, qkv_stride);
+    proj_offset = size_product(heads, head_stride);
   }
 
   int64_t bytes() const {
-    return static_cast<int64_t>(sizeof(PackedAttentionHeader)) +
-           static_cast<int64_t>(sizeof(T)) * (proj_offset + proj_panels * proj_stride);
+    const int64_t elements = size_sum(proj_offset, size_product(proj_panels, proj_stride));
+    return size_sum(sizeof(PackedAttentionHeader), size_product(sizeof(T), elements));
   }
 
   // Row of w_qkv, or element of b_qkv, that is column `column` of a head.

@@ -4,8 +4,10 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "test_checked_sizes.h"
 #include "test_fetch_rows.h"
 #include "test_fused_blocks.h"
+#include "test_layernorm.h"
 #include "test_model_ends.h"
 #include "test_partial_gelu_ffn.h"
 #include "test_patch_projection.h"
@@ -33,6 +35,8 @@ void test_level_choice() {
 
 template <class T>
 void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const char* level, bool thorough) {
+  driver::test_packed_sizes(kernels, dtype, level);
+  driver::test_layer_norm<T>(kernels, dtype, level);
   driver::test_ffn<T>(kernels, dtype, level, thorough);
   driver::test_attention<T>(kernels, dtype, level, thorough);
   driver::test_softmax<T>(kernels, dtype, level);
@@ -64,6 +68,7 @@ int main(int argc, char** argv) {
     }
   }
   test_level_choice();
+  driver::test_checked_sizes();
   driver::test_fetch_rows();
   for (int level = 0; level < repavit::kIsaLevels; ++level) {
     if (any_chosen ? !chosen[level] : level > repavit::supported_level()) continue;

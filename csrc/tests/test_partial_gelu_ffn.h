@@ -77,7 +77,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
 
   Guarded<T> y(size(rows, c)), again(size(rows, c));
   repavit::PartialGeluFfnArgs args{};
-  args.rows = rows, args.channels = c, args.active = m;
+  args.rows = rows, args.channels = c, args.active = m, args.has_merged = test.merged;
   args.x = x.data(), args.x_stride = stride, args.packed = packed.data();
   args.b_in = test.b_in ? b_in.data() : nullptr, args.bias = test.bias ? bias.data() : nullptr;
   args.y = y.data();

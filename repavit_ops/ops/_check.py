@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,20 @@ def same_kind(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: on {t.device}, but x is on {x.device}; move one with .to(...)")
         if t.dtype != x.dtype and not (t.dtype in FLOATS and _autocast_casts(x.device.type)):
             raise ValueError(f"{name}: got {t.dtype}, but x is {x.dtype}; cast one with .to(...)")
+
+
+def packed(x: Tensor, buffer: Tensor | None) -> None:
+    """Raise ValueError unless the packed weights, if any, are where x is."""
+    if buffer is not None and buffer.device != x.device:
+        raise ValueError(f"packed: on {buffer.device}, but x is on {x.device}; pack the weights again")
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from one number or two; raise ValueError for what is neither."""
+    numbers = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
+    if len(numbers) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in numbers):
+        raise ValueError(f"{name}: got {value!r}, wanted one number or (height, width)")
+    return numbers
 
 
 def _autocast_casts(device_type: str) -> bool:

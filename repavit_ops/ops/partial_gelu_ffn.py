@@ -69,6 +69,7 @@ def partial_gelu_ffn(
         raise ValueError(f"approximate: got {approximate!r}, wanted 'none' (erf) or 'tanh'")
     _check.norm(norm_eps)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
+    _check.packed(x, packed)
 
     if backend == "reference" or backends.in_forward_mode():
         return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, **static)

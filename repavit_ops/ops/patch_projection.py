@@ -43,17 +43,21 @@ def patch_projection(
         ValueError: a shape, dtype, device or option disagrees; names the argument, what came, what was wanted.
         RuntimeError: a forced backend is not available; says why.
     """
-    ph, pw = (patch, patch) if isinstance(patch, int) else patch
+    ph, pw = _check.pair("patch", patch)
     if ph < 1 or pw < 1:
         raise ValueError(f"patch: got {(ph, pw)}, wanted numbers >= 1")
     if x.dim() != 4:
         raise ValueError(f"x: got shape {list(x.shape)}, wanted {'[B, H, W, C]' if channels_last else '[B, C, H, W]'}")
     channels = x.shape[3 if channels_last else 1]
-    _check.shape("weight", weight, "N", channels * ph * pw)
+    k = channels * ph * pw
+    if weight.dim() != 2 or weight.shape[1] != k:
+        got = list(weight.shape)
+        raise ValueError(f"weight: got shape {got}, wanted [N, {k}] for {channels} channels and patch {(ph, pw)}")
     if bias is not None:
         _check.shape("bias", bias, weight.shape[0])
     _check.norm(norm_eps)
     _check.same_kind(x, weight=weight, bias=bias)
+    _check.packed(x, packed)
     if backend == "reference" or backends.in_forward_mode():
         return reference.patch_projection(
             x, weight, bias, patch=(ph, pw), channels_last=channels_last, norm_eps=norm_eps

@@ -70,6 +70,7 @@ def rep_attention(
         _check_bias(attn_bias, (x.shape[0], num_heads, x.shape[1], x.shape[1]))
     _check.norm(norm_eps)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
+    _check.packed(x, packed)
 
     if backend == "reference" or backends.in_forward_mode():
         return reference.rep_attention(*tensors, norm_eps=norm_eps, **static)

@@ -59,7 +59,7 @@ def window_rep_attention(
         ValueError: a shape, dtype, device or option disagrees; names the argument, what came, what was wanted.
         RuntimeError: a forced backend is not available; says why.
     """
-    window, shift = _pair("window", window), _pair("shift", shift)
+    window, shift = _check.pair("window", window), _check.pair("shift", shift)
     tensors = (x, w_qkv, b_qkv, w_proj, b_proj, rel_bias, pad_kv)
     static: dict[str, Any] = {
         "num_heads": num_heads,
@@ -80,7 +80,9 @@ def window_rep_attention(
     d_v = _check.heads(num_heads, d_qk, w_qkv, w_proj)
     _check.shape("x", x, "B", "H", "W", w_qkv.shape[1])
     tokens = window[0] * window[1]
-    _check.shape("rel_bias", rel_bias, num_heads, tokens, tokens)
+    if tuple(rel_bias.shape) != (num_heads, tokens, tokens):
+        wanted = [num_heads, tokens, tokens]
+        raise ValueError(f"rel_bias: got shape {list(rel_bias.shape)}, wanted {wanted} for {num_heads=}, {window=}")
     if b_qkv is not None:
         _check.shape("b_qkv", b_qkv, num_heads * (2 * d_qk + d_v))
     if b_proj is not None:
@@ -91,15 +93,9 @@ def window_rep_attention(
         raise ValueError(f"residual: x has {x.shape[3]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     _check.norm(norm_eps)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
+    _check.packed(x, packed)
 
     if backend == "reference" or backends.in_forward_mode():
         return reference.window_rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "window_rep_attention")
     return operator(*tensors, packed, norm_eps=norm_eps, **static)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: got {value}, wanted one number or (height, width)")
-    return pair
