@@ -7,6 +7,8 @@ import torch
 from aot_helpers import EVERYTHING, assert_products, compiled, every_chip, meta
 
 from repavit_ops.kernels import tuner, tuning
+from repavit_ops.kernels.aot import compiling_for
+from repavit_ops.kernels.attention import attention
 from repavit_ops.kernels.chips import KNOWN
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
@@ -66,6 +68,19 @@ def test_narrow_ffn_is_one_launch(chip):
         return
     assert list(kernels) == ["on_chip_kernel"]
     assert_products(kernels["on_chip_kernel"], chip)
+
+
+def test_multiply_and_add_are_one_instruction_whatever_the_default(monkeypatch):
+    """Triton 3.10 will not fuse them by itself; digits and speed of every kernel count on it."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with compiling_for(KNOWN["sm_90"]) as launches:
+        ffn(768, 768, norm_eps=1e-6)
+        ffn(192, 192)
+        attention(meta(2, 197, 192), None, 1, 64, 0.125)
+    assert {kernel.name for kernel in launches} == {
+        *("layer_norm_core_kernel", "linear_kernel", "two_source_kernel", "on_chip_kernel", "attention_kernel")
+    }
+    assert all(kernel.metadata.enable_fp_fusion for kernel in launches)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
