@@ -50,7 +50,7 @@ test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that t
 test-python: $(VENV)/.dev ## every Python test
 	$(BIN)/python -m pytest
 
-aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80, sm_90, sm_100 and gfx942; no GPU needed
+aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80 to sm_120 and gfx942, plain ones for more; no GPU needed
 	REPAVIT_AOT=all $(BIN)/python -m pytest tests/test_aot*.py
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/

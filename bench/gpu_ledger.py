@@ -53,7 +53,9 @@ class Ledger:
         self.launches: list[Launch] = []
         self._kept: list[Tensor] = []  # so that no storage's number is given twice
 
-    def add(self, name: str, flop: float, reads: Iterable[Any], writes: Iterable[Any], rows_columns: Any = None) -> None:
+    def add(
+        self, name: str, flop: float, reads: Iterable[Any], writes: Iterable[Any], rows_columns: Any = None
+    ) -> None:
         reads, writes = ([t for t in tensors if isinstance(t, Tensor)] for tensors in (reads, writes))
         self._kept += [*reads, *writes]
         self.launches.append(Launch(name, flop, _storages(reads), _storages(writes), rows_columns))
@@ -152,7 +154,7 @@ def _product_flop(name: str, args: Any, result: Any) -> float:
 
 
 class _Attention(TorchFunctionMode):
-    """scaled_dot_product_attention as the one kernel that it is on a GPU; on meta tensors PyTorch would take it apart."""
+    """scaled_dot_product_attention as one kernel, as on a GPU; on meta tensors PyTorch would take it apart."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
