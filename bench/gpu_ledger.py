@@ -81,10 +81,14 @@ def products_of(call: Callable[[], object], chip: Chip) -> set[tuning.Product]:
     return products
 
 
-def route_to_launchers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """An operator of ours on meta tensors, by its launcher: what the dispatcher does with CUDA tensors."""
-    name = func._opname
-    return kernels.launcher(name)(*args[: INPUTS[name]], **(kwargs or {}))
+class Launching(TorchDispatchMode):
+    """Sends our operators on meta tensors to their launchers, as the dispatcher sends those on CUDA tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "repavit_ops":
+            return func(*args, **(kwargs or {}))
+        name = func._opname
+        return kernels.launcher(name)(*args[: INPUTS[name]], **(kwargs or {}))
 
 
 @contextmanager
@@ -118,8 +122,8 @@ def _flop(name: str, given: dict[str, Any]) -> float:
     return 0.0
 
 
-class _Operators(TorchDispatchMode):
-    """PyTorch's own kernels; ours go to their launchers."""
+class _Operators(Launching):
+    """Writes PyTorch's own kernels down; ours go to their launchers."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -128,7 +132,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "repavit_ops":
             with self:  # what the launcher asks PyTorch for is counted too
-                return route_to_launchers(func, args, kwargs)
+                return super().__torch_dispatch__(func, types, args, kwargs)
         result = func(*args, **(kwargs or {}))
         name = func._opname
         if not (func.is_view or name in ("_unsafe_view", "empty", "new_empty", "detach", "empty_like")):

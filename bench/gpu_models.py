@@ -18,6 +18,7 @@ MODELS = {
 HEADLINE = ("deit_small", "deit_base", "swin_tiny")
 HEADLINE_BATCHES = (128, 1)
 FORMS = ("fused", "merged", "vanilla_fused", "vanilla")
+MODES = {"compile": "default", "max_autotune": "max-autotune-no-cudagraphs"}  # of torch.compile; the graphs are ours
 TINY: dict[str, Any] = {"depth": 1, "img_size": 32}  # options of a model that a CPU runs at once
 
 
