@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: the plan, cases that run and are checked, what a crash or a second call does, the table."""
+"""bench/gpu.py without a GPU: the plan, cases that run and are checked, crashes and second calls, the table."""
 
 from __future__ import annotations
 
