@@ -126,7 +126,7 @@ class Worker:
         self.measure(gpu_plan.cases("ops", self.options.dry_run))
 
     def tune(self) -> None:
-        """Tiles for the products of what missed its goal, then that again; an earlier call's tables are gone on with."""
+        """Tiles for the products of what missed its goal, then that again; goes on with an earlier call's tables."""
         from gpu_table import missed
 
         cases = gpu_plan.every_case()
