@@ -112,13 +112,16 @@ def _largest(chip: Chip, dtype: torch.dtype, attention: Attention) -> AttentionT
         return AttentionTile(min(queries, 32), keys=16)
     if columns > 128:
         return AttentionTile(min(queries, 32), keys=32)
+    roomy = chip.multiplies_from_memory
+    if attention.windows and columns <= 32 and tokens <= 64:
+        return AttentionTile(queries, stages=2 if roomy else 1, group=8)
     if attention.windows and columns <= 32:
-        return AttentionTile(queries, stages=2, group=8) if tokens <= 64 else AttentionTile(queries, keys=64, stages=2)
+        return AttentionTile(queries, keys=64, stages=2)
     if attention.biased:  # loaded element by element: many addresses
         return AttentionTile(queries, keys=32, warps=8)
     if fits_at_once(chip, dtype, tokens, columns):
         return AttentionTile(queries)
-    narrow = chip.backend == "hip" and not chip.multiplies_from_memory  # RDNA: sums and operands in 256 registers
+    narrow = not roomy and (columns > 64 or chip.backend == "hip")  # sums and operands would not fit the registers
     return AttentionTile(queries, keys=32 if narrow else 64, stages=2)
 
 
