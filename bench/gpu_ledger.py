@@ -168,7 +168,8 @@ class _Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
-        result = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=META).transpose(1, 2).contiguous()
+        batch, heads, tokens, _ = q.shape
+        result = torch.empty(batch, tokens, heads, v.shape[-1], dtype=q.dtype, device=META)
         flop = 2.0 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
         self.ledger.add("sdpa", flop, [*args, *(kwargs or {}).values()], [result])
         return result.transpose(1, 2)
@@ -187,7 +188,7 @@ def compiled(ledger: Ledger) -> Ledger:
     for i, group in enumerate(groups):
         made = {storage: size for launch in group for storage, size in launch.writes.items()}
         reads = {s: size for launch in group for s, size in launch.reads.items() if s not in made}
-        writes = {s: size for s, size in made.items() if last_read.get(s, len(groups)) > i}
+        writes = {s: size for s, size in made.items() if last_read.get(s, -1) > i or i == len(groups) - 1}
         flop = sum(launch.flop for launch in group)
         result.launches.append(Launch(group[0].name, flop, reads, writes, group[0].product))
     return result

@@ -12,6 +12,7 @@ attention at ``ATTENTION``. Both sides of every ratio get the same numbers: it c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu_ledger
+import torch
 from gpu_ledger import Launch, Ledger
-from gpu_models import HEADLINE, HEADLINE_BATCHES, on_meta
+from gpu_models import BF16, HEADLINE, HEADLINE_BATCHES, on_meta
+from torch import nn
 
 from repavit_ops.kernels.chips import KNOWN, Chip
 
@@ -71,11 +74,22 @@ def _filled(rows: int, columns: int, processors: int) -> float:
     return max(filled(tile) for tile in TILES)
 
 
-def ledger_of(name: str, batch: int, provider: str, chip: Chip, **options: Any) -> Ledger:
+def ledger_of(name: str, batch: int, provider: str, chip: Chip) -> Ledger:
     form, is_compiled = PROVIDERS[provider]
-    model, images = on_meta(name, form, batch, **options)
-    ledger = gpu_ledger.record(lambda: model(images), chip)
+    ledger = _recorded(name, batch, form, chip)
     return gpu_ledger.compiled(ledger) if is_compiled else ledger
+
+
+@functools.cache
+def _recorded(name: str, batch: int, form: str, chip: Chip) -> Ledger:
+    model = _model(name, form)
+    images = torch.empty(batch, 3, 224, 224, dtype=BF16, device="meta")
+    return gpu_ledger.record(lambda: model(images), chip)
+
+
+@functools.cache
+def _model(name: str, form: str) -> nn.Module:
+    return on_meta(name, form, 1)[0]
 
 
 @dataclass(frozen=True)
