@@ -129,6 +129,8 @@ class Run:
         finally:
             for process in self.background.values():
                 _end(process)
+        if (log := self.state / "ahead").exists():
+            self._write("ahead", "ahead", jobs=[json.loads(line) for line in log.read_text().splitlines()])
         self._write("run", "again short" if groups is AGAIN_SHORT else "run", took=round(time.time() - self.began))
         return failed
 
