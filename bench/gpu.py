@@ -6,7 +6,8 @@ A call whose file is there goes on with what that has not yet (``--again`` measu
 
     python bench/gpu.py --again-short 4 --out FOLDER       # minutes
 
-measures only what failed or missed its goal, with the tiles that the first call tuned.
+measures only what failed or missed its goal, with the tiles that the first call tuned. ``--earlier OTHER`` copies the
+results and tiles of an earlier call into FOLDER first, where that was emptied in between.
 
 It needs nothing else. The checkout is installed first, without network and without its C++ kernels, which are built
 behind all else. Stages run in processes of their own, which are begun again behind a case that crashed or hung.
@@ -21,6 +22,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", type=lambda text: text.split(","), default=None, help=",".join(STAGES))
     parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
     parser.add_argument("--again-short", type=float, metavar="MINUTES", help="only what failed or missed its goal")
+    parser.add_argument("--earlier", type=Path, help="folder of an earlier call's results and tiles, copied first")
     parser.add_argument("--no-install", action="store_true", help="take repavit_ops as it is installed")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: every case, far sooner")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to try this script")
@@ -80,6 +83,15 @@ def read(path: Path) -> list[Row]:
     """The results so far; of a case that was measured again the last one."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return list({(row["part"], row["case"]): row for row in rows}.values())
+
+
+def copy_results(source: Path, target: Path) -> None:
+    """Lines and tuned tables of an earlier call."""
+    for pattern in ("gpu_*.jsonl", "tuned/*.json"):
+        for path in source.glob(pattern):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
 def write(path: Path, row: Row) -> None:
@@ -104,7 +116,11 @@ class Run:
         self.end = self.began + 60 * options.minutes
         self.device = "dry run" if options.dry_run else device_name()
         name = re.sub(r"[^A-Za-z0-9]+", "_", self.device).lower()
-        self.results = options.out / f"gpu_{name}_{datetime.date.today().isoformat()}.jsonl"
+        if options.earlier:
+            copy_results(options.earlier, options.out)
+        earlier = sorted(options.out.glob(f"gpu_{name}_*.jsonl")) if options.again_short else []
+        today = options.out / f"gpu_{name}_{datetime.date.today().isoformat()}.jsonl"
+        self.results = earlier[-1] if earlier else today
         os.environ["REPAVIT_TUNED"] = str(options.out.resolve() / "tuned")
         os.environ["PYTHONUNBUFFERED"] = "1"
         for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
