@@ -94,6 +94,17 @@ def checked(calls: dict[str, Call], eager: Tensor, truth: Tensor, tolerant: floa
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
+def addmm_ffn(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias: Tensor) -> Tensor:
+    h = torch._addmm_activation(b_in, x, w_in.t(), use_gelu=True)
+    return torch.addmm(bias, x, w_merged.t()).addmm_(h, w_out.t())
+
+
+def meta_ffn(c: int, batch: int) -> list[Tensor]:
+    """The tensors of ``ffn_case`` without numbers."""
+    shapes = ((TOKENS * batch, c), (c, c), (c,), (c, c), (c, c), (c,))
+    return [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes]
+
+
 def ffn_case(c: int, batch: int) -> Case:
     """The deployed FFN with m = C active channels (θ = 0.75)."""
     rows = TOKENS * batch
@@ -104,14 +115,10 @@ def ffn_case(c: int, batch: int) -> Case:
         b_in, bias = (randn(c, device=device, scale=0.1) for _ in range(2))
         tensors = (x, w_in, b_in, w_out, w_merged, bias)
 
-        def addmm() -> Tensor:
-            h = torch._addmm_activation(b_in, x, w_in.t(), use_gelu=True)
-            return torch.addmm(bias, x, w_merged.t()).addmm_(h, w_out.t())
-
         calls = {
             OURS: partial(ops.partial_gelu_ffn, *tensors),
             "eager": partial(reference.partial_gelu_ffn, *tensors),
-            "addmm": addmm,
+            "addmm": partial(addmm_ffn, *tensors),
         }
         if compiles:
             calls |= compiled("compile", reference.partial_gelu_ffn, "compile", *tensors)
@@ -120,9 +127,7 @@ def ffn_case(c: int, batch: int) -> Case:
     size = 2 * (2 * rows * c + 3 * c * c + 2 * c)
 
     def meta() -> None:
-        shapes = ((rows, c), (c, c), (c,), (c, c), (c, c), (c,))
-        tensors = [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes]
-        kernels.launcher("partial_gelu_ffn")(*tensors)
+        kernels.launcher("partial_gelu_ffn")(*meta_ffn(c, batch))
 
     return Case("ops", f"ffn C{c} batch {batch}", build, meta, flop=6.0 * rows * c * c, bytes=size)
 

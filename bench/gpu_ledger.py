@@ -28,7 +28,7 @@ from repavit_ops.kernels.chips import Chip, pretend
 
 META = torch.device("meta")
 INPUTS = {operator.name: operator.inputs for operator in library.OPERATORS}
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+PRODUCTS = ("mm", "addmm", "addmm_", "_addmm_activation", "bmm", "baddbmm", "convolution")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def instead_of_launching(ledger: Ledger, chip: Chip) -> Iterator[None]:
         results = [value.base if isinstance(value, TensorDescriptor) else value for value in results]
         name = self.fn.__name__
         shape = (given["M"], given["N"]) if "N" in given else None
+        if name == "on_chip_kernel":  # tiles of whole rows
+            shape = (given["M"], 1)
         ledger.add(name, _flop(name, given), tensors, results, shape)
 
     with pretend(chip), mock.patch.object(JITFunction, "run", run):
@@ -153,7 +155,7 @@ def _product_flop(name: str, args: Any, result: Any) -> float:
         return 0.0
     if name == "convolution":
         return 2.0 * result.numel() * math.prod(args[1].shape[1:])
-    terms = args[1 if name in ("addmm", "baddbmm") else 0].shape[-1]
+    terms = args[0 if name in ("mm", "bmm") else 1].shape[-1]
     return 2.0 * result.numel() * terms
 
 

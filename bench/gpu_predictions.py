@@ -1,7 +1,7 @@
 """What the GPU day should show, computed before it: ``python bench/gpu_predictions.py [--results FILE] [--into PAGE]``.
 
-For every headline row: launches, FLOP and bytes of each provider (gpu_ledger.py) and the time that they take by the
-ceilings of a GPU. With results, the time measured stands beside it. ``--into`` renews the tables of docs/gpu.md.
+For every headline row, and FFNs alone: launches, FLOP and bytes of each provider (gpu_ledger.py) and the time that they
+take by the ceilings of a GPU. With results, the time measured stands beside it. ``--into`` renews docs/gpu.md's tables.
 
     time of a launch = NODE + max(FLOP / rate, bytes / bandwidth)
 
@@ -23,10 +23,12 @@ from typing import Any
 
 import gpu_ledger
 import torch
+from gpu_cases import FFN_CHANNELS, addmm_ffn, ffn_case, meta_ffn
 from gpu_ledger import Launch, Ledger
 from gpu_models import BF16, HEADLINE, HEADLINE_BATCHES, on_meta
 from torch import nn
 
+from repavit_ops import reference
 from repavit_ops.kernels.chips import KNOWN, Chip
 
 PRODUCT, ATTENTION = 0.75, 0.4  # share of the ceiling: cuBLAS at these sizes; attention kernels at 197 tokens
@@ -96,8 +98,7 @@ def _model(name: str, form: str) -> nn.Module:
 class Prediction:
     """One provider of one row."""
 
-    model: str
-    batch: int
+    case: str
     provider: str
     launches: int
     flop: float
@@ -109,24 +110,34 @@ def predictions(ceiling: Ceiling, chip: Chip = KNOWN["sm_90"]) -> Iterator[Predi
     for batch in HEADLINE_BATCHES:
         for name in HEADLINE:
             for provider in PROVIDERS:
-                launches = ledger_of(name, batch, provider, chip).launches
-                yield Prediction(
-                    name,
-                    batch,
-                    provider,
-                    len(launches),
-                    sum(launch.flop for launch in launches),
-                    sum(launch.bytes for launch in launches),
-                    1e6 * sum(seconds(launch, ceiling, chip) for launch in launches),
-                )
+                ledger = ledger_of(name, batch, provider, chip)
+                yield prediction(f"{name} batch {batch}", provider, ledger, ceiling, chip)
+    for c in FFN_CHANNELS:
+        calls = {"repavit_ops": ffn_case(c, 128).meta}
+        for provider, function in (("eager", reference.partial_gelu_ffn), ("addmm", addmm_ffn)):
+            calls[provider] = functools.partial(function, *meta_ffn(c, 128))
+        for provider, call in calls.items():
+            yield prediction(f"ffn C{c} batch 128", provider, gpu_ledger.record(call, chip), ceiling, chip)
+
+
+def prediction(case: str, provider: str, ledger: Ledger, ceiling: Ceiling, chip: Chip) -> Prediction:
+    launches = ledger.launches
+    return Prediction(
+        case,
+        provider,
+        len(launches),
+        sum(launch.flop for launch in launches),
+        sum(launch.bytes for launch in launches),
+        1e6 * sum(seconds(launch, ceiling, chip) for launch in launches),
+    )
 
 
 def measured(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(case "MODEL batch B", provider) → median µs, of the row that has it."""
+    """(case, of models "MODEL batch B", provider) → median µs, of the row that has it."""
     found = {}
     for row in rows:
-        if row["part"] == "models" and "seconds" in row:
-            case = " ".join(row["case"].split()[:3])
+        if row["part"] in ("models", "ops") and "seconds" in row:
+            case = " ".join(row["case"].split()[:3]) if row["part"] == "models" else row["case"]
             for provider, times in row["seconds"].items():
                 found.setdefault((case, provider), 1e6 * times[1])
     return found
@@ -141,14 +152,13 @@ def table(ceiling: Ceiling, results: dict[tuple[str, str], float]) -> str:
     ]
     ours = 0.0
     for p in predictions(ceiling):
-        case = f"{p.model} batch {p.batch}"
         ours = p.microseconds if p.provider == "repavit_ops" else ours
-        time, own = results.get((case, p.provider)), results.get((case, "repavit_ops"))
+        time, own = results.get((p.case, p.provider)), results.get((p.case, "repavit_ops"))
         off = "" if time is None else f"{time / p.microseconds:.2f}"
         if time is not None and not 1 / FAR_OFF <= time / p.microseconds <= FAR_OFF:
             off += " **open**"
         lines.append(
-            f"| {case} | {p.provider} | {p.launches} | {p.flop / 1e9:.0f} | {p.bytes / 1e6:.0f} | "
+            f"| {p.case} | {p.provider} | {p.launches} | {p.flop / 1e9:.0f} | {p.bytes / 1e6:.0f} | "
             f"{p.microseconds:.0f} | {p.microseconds / ours:.2f} | {'' if time is None else f'{time:.0f}'} | "
             f"{f'{time / own:.2f}' if time and own else ''} | {off} |"
         )

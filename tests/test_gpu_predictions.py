@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from gpu_cases import addmm_ffn, meta_ffn
 from gpu_ledger import Launch, compiled, products_of, record
 from gpu_models import TINY, on_meta
 from gpu_predictions import CEILINGS, Prediction
@@ -35,12 +36,24 @@ def test_an_ffn_is_two_launches_of_the_least_bytes():
     assert sum(launch.flop for launch in ledger.launches) == 6 * 25216 * 384**2
 
 
+def test_the_ffn_on_chip_is_one_product_on_tiles_of_whole_rows():
+    (launch,) = record(lambda: ffn(25216, 192), CHIP).launches
+    assert launch.product == (25216, 1)
+    assert launch.flop == 6 * 25216 * 192**2
+
+
 def test_pytorchs_kernels_are_counted_and_views_are_not():
     x, w, b = meta(8, 32), meta(16, 32), meta(16)
     ledger = record(lambda: F.gelu(F.linear(x, w, b)).view(4, 2, 16).transpose(0, 1), CHIP)
     assert [launch.name for launch in ledger.launches] == ["addmm", "gelu"]
     assert ledger.launches[0].flop == 2 * 8 * 16 * 32
     assert ledger.launches[1].bytes == 2 * 8 * 16 * 2
+
+
+def test_the_hand_made_ffn_is_three_products():
+    ledger = record(lambda: addmm_ffn(*meta_ffn(384, 1)), CHIP)
+    assert len(ledger.launches) == 3
+    assert sum(launch.flop for launch in ledger.launches) == 6 * 197 * 384**2
 
 
 def test_attention_of_pytorch_is_one_launch():
@@ -90,7 +103,7 @@ def test_time_is_the_larger_of_arithmetic_and_bytes_and_a_node():
 
 def test_the_measured_column_is_filled_and_what_is_far_off_is_open(monkeypatch):
     predicted = [
-        Prediction("deit_small", 128, provider, 1, 1e9, 1e6, microseconds)
+        Prediction("deit_small batch 128", provider, 1, 1e9, 1e6, microseconds)
         for provider, microseconds in (("repavit_ops", 100.0), ("merged_eager", 150.0), ("vanilla_eager", 300.0))
     ]
     monkeypatch.setattr(gpu_predictions, "predictions", lambda ceiling: predicted)
