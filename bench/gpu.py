@@ -37,7 +37,7 @@ from gpu_plan import AGAIN_SHORT, MINUTES, PLAN, STAGES, Stage, seconds_of
 CHECKOUT = Path(__file__).resolve().parents[1]
 STARTING = 20.0  # seconds that a process may take beyond its stages, before it is ended
 RESTARTS = 4  # of one process, behind cases that end it
-DONE, LEFT_OUT = 0, 1  # exit codes of a worker; any other is a crash
+DONE, LEFT_OUT, CRASHED, LOST = 0, 1, 3, 4  # exit codes of a worker; LOST: its device, by a case that has its line
 MOST_LINES = 8_000_000  # bytes that the results may take: what comes back is limited
 
 Row = dict[str, Any]
@@ -103,8 +103,12 @@ def write(path: Path, row: Row) -> None:
 
 def device_name() -> str:
     """Of the first GPU, without a context on it."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    ask_driver = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    ask_torch = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    for command in (ask_driver, ask_torch):
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    raise SystemExit("no GPU: neither nvidia-smi nor torch names one (--dry-run walks the plan without)")
 
 
 class Run:
@@ -178,7 +182,7 @@ class Run:
                 print(f"no time for {', '.join(stage.name for stage in stages)}", flush=True)
                 return False
             code = self._worker(stages, group_end, since)
-            if code in (DONE, LEFT_OUT):
+            if code in (DONE, LEFT_OUT, CRASHED):
                 return code == DONE
         return False
 
@@ -206,7 +210,9 @@ class Run:
             error = f"its process ended with {code}" if code is not None else "hung, or was cut off"
             self._write(case["part"], case["case"], error=error)
             print(f"{case['case']}: {error}", flush=True)
-        return LEFT_OUT if code is None and time.time() >= end + STARTING else -1
+        elif code not in (None, LOST):  # no case is to blame, so that it would end like this again
+            return CRASHED
+        return LEFT_OUT if code is None and time.time() >= end + STARTING else LOST
 
     def _write(self, part: str, case: str, **values: Any) -> None:
         write(self.results, {"device": self.device, "time": time.time(), "part": part, "case": case, **values})

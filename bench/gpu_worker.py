@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpu_plan
 import gpu_test_log
-from gpu import CHECKOUT, DONE, LEFT_OUT, known, read, write
+from gpu import CHECKOUT, CRASHED, DONE, LEFT_OUT, LOST, known, read, write
 
 if TYPE_CHECKING:
     from gpu_cases import Case
@@ -27,7 +27,6 @@ COMPILERS = 12  # processes that compile ahead of the tuner
 CASE = 120.0  # seconds that one case may take, before its process is ended
 AHEAD = 75.0  # of them it waits for what is compiled ahead
 SLOW = 45.0  # seconds that must be left to begin max-autotune
-CRASHED = 3
 FIRST_TESTS = {"gpu tests": ("-k", "not billion and not every_tile")}
 SLOW_TESTS = {"large indices": ("-k", "billion"), "every tile": ("-k", "every_tile")}
 
@@ -326,9 +325,9 @@ def main() -> int:
     run: Callable[[], int] = worker.run
     try:
         return run()
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        return CRASHED
+        return LOST if type(error).__name__ == "AcceleratorError" else CRASHED
 
 
 if __name__ == "__main__":

@@ -272,6 +272,13 @@ def test_a_case_that_crashes_or_hangs_is_written_down_and_the_rest_goes_on(until
     assert (found["part"], found["case"], found["error"]) == ("ops", "ffn", error)
 
 
+def test_a_process_that_ends_outside_of_every_case_is_not_begun_again(tmp_path, run):
+    call = run("import pathlib, sys; pathlib.Path('begun').open('a').write('x'); sys.exit(3)")
+    assert not call._group([gpu_plan.Stage("ops", 400)])
+    assert (tmp_path / "begun").read_text() == "x"
+    assert gpu.read(call.results) == []
+
+
 def test_the_second_call_takes_results_and_tiles_of_the_first(tmp_path, run):
     first = tmp_path / "first"
     (first / "tuned").mkdir(parents=True)
