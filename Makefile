@@ -55,7 +55,7 @@ test-python: $(VENV)/.dev ## every Python test
 coverage: $(VENV)/.dev ## fuse and compare other libraries' models at published widths; writes docs/coverage.md
 	$(BIN)/python bench/coverage.py
 
-aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80, sm_90, sm_100 and gfx942; no GPU needed
+aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80 to sm_120 and gfx942, plain ones for more; no GPU needed
 	REPAVIT_AOT=all $(BIN)/python -m pytest tests/test_aot*.py
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/

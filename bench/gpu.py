@@ -1,15 +1,16 @@
-"""Everything that a GPU has to show, in under ten minutes: ``python bench/gpu.py``; call again for the rest.
+"""What a GPU has to show, by value, in some minutes: ``python bench/gpu.py --minutes 8 --out FOLDER``.
 
-    check      pytest -m gpu
-    ceilings   bf16 product, copy, nodes of a graph
-    tune       tiles of the products of the papers' models, into OUT/tuned (move what is good to kernels/tuned)
-    ops        FFN, attention and windows beside every peer
-    models     whole models, vanilla, merged and fused, beside torch.compile
+gpu_plan.py says what is measured and in which order. Every result is a JSON line in FOLDER/gpu_DEVICE_DATE.jsonl,
+written as it comes; the table beside it is made from that file, tuned tiles go to FOLDER/tuned.
+A call whose file is there goes on with what that has not yet (``--again`` measures anew). After the first call
 
-The checkout is installed first, without network. Each part runs in a process of its own and ends when its share of
-the time is up; every result is a JSON line in OUT/gpu_DEVICE_DATE.jsonl, written at once. A second call goes on with
-what that file has not yet (``--again`` measures anew). The table beside it is made from the file.
+    python bench/gpu.py --again-short 4 --out FOLDER       # minutes
 
+measures only what failed or missed its goal, with the tiles that the first call tuned. ``--earlier OTHER`` copies the
+results and tiles of an earlier call into FOLDER first, where that was emptied in between.
+
+It needs nothing else. The checkout is installed first, without network and without its C++ kernels, which are built
+behind all else. Stages run in processes of their own, which are begun again behind a case that crashed or hung.
 On a machine without a GPU ``--dry-run`` walks the same road with tiny shapes, and measures nothing.
 """
 
@@ -18,27 +19,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu_plan import AGAIN_SHORT, MINUTES, PLAN, STAGES, Stage, seconds_of
+
 CHECKOUT = Path(__file__).resolve().parents[1]
-PARTS = ("check", "ceilings", "tune", "ops", "models")
-SHARES = {"check": 0.34, "ceilings": 0.05, "tune": 0.3, "ops": 0.4, "models": 1.0}  # of the time that is left
-STARTING = 20.0  # seconds that a part may take beyond its share, before it is ended
-TEST_PROCESSES = 14
-COMPILERS = 12  # processes that compile ahead of the tuner
-BATCHES = (128, 1, 8)
+STARTING = 20.0  # seconds that a process may take beyond its stages, before it is ended
+RESTARTS = 4  # of one process, behind cases that end it
+DONE, LEFT_OUT, CRASHED, LOST = 0, 1, 3, 4  # exit codes of a worker; LOST: its device, by a case that has its line
+MOST_LINES = 8_000_000  # bytes that the results may take: what comes back is limited
 
 Row = dict[str, Any]
 
@@ -46,20 +46,15 @@ Row = dict[str, Any]
 def main() -> int:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
-    os.environ["REPAVIT_TUNED"] = str(options.out.resolve() / "tuned")
-    if options.worker:
-        return Worker(options).run()
-    end = time.monotonic() + 60 * options.minutes
-    if not (options.no_install or options.dry_run):
-        install()
-    failed = [part for part in PARTS if part in options.parts and not _start(part, options, end)]
-    path = results_file(options)
-    rows = read(path)
+    with tempfile.TemporaryDirectory() as state:
+        run = Run(options, Path(state))
+        failed = run.everything()
+    rows = read(run.results)
     from gpu_table import markdown
 
-    report = path.with_suffix(".md")
+    report = run.results.with_suffix(".md")
     report.write_text(markdown(rows))
-    print(report.read_text(), f"\n{path}\n{report}", sep="")
+    print(report.read_text(), f"\n{run.results}\n{report}", sep="")
     if failed:
         print("not finished:", ", ".join(failed), "(call again to go on)")
     return 1 if failed else 0
@@ -67,52 +62,21 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all stages together")
     parser.add_argument("--out", type=Path, default=CHECKOUT / "bench" / "results", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of all parts together")
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=None, help=",".join(STAGES))
     parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
+    parser.add_argument("--again-short", type=float, metavar="MINUTES", help="only what failed or missed its goal")
+    parser.add_argument("--earlier", type=Path, help="folder of an earlier call's results and tiles, copied first")
     parser.add_argument("--no-install", action="store_true", help="take repavit_ops as it is installed")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: every case, far sooner")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to try this script")
-    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if unknown := sorted(set(options.parts) - set(PARTS)):
-        parser.error(f"--parts: got {unknown[0]!r}, wanted some of {','.join(PARTS)}")
+    if options.again_short:
+        options.minutes = options.again_short
+    if unknown := sorted(set(options.stages or ()) - set(STAGES)):
+        parser.error(f"--stages: got {unknown[0]!r}, wanted some of {','.join(STAGES)}")
     return options
-
-
-def install() -> None:
-    """The checkout into this interpreter, from what is here: no network, no dependencies."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(CHECKOUT)]
-    subprocess.run(command, check=True)
-
-
-def _start(part: str, options: argparse.Namespace, end: float) -> bool:
-    """Run a part in its own process, within its share of what is left; whether it finished all it had to do."""
-    seconds = max(5.0, SHARES[part] * (end - time.monotonic()))
-    print(f"\n== {part}: {seconds:.0f} s", flush=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", part, "--seconds", str(seconds)]
-    process = subprocess.Popen(command, cwd=CHECKOUT, start_new_session=True)
-    try:
-        return process.wait(seconds + STARTING) == 0
-    except subprocess.TimeoutExpired:
-        print(f"{part}: ended after {seconds + STARTING:.0f} s", flush=True)
-        return False
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-
-
-def device_name(dry_run: bool) -> str:
-    import torch
-
-    return "dry run" if dry_run else torch.cuda.get_device_name()
-
-
-def results_file(options: argparse.Namespace) -> Path:
-    device = re.sub(r"[^A-Za-z0-9]+", "_", device_name(options.dry_run)).lower()
-    return options.out / f"gpu_{device}_{datetime.date.today().isoformat()}.jsonl"
 
 
 def read(path: Path) -> list[Row]:
@@ -121,193 +85,157 @@ def read(path: Path) -> list[Row]:
     return list({(row["part"], row["case"]): row for row in rows}.values())
 
 
-class Worker:
-    """One part, in its own process."""
+def copy_results(source: Path, target: Path) -> None:
+    """Lines and tuned tables of an earlier call."""
+    for pattern in ("gpu_*.jsonl", "tuned/*.json"):
+        for path in source.glob(pattern):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        import torch
 
-        self.options = options
-        self.end = time.monotonic() + options.seconds
-        self.device = torch.device("cpu" if options.dry_run else "cuda")
-        self.path = results_file(options)
-        self.known = set() if options.again else {(r["part"], r["case"]) for r in read(self.path) if "error" not in r}
-        self.left_out = 0
-
-    def run(self) -> int:
-        import torch
-
-        if not self.options.dry_run:
-            assert_triton_is_selected(self.device)
-        parts: dict[str, Callable[[], None]] = {
-            "check": self.check,
-            "ceilings": self.ceilings,
-            "tune": self.tune,
-            "ops": lambda: self.measure("ops"),
-            "models": lambda: self.measure("models"),
-        }
-        with torch.no_grad():
-            parts[self.options.worker]()
-        if self.left_out:
-            print(f"{self.options.worker}: no time for {self.left_out} more", flush=True)
-        return 1 if self.left_out else 0
-
-    def write(self, part: str, case: str, **values: Any) -> None:
-        import torch
-        import triton
-
-        versions = {"torch": str(torch.__version__), "triton": triton.__version__}
-        row = {
-            "device": device_name(self.options.dry_run),
-            **versions,
-            "date": datetime.date.today().isoformat(),
-            "part": part,
-            "case": case,
-            **values,
-        }
-        with self.path.open("a") as file:
+def write(path: Path, row: Row) -> None:
+    """Add one line."""
+    with path.open("a") as file:
+        if file.tell() < MOST_LINES:
             file.write(json.dumps(row) + "\n")
 
-    def wanted(self, part: str, names: list[str]) -> Iterator[str]:
-        """Those not measured yet, while there is time; counts the others."""
-        names = [name for name in names if (part, name) not in self.known]
-        for i, name in enumerate(names):
-            if time.monotonic() > self.end:
-                self.left_out += len(names) - i
-                return
-            yield name
 
-    # --- parts --------------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """The gpu tests, side by side; those that take most of the memory after them, one by one."""
-        parallel = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
-        runs = {
-            "gpu tests": ["-k", "not billion and not every_tile", *parallel],
-            "large indices": ["-k", "billion"],
-            "every tile": ["-k", "every_tile", *parallel],
-        }
-        for name in self.wanted("check", list(runs)):
-            report = self.path.with_name(f"{name.replace(' ', '_')}.xml")
-            files = [str(path) for path in sorted((CHECKOUT / "tests").glob("test_gpu_*.py"))]
-            command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *runs[name]]
-            left = max(10.0, self.end - time.monotonic())
-            try:
-                subprocess.run([*command, f"--junitxml={report}", *files], cwd=CHECKOUT, timeout=left)
-            except subprocess.TimeoutExpired:
-                self.left_out += 1
-                continue
-            self.write("check", name, **count_tests(report))
-
-    def ceilings(self) -> None:
-        from gpu_timing import ceilings
-
-        for name in self.wanted("ceilings", ["ceilings"]):
-            self.write("ceilings", name, **ceilings(self.device))
-
-    def tune(self) -> None:
-        """Tables for the papers' models, until the time is up; what they have is not measured again."""
-        from repavit_ops.kernels import tuner, tuning
-
-        for name in self.wanted("tune", [f"{model} batch {b}" for b in BATCHES for model in self.models()]):
-            products = products_of(name, self.device, self.options.dry_run)
-            folder, processes = tuning.folders()[0], 0 if self.options.dry_run else COMPILERS
-            for measured in tuner.tune(products, self.device, folder, processes=processes):
-                print(measured, flush=True)
-                if time.monotonic() > self.end:
-                    self.left_out += 1
-                    return
-            self.write("tune", name, products=len(products))
-
-    def models(self) -> list[str]:
-        from gpu_cases import MODELS
-
-        return list(MODELS)[: 1 if self.options.dry_run else None]
-
-    def measure(self, part: str) -> None:
-        """Operators or models: build and check, time, write; a case that fails is written down and the next begins."""
-        import gpu_cases
-        import torch
-        from gpu_timing import interleave
-
-        raise_recompile_limit()
-        cases = {case.name: case for case in gpu_cases.cases(part, small=self.options.dry_run)}
-        for name in self.wanted(part, list(cases)):
-            case, began = cases[name], time.monotonic()
-            try:
-                calls = case.build(self.device, not (self.options.no_compile or self.options.dry_run))
-                times = interleave(calls, self.device)
-            except Exception as error:
-                traceback.print_exc()
-                self.write(part, name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
-                if isinstance(error, torch.AcceleratorError):
-                    raise  # the device is lost to this process
-                continue
-            seconds = {provider: [t.p20, t.p50, t.p80] for provider, t in times.items()}
-            numbers = {"flop": case.flop, "bytes": case.bytes, "images": case.images}
-            self.write(part, name, seconds=seconds, **numbers, **case.facts)
-            took = time.monotonic() - began
-            print(f"{name}: {summary(seconds)} ({took:.0f} s)", flush=True)
+def device_name() -> str:
+    """Of the first GPU, without a context on it."""
+    ask_driver = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    ask_torch = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    for command in (ask_driver, ask_torch):
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    raise SystemExit("no GPU: neither nvidia-smi nor torch names one (--dry-run walks the plan without)")
 
 
-def summary(seconds: dict[str, list[float]]) -> str:
-    return ", ".join(f"{provider} {1e6 * times[1]:.1f} us" for provider, times in seconds.items())
+class Run:
+    """One call: what it starts, watches and ends."""
+
+    def __init__(self, options: argparse.Namespace, state: Path) -> None:
+        self.options, self.state = options, state
+        self.began = time.time()
+        self.end = self.began + 60 * options.minutes
+        self.device = "dry run" if options.dry_run else device_name()
+        name = re.sub(r"[^A-Za-z0-9]+", "_", self.device).lower()
+        if options.earlier:
+            copy_results(options.earlier, options.out)
+        earlier = sorted(options.out.glob(f"gpu_{name}_*.jsonl")) if options.again_short else []
+        today = options.out / f"gpu_{name}_{datetime.date.today().isoformat()}.jsonl"
+        self.results = earlier[-1] if earlier else today
+        os.environ["REPAVIT_TUNED"] = str(options.out.resolve() / "tuned")
+        os.environ["PYTHONUNBUFFERED"] = "1"
+        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            os.environ.setdefault(cache, str(state / cache.lower()))
+        self.background: dict[str, subprocess.Popen[bytes]] = {}
+
+    def everything(self) -> list[str]:
+        """Every stage within its time; the names of those that did not finish."""
+        if not (self.options.no_install or self.options.dry_run):
+            self._install()
+        groups = AGAIN_SHORT if self.options.again_short else PLAN
+        wanted = self.options.stages or STAGES
+        failed = []
+        try:
+            if groups is PLAN and {"first", "headline"} & set(wanted):
+                ahead = [sys.executable, "bench/gpu_ahead.py", "--log", str(self.state / "ahead")]
+                self._begin("ahead", [*ahead, *self._jobs()])
+            for group in groups:
+                stages = [stage for stage in group if stage.name in wanted]
+                if stages and not self._group(stages):
+                    failed += [stage.name for stage in stages]
+        finally:
+            for process in self.background.values():
+                _end(process)
+        if (log := self.state / "ahead").exists():
+            self._write("ahead", "ahead", jobs=[json.loads(line) for line in log.read_text().splitlines()])
+        self._write("run", "again short" if groups is AGAIN_SHORT else "run", took=round(time.time() - self.began))
+        return failed
+
+    def _jobs(self) -> list[str]:
+        """Which jobs are compiled ahead."""
+        small = ["--small", "--device", "cpu", "--processes", "2"] if self.options.dry_run else []
+        return [*small, *(["--kind", "kernels"] if self.options.no_compile else [])]
+
+    def _install(self) -> None:
+        """The checkout into this interpreter, from what is here: no network, no dependencies; C++ in the background."""
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(CHECKOUT)]
+        subprocess.run(pip, check=True, env=os.environ | {"REPAVIT_BUILD_CPU": "0"})
+        build = ["nice", "-n", "19", sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        self._begin("C++ kernels", build)
+
+    def _begin(self, name: str, command: list[str]) -> None:
+        log = (self.state / f"{name.replace(' ', '_')}.log").open("wb")
+        self.background[name] = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True)
+
+    def _group(self, stages: list[Stage]) -> bool:
+        """Some stages in one process, begun again behind a case that ended it; whether all that they had was done."""
+        if any(stage.name == "cpu" for stage in stages) and (build := self.background.get("C++ kernels")):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                build.wait(max(1.0, min(60.0, self.end - time.time())))
+        group_end = min(self.end, time.time() + sum(seconds_of(stage, self.options.minutes) for stage in stages))
+        since = time.time()
+        for _ in range(1 + RESTARTS):
+            if time.time() > self.end - 5:
+                print(f"no time for {', '.join(stage.name for stage in stages)}", flush=True)
+                return False
+            code = self._worker(stages, group_end, since)
+            if code in (DONE, LEFT_OUT, CRASHED):
+                return code == DONE
+        return False
+
+    def _worker(self, stages: list[Stage], end: float, since: float) -> int:
+        """One process of stages; where a case ends it, that is written down as its result."""
+        names = ",".join(stage.name for stage in stages)
+        print(f"\n== {names}: {end - time.time():.0f} s", flush=True)
+        now = self.state / "now"
+        now.unlink(missing_ok=True)
+        switches = ("dry_run", "no_compile", "again")
+        flags = ["--" + name.replace("_", "-") for name in switches if getattr(self.options, name)]
+        command = [sys.executable, "bench/gpu_worker.py", "--stages", names, "--end", str(end), "--since", str(since)]
+        command += ["--results", str(self.results), "--device-name", self.device, "--state", str(self.state)]
+        command += ["--minutes", str(self.options.minutes), *flags]
+        process = subprocess.Popen(command, cwd=CHECKOUT, start_new_session=True)
+        try:
+            while process.poll() is None and time.time() < end + STARTING and not _stuck(now):
+                time.sleep(0.2)
+            code = process.poll()
+        finally:
+            _end(process)
+        if code in (DONE, LEFT_OUT):
+            return code
+        if now.exists() and (case := json.loads(now.read_text())):
+            error = f"its process ended with {code}" if code is not None else "hung, or was cut off"
+            self._write(case["part"], case["case"], error=error)
+            print(f"{case['case']}: {error}", flush=True)
+        elif code not in (None, LOST):  # no case is to blame, so that it would end like this again
+            return CRASHED
+        return LEFT_OUT if code is None and time.time() >= end + STARTING else LOST
+
+    def _write(self, part: str, case: str, **values: Any) -> None:
+        write(self.results, {"device": self.device, "time": time.time(), "part": part, "case": case, **values})
 
 
-def count_tests(report: Path) -> Row:
-    """Passed, failed and skipped tests of a JUnit file, and the names of the failed ones."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "skipped"))
-    failed = sum(int(suite.get(key, 0)) for suite in suites for key in ("failures", "errors"))
-    names = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for suite in suites
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {"passed": total - skipped - failed, "failed": failed, "skipped": skipped, "failures": names}
+def _stuck(now: Path) -> bool:
+    """Whether the case at work has had its time."""
+    try:
+        return time.time() > json.loads(now.read_text()).get("until", float("inf"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
-def assert_triton_is_selected(device: Any) -> None:
-    """This checkout is what is imported, and "auto" takes the Triton kernels on this GPU."""
-    import torch
-
-    from repavit_ops import backends, kernels, library, ops
-
-    where = Path(kernels.__file__).resolve().parent
-    assert where == CHECKOUT / "kernels", f"repavit_ops.kernels is {where}, not this checkout's: install it"
-    assert (reason := backends.why_unavailable("triton")) is None, reason
-    assert all(backends.has_triton_kernel(operator.name) for operator in library.OPERATORS)
-    tensors = [torch.randn(*shape, device=device).bfloat16() for shape in ((40, 64), (64, 64), (64,), (64, 64))]
-    auto, forced = (ops.partial_gelu_ffn(*tensors, None, None, backend=b) for b in ("auto", "triton"))
-    assert torch.equal(auto, forced)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started here, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def raise_recompile_limit() -> None:
-    """Every shape and mode is compiled anew, on purpose."""
-    import torch._dynamo.config as dynamo
-
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(dynamo, name, 10_000)
-
-
-def products_of(name: str, device: Any, small: bool) -> set[Any]:
-    """What a fused model's forward looks up in the tables; ``name``: as "deit_tiny batch 128"."""
-    import torch
-    from gpu_cases import MODELS
-
-    import repavit_ops
-    from repavit_ops.kernels import tuning
-
-    model, _, batch = name.split()
-    sizes = {"img_size": 32} if small else {}
-    with device:
-        trained = repavit_ops.create_model(f"repa_{model}", idle_ratio=MODELS[model], **sizes).eval()
-    fused = repavit_ops.fuse(trained, dtype=torch.bfloat16)
-    side = sizes.get("img_size", 224)
-    with tuning.recording() as products:
-        fused(torch.randn(1 if small else int(batch), 3, side, side, device=device).bfloat16())
-    return products
+def known(rows: Iterable[Row], since: float, again: bool) -> set[tuple[str, str]]:
+    """What need not be measured: what was tried since then and, unless ``again``, what was measured before."""
+    return {(r["part"], r["case"]) for r in rows if r["time"] >= since or not (again or "error" in r)}
 
 
 if __name__ == "__main__":

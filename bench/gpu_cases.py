@@ -1,17 +1,15 @@
-"""What is timed on a GPU, beside what: operators and whole models, each checked against float64 before it is timed.
+"""The operators that are timed on a GPU, beside what; each checked against float64 before it is timed.
 
 A case gives its providers as calls without arguments. Peers do the same job on the same weights in the same dtype:
 
     eager          the reference formula
     compile        torch.compile, default: the kernels of "reduce-overhead", whose graph is ours here
-    max_autotune   torch.compile, "max-autotune-no-cudagraphs": our graph again
     addmm          cuBLASLt's GELU epilogue (tanh) and two products into one result: the strongest hand-made FFN
     flash, cudnn   scaled_dot_product_attention, that backend alone; sdpa: the one that PyTorch chooses
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_models import MODES
 from gpu_timing import Call
 from harness import check
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import repavit_ops
-from repavit_ops import ops, reference
+from repavit_ops import kernels, ops, reference
 from repavit_ops.kernels.attention import attention, window_attention
 
 OURS = "repavit_ops"
@@ -33,15 +31,8 @@ BF16 = torch.bfloat16
 TOKENS = 197
 PEER_SLACK = 8.0  # times eager's own error that a peer may be off, ours 2
 FFN_CHANNELS = (192, 384, 768, 1024, 1280)
-BATCHES = (128, 1, 8)
 HEADS = ((3, 64), (6, 64), (12, 64), (16, 64), (16, 80))  # of DeiT-T, S, B, ViT-L, ViT-H
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # map side and channels of Swin-T's stages
-FORMS = ("plain", "merged", "vanilla")  # what stands beside fused: both uncompiled, merged compiled, vanilla compiled
-# model without its prefix, θ of the paper's speed-up over vanilla
-MODELS = {
-    **{"deit_tiny": 0.5, "deit_small": 0.5, "deit_base": 0.75, "swin_tiny": 0.75},
-    **{"vit_large": 0.75, "vit_huge": 0.75, "swin_small": 0.75, "swin_base": 0.75},
-}
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,7 @@ class Case:
     Args:
         part: "ops" or "models". name: what tells it from the others.
         build: (device, compile whole graphs too) → provider → call, all checked.
+        meta: what ours launches, on meta tensors.
         flop, bytes: of one call; the least that has to be read and written.
         images: of one call, for images per second; 0 for operators.
     """
@@ -58,52 +50,29 @@ class Case:
     part: str
     name: str
     build: Callable[[torch.device, bool], dict[str, Call]]
+    meta: Callable[[], object]
     flop: float = 0.0
     bytes: float = 0.0
     images: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def cases(part: str, small: bool = False) -> list[Case]:
-    """The cases of a part, those that the issue asks about first; ``small``: one of each kind, tiny."""
-    if part == "ops":
-        if small:
-            return [ffn_case(16, 1), attention_case(2, 16, 1), window_case(14, 32, 1)]
-        order = [(c, batch) for batch in BATCHES for c in FFN_CHANNELS]
-        first = [ffn_case(c, batch) for c, batch in order[:5]]
-        first += [attention_case(h, d, 128) for h, d in HEADS] + [window_case(s, c, 128) for s, c in STAGES]
-        rest = [ffn_case(c, batch) for c, batch in order[5:]]
-        rest += [attention_case(h, d, batch) for batch in BATCHES[1:] for h, d in HEADS]
-        return first + rest + [window_case(s, c, batch) for batch in BATCHES[1:] for s, c in STAGES]
-    if small:
-        return [model_case("deit_tiny", form, 1, depth=1, img_size=32) for form in FORMS]
-    names = list(MODELS)
-    order = [("plain", name, batch) for batch in BATCHES[:2] for name in names]
-    order += [("merged", name, 128) for name in names[:4]] + [("merged", name, 1) for name in names[:2]]
-    order += [("vanilla", name, 128) for name in names]
-    order += [(form, name, batch) for batch in BATCHES for form in FORMS for name in names]
-    return [model_case(name, form, batch) for form, name, batch in dict.fromkeys(order)]
-
-
 def randn(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=device) * scale).to(BF16)
 
 
-def compiled(function: Callable[..., Any], *args: Any, prefix: str = "") -> dict[str, Call]:
-    """torch.compile of ``function`` on these very arguments, in both modes; what does not compile is left out, said."""
-    calls: dict[str, Call] = {}
-    for name, mode in (("compile", "default"), ("max_autotune", "max-autotune-no-cudagraphs")):
-        fast = torch.compile(function, mode=mode, dynamic=False)
-        try:
-            fast(*args)
-        except Exception as error:
-            _say_left_out(prefix + name, error)
-        else:
-            calls[prefix + name] = partial(fast, *args)
-    return calls
+def compiled(name: str, function: Callable[..., Any], mode: str, *args: Any) -> dict[str, Call]:
+    """torch.compile of ``function`` on these very arguments; where it does not compile it is left out, said."""
+    fast = torch.compile(function, mode=MODES[mode], dynamic=False)
+    try:
+        fast(*args)
+    except Exception as error:
+        say_left_out(name, error)
+        return {}
+    return {name: partial(fast, *args)}
 
 
-def _say_left_out(name: str, error: Exception) -> None:
+def say_left_out(name: str, error: Exception) -> None:
     print(f"  {name} left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", flush=True)
 
 
@@ -116,13 +85,24 @@ def checked(calls: dict[str, Call], eager: Tensor, truth: Tensor, tolerant: floa
         except Exception as error:
             if name == OURS:
                 raise
-            _say_left_out(name, error)
+            say_left_out(name, error)
         else:
             right[name] = call
     return right
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
+
+
+def addmm_ffn(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias: Tensor) -> Tensor:
+    h = torch._addmm_activation(b_in, x, w_in.t(), use_gelu=True)
+    return torch.addmm(bias, x, w_merged.t()).addmm_(h, w_out.t())
+
+
+def meta_ffn(c: int, batch: int) -> list[Tensor]:
+    """The tensors of ``ffn_case`` without numbers."""
+    shapes = ((TOKENS * batch, c), (c, c), (c,), (c, c), (c, c), (c,))
+    return [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes]
 
 
 def ffn_case(c: int, batch: int) -> Case:
@@ -135,21 +115,21 @@ def ffn_case(c: int, batch: int) -> Case:
         b_in, bias = (randn(c, device=device, scale=0.1) for _ in range(2))
         tensors = (x, w_in, b_in, w_out, w_merged, bias)
 
-        def addmm() -> Tensor:
-            h = torch._addmm_activation(b_in, x, w_in.t(), use_gelu=True)
-            return torch.addmm(bias, x, w_merged.t()).addmm_(h, w_out.t())
-
         calls = {
             OURS: partial(ops.partial_gelu_ffn, *tensors),
             "eager": partial(reference.partial_gelu_ffn, *tensors),
-            "addmm": addmm,
+            "addmm": partial(addmm_ffn, *tensors),
         }
         if compiles:
-            calls |= compiled(reference.partial_gelu_ffn, *tensors)
+            calls |= compiled("compile", reference.partial_gelu_ffn, "compile", *tensors)
         return checked(calls, calls["eager"](), reference.partial_gelu_ffn(*(t.double() for t in tensors)))
 
     size = 2 * (2 * rows * c + 3 * c * c + 2 * c)
-    return Case("ops", f"ffn C{c} batch {batch}", build, flop=6.0 * rows * c * c, bytes=size)
+
+    def meta() -> None:
+        kernels.launcher("partial_gelu_ffn")(*meta_ffn(c, batch))
+
+    return Case("ops", f"ffn C{c} batch {batch}", build, meta, flop=6.0 * rows * c * c, bytes=size)
 
 
 def attention_case(heads: int, d: int, batch: int) -> Case:
@@ -181,8 +161,11 @@ def attention_case(heads: int, d: int, batch: int) -> Case:
         truth = reference.attention_core(qkv.double(), None, heads, d, scale)
         return checked(calls, reference.attention_core(qkv, None, heads, d, scale), truth)
 
-    name = f"attention {tokens}x{d} heads {heads} batch {batch}"
-    return Case("ops", name, build, flop=4.0 * batch * heads * tokens**2 * d, bytes=8.0 * batch * tokens * heads * d)
+    def meta() -> None:
+        attention(torch.empty(batch, tokens, 3 * heads * d, dtype=BF16, device="meta"), None, heads, d, scale)
+
+    flop, size = 4.0 * batch * heads * tokens**2 * d, 8.0 * batch * tokens * heads * d
+    return Case("ops", f"attention {tokens}x{d} heads {heads} batch {batch}", build, meta, flop=flop, bytes=size)
 
 
 def window_case(side: int, c: int, batch: int) -> Case:
@@ -216,60 +199,9 @@ def window_case(side: int, c: int, batch: int) -> Case:
         checked({"sdpa": lambda: back(sdpa())}, eager(), truth)  # in its own layout, which is not timed
         return checked({OURS: ours, "eager": eager}, eager(), truth) | {"sdpa": sdpa}
 
-    flop = 4.0 * batch * side * side * heads * tokens * 32
-    return Case(
-        "ops", f"windows {side}x{side}x{c} batch {batch}", build, flop=flop, bytes=8.0 * batch * side * side * c
-    )
+    def meta() -> None:
+        qkv = torch.empty(batch, side, side, 3 * c, dtype=BF16, device="meta")
+        window_attention(qkv, torch.empty(heads, tokens, tokens, dtype=BF16, device="meta"), None, *static)
 
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def model_case(name: str, form: str, batch: int, **options: Any) -> Case:
-    """A whole classifier, fused, beside its merged and its vanilla form in plain PyTorch, or one of them compiled.
-
-    Three cases for one model, since a compilation may take longer than a part has time.
-    """
-
-    def build(device: torch.device, compiles: bool) -> dict[str, Call]:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        torch.manual_seed(0)
-        with device:  # weights are drawn there
-            trained = repavit_ops.create_model(f"repa_{name}", idle_ratio=MODELS[name], **options).eval()
-        side = options.get("img_size", 224)
-        images = randn(batch, 3, side, side, device=device)
-        fused = repavit_ops.fuse(trained, dtype=BF16)
-        calls: dict[str, Call] = {}
-        if form != "vanilla":
-            merged = repavit_ops.reparameterize(trained)
-            calls = _right_forms("merged_", merged, images, form != "plain", compiles, {OURS: partial(fused, images)})
-        if form != "merged":
-            with device:
-                vanilla = repavit_ops.create_model(f"vanilla_{name}", **options).eval()
-            calls |= _right_forms("vanilla_", vanilla, images, form != "plain", compiles, {})
-        return {OURS: partial(fused, images)} | calls  # fused was checked in the other cases
-
-    suffix = "" if form == "plain" else f" {form} compiled"
-    facts = {"idle_ratio": MODELS[name]}
-    return Case("models", f"{name} batch {batch}{suffix}", build, images=batch, facts=facts)
-
-
-def _right_forms(
-    prefix: str, model: nn.Module, images: Tensor, compile_it: bool, compiles: bool, calls: dict[str, Call]
-) -> dict[str, Call]:
-    """``calls`` and a float32 model in bf16, eager or compiled: all that are right on the first images."""
-    few = images[:8]
-    truth = model.double()(few.double())
-    model = model.to(BF16)
-    eager = partial(model, images)
-    calls = {**calls, prefix + "eager": eager}
-    if compile_it and compiles:
-        calls |= compiled(model, images, prefix=prefix)
-    right = checked({name: _first(call, len(few)) for name, call in calls.items()}, eager()[: len(few)], truth)
-    return {name: calls[name] for name in right}
-
-
-def _first(call: Call, images: int) -> Call:
-    return lambda: call()[:images]
+    flop, size = 4.0 * batch * side * side * heads * tokens * 32, 8.0 * batch * side * side * c
+    return Case("ops", f"windows {side}x{side}x{c} batch {batch}", build, meta, flop=flop, bytes=size)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import reference
 from .attention_tiles import Attention, AttentionTile, choose, pieces
 from .chips import chip_of
-from .operands import product_precision
+from .operands import FP_FUSION, product_precision
 from .sequences import (
     LOG2E,
     MINUS_INFINITY,
@@ -337,6 +337,6 @@ def _launch(
         shape.heads, shape.d_qk, shape.d_v, pieces(shape.d_qk), pieces(shape.d_v),
         window, any(geometry[2:]), roll_first, product_precision(),
         config.queries, config.queries_of_tail(shape.tokens), config.chunks_of_keys(shape.tokens), config.keys > 0,
-        config.stages, num_warps=config.warps,
+        config.stages, num_warps=config.warps, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from . import tuning
 from .chips import Chip
 
 AT_ONCE = 272  # keys whose scores fit the registers beside all else, where operands of products come from memory
-AT_ONCE_IN_REGISTERS = 128  # the same where operands of products stand in registers too (before sm_90)
+AT_ONCE_IN_REGISTERS = 128  # the same where they stand in registers too (chips.py: multiplies_from_memory)
 KINDS = {False: "attention", True: "window_attention"}  # of tables, by Attention.windows
 
 
@@ -112,16 +112,20 @@ def _largest(chip: Chip, dtype: torch.dtype, attention: Attention) -> AttentionT
         return AttentionTile(min(queries, 32), keys=16)
     if columns > 128:
         return AttentionTile(min(queries, 32), keys=32)
+    roomy = chip.multiplies_from_memory
+    if attention.windows and columns <= 32 and tokens <= 64:
+        return AttentionTile(queries, stages=2 if roomy else 1, group=8)
     if attention.windows and columns <= 32:
-        return AttentionTile(queries, stages=2, group=8) if tokens <= 64 else AttentionTile(queries, keys=64, stages=2)
+        return AttentionTile(queries, keys=64, stages=2)
     if attention.biased:  # loaded element by element: many addresses
         return AttentionTile(queries, keys=32, warps=8)
     if fits_at_once(chip, dtype, tokens, columns):
         return AttentionTile(queries)
-    return AttentionTile(queries, keys=64, stages=2)
+    narrow = not roomy and (columns > 64 or chip.backend == "hip")  # sums and operands would not fit the registers
+    return AttentionTile(queries, keys=32 if narrow else 64, stages=2)
 
 
 def fits_at_once(chip: Chip, dtype: torch.dtype, tokens: int, columns: int) -> bool:
     """Whether all scores of a tile of queries stand in registers without spills: heads of this many columns."""
-    from_memory = chip.backend != "cuda" or int(chip.arch) >= 90
-    return dtype != torch.float32 and columns <= 64 and tokens <= (AT_ONCE if from_memory else AT_ONCE_IN_REGISTERS)
+    most = AT_ONCE if chip.multiplies_from_memory else AT_ONCE_IN_REGISTERS
+    return dtype != torch.float32 and columns <= 64 and tokens <= most

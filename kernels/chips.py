@@ -35,15 +35,29 @@ class Chip:
 
     @property
     def warp_size(self) -> int:
-        return 64 if self.backend == "hip" else 32
+        """Threads of a warp: 64 on AMD's CDNA alone (gfx9…); RDNA and gfx1250 run 32."""
+        return 64 if str(self.arch).startswith("gfx9") else 32
+
+    @property
+    def multiplies_from_memory(self) -> bool:
+        """Whether products take operands from shared memory or lanes to spare, so that sums may fill the registers.
+
+        wgmma and tcgen05 do; consumer chips (12.x) are back at mma.sync; RDNA holds both in 256 registers.
+        """
+        if self.backend == "cuda":
+            return 90 <= int(self.arch) < 120
+        return not str(self.arch).startswith(("gfx11", "gfx120"))
 
 
-# Those that are compiled for without having one (tests/test_aot.py), and the interpreter.
+# Those that are compiled for without having one (tests/test_aot.py), and the interpreter. Shared memory of NVIDIA's:
+# what CUDA's cuda_occupancy.h lets a processor have (164, 228, 100 KiB), less 1 KiB that the driver takes per program.
 KNOWN = {
     "sm_80": Chip("NVIDIA A100-SXM4-80GB", "cuda", 80, 166_912, 108),
     "sm_89": Chip("NVIDIA L4", "cuda", 89, 101_376, 58),
     "sm_90": Chip("NVIDIA H200", "cuda", 90, 232_448, 132),
     "sm_100": Chip("NVIDIA B200", "cuda", 100, 232_448, 148),
+    "sm_103": Chip("NVIDIA B300 SXM6 AC", "cuda", 103, 232_448, 148),
+    "sm_120": Chip("NVIDIA GeForce RTX 5090", "cuda", 120, 101_376, 170),
     "gfx942": Chip("AMD Instinct MI300X", "hip", "gfx942", 65_536, 304),
 }
 INTERPRETER = Chip("interpreter", "cpu", 0, 1 << 30, 4)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .operands import FP_FUSION
 from .tile import load_tile, row_moments
 
 ELEMENTS = 4096  # of one program, about: 8 to 32 KiB in registers
@@ -46,5 +47,7 @@ def layer_norm_core(x: Tensor, eps: float) -> Tensor:
         bk = min(triton.next_power_of_2(k), ELEMENTS)
         bm = ELEMENTS // bk
         grid = (triton.cdiv(m, bm),)
-        layer_norm_core_kernel[grid](x, x.stride(0), out, m, k, eps, bm, bk, k % bk == 0, num_warps=4)
+        layer_norm_core_kernel[grid](
+            x, x.stride(0), out, m, k, eps, bm, bk, k % bk == 0, num_warps=4, enable_fp_fusion=FP_FUSION
+        )
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import tuning
 from .chips import chip_of
 from .layer_norm import layer_norm_core
-from .operands import are_aligned, as_rows, as_vector, describe, product_precision
+from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, row_moments, tile_corner
 from .tuning import Config
 
@@ -116,6 +116,7 @@ def linear(
         config.bm, config.bn, config.bk, activation, norm_eps is not None and k > 0, k % config.bk == 0,
         tma, config.split, x.dtype == torch.float32, product_precision(),
         num_warps=config.warps, num_stages=config.stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import are_aligned, as_rows, as_vector, describe, product_precision
+from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import activate, finish, load_tile, normalise, row_moments
 from .tuning import OnChip
 
@@ -128,5 +128,6 @@ def on_chip_ffn(
         config.bm, config.bh, config.bc, triton.cdiv(c, config.bc), activation, norm_eps is not None,
         c % config.bc == 0, hidden % config.bh == 0, tma, x.dtype == torch.float32,
         product_precision(), num_warps=config.warps, num_stages=config.stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return y

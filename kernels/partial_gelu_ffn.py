@@ -24,7 +24,7 @@ from .chips import chip_of
 from .layer_norm import layer_norm_core
 from .linear import linear, vendor_linear
 from .on_chip_ffn import on_chip_ffn
-from .operands import are_aligned, as_rows, as_vector, describe, product_precision
+from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, tile_corner
 from .tuning import Config
 
@@ -153,5 +153,6 @@ def two_source(
         m, n, c, hidden,
         config.bm, config.bn, config.bk, c % config.bk == 0, hidden % config.bk == 0, tma, config.split,
         product_precision(), num_warps=config.warps, num_stages=config.stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return y

@@ -14,10 +14,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 from repavit_ops.kernels.aot import Resources, compiling_for, resources
 from repavit_ops.kernels.chips import KNOWN
 
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 EVERYTHING = os.environ.get("REPAVIT_AOT") == "all"  # `make aot`; otherwise one case per kernel and chip
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942", *(("sm_103", "sm_120") if EVERYTHING else ()))
 
-PRODUCTS = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+PRODUCTS = {
+    **dict.fromkeys(("sm_80", "sm_89", "sm_120"), "mma.sync"),
+    **{"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_103": "tcgen05.mma"},
+}
 NVIDIA = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 every_chip = pytest.mark.parametrize("chip", CHIPS)

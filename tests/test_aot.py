@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from aot_helpers import EVERYTHING, assert_products, compiled, every_chip, meta
 
 from repavit_ops.kernels import tuner, tuning
-from repavit_ops.kernels.chips import KNOWN
+from repavit_ops.kernels.aot import compiling_for, resources
+from repavit_ops.kernels.attention import attention, window_attention
+from repavit_ops.kernels.chips import KNOWN, Chip
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
 
@@ -61,11 +64,24 @@ def test_ffn_is_two_launches(chip, dtype):
 @every_chip
 def test_narrow_ffn_is_one_launch(chip):
     kernels = compiled(chip, lambda: ffn(192, 192, norm_eps=1e-6, residual=True))
-    if chip in ("sm_80", "gfx942"):  # too few registers, too little shared memory
+    if chip in ("sm_80", "sm_120", "gfx942"):  # too few registers, too little shared memory
         assert "on_chip_kernel" not in kernels
         return
     assert list(kernels) == ["on_chip_kernel"]
     assert_products(kernels["on_chip_kernel"], chip)
+
+
+def test_multiply_and_add_are_one_instruction_whatever_the_default(monkeypatch):
+    """Triton 3.10 will not fuse them by itself; digits and speed of every kernel count on it."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with compiling_for(KNOWN["sm_90"]) as launches:
+        ffn(768, 768, norm_eps=1e-6)
+        ffn(192, 192)
+        attention(meta(2, 197, 192), None, 1, 64, 0.125)
+    assert {kernel.name for kernel in launches} == {
+        *("layer_norm_core_kernel", "linear_kernel", "two_source_kernel", "on_chip_kernel", "attention_kernel")
+    }
+    assert all(kernel.metadata.enable_fp_fusion for kernel in launches)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -90,6 +106,29 @@ def test_a_tile_that_spills_is_seen():
 
 
 # --- make aot ---------------------------------------------------------------------------------------------------------
+
+# Chips of which only this is shown: that what would be launched on one compiles and stays in its registers. Memory is
+# the least that any of the kind has.
+OTHERS = {
+    **{f"sm_{arch}": Chip(f"sm_{arch}", "cuda", arch, memory, 20) for arch, memory in ((110, 232_448), (121, 101_376))},
+    **{arch: Chip(arch, "hip", arch, 65_536, 60) for arch in ("gfx90a", "gfx1100", "gfx1201")},
+    **{arch: Chip(arch, "hip", arch, 163_840, 60) for arch in ("gfx950", "gfx1250")},
+}
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="chips that nobody here has: make aot")
+@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="triton before 3.9 lacks some")
+@pytest.mark.parametrize("name", OTHERS)
+def test_plain_kernels_compile_for_other_chips(name):
+    with compiling_for(OTHERS[name]) as launches:
+        ffn(768, 768, norm_eps=1e-6, residual=True)
+        ffn(192, 192)
+        attention(meta(128, 197, 3 * 768), None, 12, 64, 0.125)
+        window_attention(meta(8, 56, 56, 288), meta(3, 49, 49), None, 3, 32, 0.18, (7, 7), (3, 3), False)
+    for kernel in launches:
+        taken = resources(kernel)
+        assert taken.spills == 0, f"{kernel.name}: {taken.spills} spilled, {taken.registers} registers"
+        assert taken.shared <= OTHERS[name].shared_memory, kernel.name
 
 
 def choices(chip, product):

@@ -33,6 +33,11 @@ def test_images_of_197_tokens(chip, dtype):
     assert_products(kernels["attention_kernel"], chip, none=dtype == FP32)
 
 
+def test_consumer_blackwell_takes_keys_by_steps():
+    """It has wgmma's successor of neither kind: with all 197 scores of a tile in registers it would spill."""
+    assert_products(compiled("sm_120", lambda: images(128, 197, 12, 64))["attention_kernel"], "sm_120")
+
+
 @every_chip
 def test_windows_of_49_tokens(chip):
     kernels = compiled(chip, lambda: windows(128, (56, 56), 7, 3))

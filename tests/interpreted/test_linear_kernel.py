@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_helpers import assert_follows_rule, randn, weight
 
 from repavit_ops.kernels.linear import linear
+from repavit_ops.kernels.operands import are_aligned
 from repavit_ops.kernels.tuning import Config
 
 SMALL = Config(16, 32, 16, warps=1, stages=1, split=False)
@@ -92,12 +93,13 @@ def test_any_strides_and_offsets():
 
 
 def test_writes_nothing_beyond_and_reads_nothing_beyond():
-    """Rows and columns around the operands hold NaN; none may reach the result."""
-    x, w, b, residual = operands(19, 21, 18, torch.float32)
+    """Rows and columns around the operands hold NaN; none may reach the result, by pointers or descriptors."""
+    x, w, b, residual = operands(19, 20, 18, torch.float32)
     padded_x, padded_w = torch.full((25, 40), float("nan")), torch.full((30, 40), float("nan"))
-    padded_x[3:22, 8:26], padded_w[2:23, 4:22] = x, w
+    padded_x[3:22, 8:26], padded_w[2:22, 4:22] = x, w
+    assert are_aligned(padded_x[3:22, 8:26], padded_w[2:22, 4:22], residual)  # so that descriptors are made
     for config in TILES.values():
-        y = linear(padded_x[3:22, 8:26], padded_w[2:23, 4:22], b, residual=residual, config=config)
+        y = linear(padded_x[3:22, 8:26], padded_w[2:22, 4:22], b, residual=residual, config=config)
         torch.testing.assert_close(y, linear(x, w, b, residual=residual, config=SMALL), rtol=0, atol=0)
 
 
