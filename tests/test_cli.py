@@ -186,7 +186,8 @@ def test_junit_counts_a_block_beyond_its_bound_as_skipped_where_the_output_holds
     def row(name, passed):
         return Comparison(name, max_abs=1e-3, relative=1e-3, cosine=1.0, bound=1e-6, top1=None, passed=passed)
 
-    held = VerificationReport((row("blocks.0", False), row("blocks.1", True)), row("output", True), "float32")
+    held = VerificationReport((row("blocks.0", False), row("blocks.1", True)), (row("output", True),), "float32")
+    assert "over blocks.0" in str(held)
     suite = ElementTree.fromstring(junit_xml(held, "a = b").encode())
     assert {key: suite.attrib[key] for key in ("tests", "failures", "skipped")} == {
         "tests": "3",

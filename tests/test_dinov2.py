@@ -149,3 +149,53 @@ def test_other_files_are_refused_by_what_they_lack(tmp_path):
         load_dinov2_small(path)
     with pytest.raises(OSError, match=r"absent\.onnx"):
         load_dinov2_small(tmp_path / "absent.onnx")
+
+
+# --- the same weights in transformers ---------------------------------------------------------------------------------
+
+
+def in_transformers(model: torch.nn.Module) -> torch.nn.Module:
+    """Our DINOv2 ViT-S/14 as a Dinov2Model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14
+    )
+    theirs = transformers.Dinov2Model(config).eval()
+    ours = model.state_dict()
+    state = {
+        "embeddings.cls_token": ours["cls_token"],
+        "embeddings.position_embeddings": ours["pos_embed"],
+        "embeddings.patch_embeddings.projection.weight": ours["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": ours["patch_embed.proj.bias"],
+        "layernorm.weight": ours["norm.weight"],
+        "layernorm.bias": ours["norm.bias"],
+    }
+    for i in range(12):
+        block, layer = f"blocks.{i}.", f"encoder.layer.{i}."
+        state[f"{layer}layer_scale1.lambda1"] = ours[f"{block}attn.ls"]
+        state[f"{layer}layer_scale2.lambda1"] = ours[f"{block}mlp.ls"]
+        for kind in ("weight", "bias"):
+            state[f"{layer}norm1.{kind}"] = ours[f"{block}attn.norm.{kind}"]
+            state[f"{layer}norm2.{kind}"] = ours[f"{block}mlp.norm.{kind}"]
+            for name, part in zip("qkv", ours[f"{block}attn.qkv.{kind}"].chunk(3), strict=True):
+                state[f"{layer}attention.{name}_proj.{kind}"] = part
+            state[f"{layer}attention.o_proj.{kind}"] = ours[f"{block}attn.proj.{kind}"]
+            for fc in ("fc1", "fc2"):
+                state[f"{layer}mlp.{fc}.{kind}"] = ours[f"{block}mlp.{fc}.{kind}"]
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert missing == ["embeddings.mask_token"]
+    assert not unexpected
+    return theirs
+
+
+@needs_weights
+@torch.no_grad()
+def test_fused_in_transformers_features_of_photos_are_equal(model, photos, eager, torchvision_stub):
+    theirs = in_transformers(model)
+    expected = theirs(photos).last_hidden_state
+    assert cosine(expected, eager) > 0.99999  # the weights are where they belong
+    report = repavit_ops.verify(theirs, repavit_ops.fuse(theirs), photos)
+    assert report.passed, str(report)
+    fused = repavit_ops.fuse(theirs)
+    assert len(repavit_ops.fusion_report(fused).fused) == 24
+    assert cosine(fused(photos).last_hidden_state, expected) > 0.999999

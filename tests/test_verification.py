@@ -82,3 +82,43 @@ def test_training_mode_and_unlike_outputs_are_named():
         repavit_ops.verify(model, tiny_vit().train(), images())
     with pytest.raises(ValueError, match=r"output: candidate gives shape \[2, 7\], reference \[2, 10\]"):
         repavit_ops.verify(model, tiny_vit(num_classes=7), images())
+
+
+class Several(torch.nn.Module):
+    """A model that returns a dictionary and takes its arguments by name."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.factor = factor
+
+    def forward(self, pixels, scale=None):
+        y = self.linear(pixels)
+        return {
+            "logits": y if scale is None else y * scale,
+            "hidden": (pixels, self.factor * y),
+            "count": torch.ones(1).long(),
+        }
+
+
+def test_every_tensor_of_an_output_is_compared_and_arguments_may_have_names():
+    torch.manual_seed(0)
+    right, wrong = Several().eval(), Several(1.5).eval()
+    wrong.load_state_dict(right.state_dict())
+    inputs = {"pixels": torch.randn(2, 4), "scale": torch.randn(4)}
+    report = repavit_ops.verify(right, right, inputs)
+    assert report
+    assert [row.name for row in report.outputs] == ["output.logits", "output.hidden.0", "output.hidden.1"]
+    report = repavit_ops.verify(right, wrong, inputs)
+    assert not report
+    assert report.output.name == "output.hidden.1"
+    assert len(report.to_dict()["outputs"]) == 3
+
+
+def test_a_model_that_returns_no_tensor_is_refused():
+    class Nothing(torch.nn.Module):
+        def forward(self, x):
+            return None
+
+    with pytest.raises(ValueError, match="returned NoneType without any float tensor"):
+        repavit_ops.verify(Nothing().eval(), Nothing().eval(), torch.ones(1))

@@ -123,7 +123,7 @@ def junit_xml(report: VerificationReport, name: str) -> str:
 
     The output decides. Where it holds, a block beyond its own bound counts as skipped, not as a failure.
     """
-    rows = [*report.blocks, report.output]
+    rows = [*report.blocks, *report.outputs]
     beyond = [row for row in rows if not row.passed]
     failures = 0 if report.passed else len(beyond)
     suite = ElementTree.Element(
