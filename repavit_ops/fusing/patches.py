@@ -5,6 +5,7 @@ They are no sub-blocks and cannot fail to be exact, so none is ever skipped: wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,12 +23,14 @@ class MergingParts:
     """``linear(norm(the 2x2 neighbours of a position, one after the other))``.
 
     ``outer``: which of a neighbour's two coordinates changes more slowly in that order. The published Swin stacks
-    [0, 0], [1, 0], [0, 1], [1, 1] in (row, column): the column is the outer one.
+    [0, 0], [1, 0], [0, 1], [1, 1] in (row, column): the column is the outer one. ``wrap``: what callers call, where
+    that takes no map.
     """
 
     norm: nn.Module
     linear: nn.Module
     outer: Literal["row", "column"] = "column"
+    wrap: Callable[[PatchProjection], nn.Module] | None = None
 
 
 def fuse_patches(module: nn.Module, backend: Backend) -> nn.Module:
@@ -53,7 +56,7 @@ def fuse_convolution(module: nn.Module, backend: Backend, name: str = "proj") ->
     return module
 
 
-def fold_merging(parts: MergingParts, backend: Backend) -> PatchProjection | None:
+def fold_merging(parts: MergingParts, backend: Backend) -> nn.Module | None:
     """The merging with the norm's affine in the matrix and neighbours in row-major order; None if it has no fold."""
     norm, linear = parts.norm, parts.linear
     if type(norm) is not nn.LayerNorm or norm.weight is None or type(linear) is not nn.Linear:
@@ -66,4 +69,4 @@ def fold_merging(parts: MergingParts, backend: Backend) -> PatchProjection | Non
     fused = PatchProjection(depth // 4, n, 2, **options, backend=backend, device="meta")
     fused.weight = nn.Parameter(reparam.cast(w, linear.weight.dtype, "reduction.weight"))
     fused.bias = nn.Parameter(reparam.cast(b, linear.weight.dtype, "reduction.bias"))
-    return fused
+    return fused if parts.wrap is None else parts.wrap(fused)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .block import Block
 from .foreign_block import OpenBranch
+from .patch_projection import PatchProjection
 from .recorders import recording
 from .rep_attention import RepAttention
 
@@ -311,3 +312,19 @@ class MaskFormerSwinLayer(TransformersSwinTuple):
 
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         return None  # it shifts where the one call of Swin would not
+
+
+class TokensMerging(nn.Module):
+    """``forward(input_feature, input_dimensions)``, as the patch mergings of transformers' Swins.
+
+    Shapes:
+        input_feature  [B, H·W, C], with input_dimensions (H, W)
+        returns        [B, ⌈H/2⌉·⌈W/2⌉, 2C]
+    """
+
+    def __init__(self, projection: PatchProjection) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        return self.projection(input_feature.unflatten(1, tuple(input_dimensions))).flatten(1, 2)

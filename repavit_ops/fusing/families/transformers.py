@@ -15,6 +15,7 @@ from ...nn.foreign_signatures import (
     FirstOfTuple,
     MaskFormerSwinLayer,
     OpenBranch,
+    TokensMerging,
     TransformersBeitLayer,
     TransformersLayer,
     TransformersSwinLayer,
@@ -23,6 +24,7 @@ from ...nn.foreign_signatures import (
 )
 from ..family import Described, Family, WholeBlock, WindowBlock
 from ..folding import AttentionParts, FFNParts, WindowParts
+from ..patches import MergingParts
 from ..rules import plain
 
 # --- attention and FFN: two ways to name the same parts ---------------------------------------------------------------
@@ -427,6 +429,14 @@ TRANSFORMERS = Family(
         **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
         **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
     },
+    mergings=dict.fromkeys(
+        (
+            f"{MODELS}swin.modeling_swin.SwinPatchMerging",
+            f"{MODELS}donut.modeling_donut_swin.DonutSwinPatchMerging",
+            f"{MODELS}maskformer.modeling_maskformer_swin.MaskFormerSwinPatchMerging",
+        ),
+        lambda part: MergingParts(part.norm, part.reduction, wrap=TokensMerging),
+    ),
     patch_embeddings={
         **_named("PatchEmbeddings", "projection", VIT_LIKE, DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
         **_named("VisionEmbeddings", "patch_embedding", CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE),
