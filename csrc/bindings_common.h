@@ -78,8 +78,7 @@ Header read_header(const Tensor& packed, const char (&magic)[8], const char* pac
   const bool ours = std::memcmp(header.magic, magic, sizeof(header.magic)) == 0;
   STD_TORCH_CHECK(ours && header.dtype >= 0 && header.dtype < repavit::kDTypes && header.bytes == packed.numel() &&
                       bytes_of(header) == packed.numel(),
-                  "packed: got ", packed.numel(), " bytes that are not the result of ", pack,
-                  "; pack the weights again");
+                  "packed: this is not the result of ", pack, ", but ", packed.numel(), " bytes; pack the weights again");
   return header;
 }
 
