@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tests/test_window_rep_attention.py \
-                  tests/test_patch_projection.py tests/test_fused_blocks.py tests/test_one_call.py
+                  tests/test_patch_projection.py tests/test_fused_blocks.py tests/test_one_call.py \
+                  tests/test_layernorm_statistics.py tests/test_hostile_arguments.py
 # the CPU levels below the one that this machine runs at
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstring>
+#include <exception>
+#include <mutex>
 
 #include "bindings_check.h"
 #include "cpu/arena.h"
@@ -78,13 +80,23 @@ Header read_header(const Tensor& packed, const char (&magic)[8], const char* pac
   const bool ours = std::memcmp(header.magic, magic, sizeof(header.magic)) == 0;
   STD_TORCH_CHECK(ours && header.dtype >= 0 && header.dtype < repavit::kDTypes && header.bytes == packed.numel() &&
                       bytes_of(header) == packed.numel(),
-                  "packed: got ", packed.numel(), " bytes that are not the result of ", pack,
-                  "; pack the weights again");
+                  "packed: this is not the result of ", pack, ", but ", packed.numel(), " bytes; pack the weights again");
   return header;
 }
 
+// What a range throws is thrown here again: on its way through the stable ABI it would lose its words.
 inline void run_on_torch_pool(int64_t count, repavit::Pool::Body body, void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  std::mutex mutex;
+  std::exception_ptr failure;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(context, begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 inline repavit::Pool torch_pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_pool}; }

@@ -16,8 +16,8 @@ Tensor pooled_head(const Tensor& x, const MaybeTensor& weight, const MaybeTensor
   args.first = first;
   args.count = begins && count == 0 ? args.tokens - first : count;
   STD_TORCH_CHECK(begins && 1 <= args.count && args.count <= args.tokens - first,
-                  "first, count: got ", first, " and ", count, ", wanted a range of the ", args.tokens,
-                  " tokens (count 0: all behind the first)");
+                  "first, count: got ", first, " and ", count, " for ", args.tokens,
+                  " tokens, wanted a range of them (count 0: the rest)");
   STD_TORCH_CHECK(weight || !bias, "bias: is given without a weight");
   args.outputs = weight && weight->dim() == 2 ? weight->size(0) : args.channels;
   std::vector<Tensor> copies;

@@ -195,7 +195,7 @@ def pooled_head(
     tokens = x.shape[1]
     if not (0 <= first < tokens and 0 <= count <= tokens - first):  # a slice would take what there is, or count back
         raise ValueError(
-            f"first, count: got {first} and {count}, wanted a range of the {tokens} tokens (count 0: the rest)"
+            f"first, count: got {first} and {count} for {tokens} tokens, wanted a range of them (count 0: the rest)"
         )
     x = x[:, first : first + count if count else None]
     if norm_eps is not None:

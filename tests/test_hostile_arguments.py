@@ -297,6 +297,19 @@ def test_heads_of_no_channels(long):
         refused(("w_qkv", "memory"), OP.rep_attention, x, w_qkv, None, w_proj, None, None, weights, scale=1.0, **static)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_memory_that_there_is_not_is_named_whoever_asked_for_it(threads):
+    """Also on a thread of PyTorch's pool, from which an error reaches us without its words."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        w_qkv, w_proj, x = torch.empty(2**40, 0), torch.randn(3, 2), torch.empty(1, 4, 0)
+        static = {"num_heads": 1, "scale": 1.0, "d_qk": 2**39 - 1}
+        refused("bytes of memory", OP.rep_attention, x, w_qkv, None, w_proj, None, **static)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_results_without_elements_at_any_size():
     x = torch.empty(2**40, 0)
     y = OP.partial_gelu_ffn(x, torch.empty(2**40, 0), None, torch.empty(0, 2**40), None, None)

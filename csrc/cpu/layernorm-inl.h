@@ -63,16 +63,15 @@ struct RowStatistics {
   using V = typename S::V;
   using E = Accumulator<T>;
   V centre;
-  E offset;
-  double variance;  // squares of floats whose sum is beyond all floats leave +Inf, not the difference of two
+  double offset, variance;  // few numbers: what is rounded here, or overflows, would be so for the whole row
 
   RowStatistics(const T* x, ptrdiff_t columns) {
     const V first = columns > 0 ? S::broadcast(first_of(x)) : S::zero();
-    const E share = E{1} / static_cast<E>(columns);
+    const double share = 1.0 / static_cast<double>(columns);
     V total = S::zero();
     for_each_vector(x, columns, [&](V v, ptrdiff_t, int n)
                                     __attribute__((always_inline)) { total += difference(v, first, n); });
-    centre = first + S::broadcast(S::sum(total) * share);
+    centre = first + S::broadcast(static_cast<E>(S::sum(total) * share));
 
     V sum = S::zero(), squares = S::zero();
     for_each_vector(x, columns, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
@@ -81,8 +80,7 @@ struct RowStatistics {
       squares = S::fma(d, d, squares);
     });
     offset = S::sum(sum) * share;
-    const double lacking = static_cast<double>(offset);
-    variance = static_cast<double>(S::sum(squares) * share) - lacking * lacking;
+    variance = S::sum(squares) * share - offset * offset;
     if (variance < 0.0) variance = 0.0;  // a NaN stays one
   }
 
@@ -108,8 +106,8 @@ void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Fin
   using V = typename S::V;
   using E = Accumulator<T>;
   const RowStatistics<T> row(x, columns);
-  const E factor = E{1} / static_cast<E>(__builtin_sqrt(row.variance + eps));
-  const V scale = S::broadcast(factor), shift = S::broadcast(-row.offset * factor);
+  const double factor = 1.0 / __builtin_sqrt(row.variance + eps);
+  const V scale = S::broadcast(static_cast<E>(factor)), shift = S::broadcast(static_cast<E>(-row.offset * factor));
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
     store_some<S>(out + i, finish(S::fma(v - row.centre, scale, shift), i, n), n);
   });
