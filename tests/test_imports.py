@@ -18,7 +18,7 @@ LAYERS = (
     ("version",),
     ("reparam", "stack_plan", "backends"),
     ("reference",),
-    ("kernels",),
+    ("kernels", "flop_formulas"),
     ("library",),
     ("ops",),
     ("nn",),
