@@ -234,7 +234,26 @@ def _upernet(published: bool) -> nn.Module:
     return UperNetForSemanticSegmentation(config).eval()
 
 
+def _llava(published: bool) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {**(BASE if published else SMALL), "num_hidden_layers": 3}  # the last layer but one is what LLaVA reads
+    vision = CLIPVisionConfig(**sizes, **GELU, image_size=_side(published), patch_size=_patch(published))
+    text = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **ENDS
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def _picture_in_a_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    patches = (_side(published) // _patch(published)) ** 2
+    tokens = torch.cat([torch.full((1, patches), 98), torch.arange(3, 9).view(1, 6)], dim=1)
+    return (), {"input_ids": tokens, "pixel_values": _images(published)[0][0][:1], "use_cache": False}
+
+
 TRANSFORMERS |= {
+    "LLaVA (CLIP tower)": Row("transformers", _llava, _picture_in_a_text),
     "Depth Anything (DINOv2 backbone)": Row("transformers", _depth_anything, _images),
     "UperNet (Swin backbone)": Row("transformers", _upernet, lambda _: ((seeded(1, 3, 224, 224),), {})),
 }

@@ -393,6 +393,7 @@ TRANSFORMERS = Family(
         **_classes(LAYER, CLIP_LAYER, CLIP_LIKE, BLIP2_LIKE),
         **_classes(LAYER, BLIP_LAYER, BLIP_LIKE),
         **_classes(LAYER, BEIT_LAYER, BEIT_LIKE),
+        f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": DINO_LAYER,  # its attention rotates and stays
     },
     whole_blocks={
         f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": VITPOSE_LAYER,
@@ -428,6 +429,8 @@ TRANSFORMERS = Family(
         "transformers.activations.NewGELUActivation": lambda _: nn.GELU("tanh"),
         **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
         **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
+        f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": lambda scale: ChannelScale(scale.lambda1),
+        f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTDropPath": lambda _: nn.Identity(),
     },
     mergings=dict.fromkeys(
         (
