@@ -252,7 +252,47 @@ def _picture_in_a_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]
     return (), {"input_ids": tokens, "pixel_values": _images(published)[0][0][:1], "use_cache": False}
 
 
+def _rf_detr(published: bool) -> nn.Module:
+    from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone, RfDetrDinov2Config
+
+    sizes = {k: v for k, v in (BASE if published else SMALL).items() if k != "intermediate_size"}
+    settings = {"mlp_ratio": 2, "image_size": 64, "patch_size": 8, "num_windows": 2, "window_block_indexes": [0]}
+    return RfDetrDinov2Backbone(RfDetrDinov2Config(**sizes, **settings, out_features=["stage1", "stage2"])).eval()
+
+
+def _mask2former(published: bool) -> nn.Module:
+    from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
+
+    dim = 96 if published else 24
+    stages = {"depths": [1, 2, 1, 1], "num_heads": [2, 2, 2, 2]}
+    swin = SwinConfig(image_size=224, embed_dim=dim, **stages, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
+    rest = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 4}
+    widths = dict.fromkeys(
+        ("feature_size", "hidden_dim", "mask_feature_size", "encoder_feedforward_dim", "dim_feedforward"), 32
+    )
+    return Mask2FormerModel(Mask2FormerConfig(backbone_config=swin, **rest, **widths)).eval()
+
+
+def _zoedepth(published: bool) -> nn.Module:
+    from transformers import BeitConfig, ZoeDepthConfig, ZoeDepthForDepthEstimation
+
+    backbone = BeitConfig(
+        **{**(BASE if published else SMALL), "num_hidden_layers": 4},
+        image_size=64,
+        patch_size=16,
+        use_relative_position_bias=True,
+        out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
+        reshape_hidden_states=False,
+    )
+    rest = {"fusion_hidden_size": 8, "bottleneck_features": 8, "num_relative_features": 8}
+    config = ZoeDepthConfig(backbone_config=backbone, neck_hidden_sizes=[8, 8, 8, 8], **rest)
+    return ZoeDepthForDepthEstimation(config).eval()
+
+
 TRANSFORMERS |= {
+    "RF-DETR (windowed DINOv2)": Row("transformers", _rf_detr, lambda _: ((seeded(2, 3, 64, 64),), {})),
+    "Mask2Former (Swin backbone)": Row("transformers", _mask2former, lambda _: ((seeded(1, 3, 224, 224),), {})),
+    "ZoeDepth (BEiT backbone)": Row("transformers", _zoedepth, lambda _: ((seeded(1, 3, 64, 64),), {})),
     "LLaVA (CLIP tower)": Row("transformers", _llava, _picture_in_a_text),
     "Depth Anything (DINOv2 backbone)": Row("transformers", _depth_anything, _images),
     "UperNet (Swin backbone)": Row("transformers", _upernet, lambda _: ((seeded(1, 3, 224, 224),), {})),

@@ -122,6 +122,29 @@ class TransformersBeitLayer(TransformersLayer):
         return None if self.relative_position_bias is not None else super().enter(x, *args[:1], **kwargs)
 
 
+class RfDetrLayer(TransformersLayer):
+    """As :class:`TransformersLayer` on images cut into windows; a layer of global attention joins those of an image.
+
+    Shapes:
+        hidden_states, returns  [B·num_windows², T, C]
+    """
+
+    num_windows: int
+    global_attention: bool
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if not self.global_attention:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        images = hidden_states.shape[0] // self.num_windows**2
+        joined = hidden_states.reshape(images, -1, hidden_states.shape[-1])
+        return super().forward(joined, attention_mask, **kwargs).view(hidden_states.shape)
+
+    def enter(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | None:
+        return None  # its layers take turns between windows and images
+
+
 class VitPoseLayer(TransformersLayer):
     """As :class:`TransformersLayer`; ``dataset_index`` chooses among experts, of which a fused layer has one."""
 

@@ -15,6 +15,7 @@ from ...nn.foreign_signatures import (
     FirstOfTuple,
     MaskFormerSwinLayer,
     OpenBranch,
+    RfDetrLayer,
     TokensMerging,
     TransformersBeitLayer,
     TransformersLayer,
@@ -88,7 +89,12 @@ MLP = Described(
 
 
 def _layer(
-    attn: str, norms: tuple[str, str], *after: tuple[str, ...], always_maps: bool = False, **options: Any
+    attn: str,
+    norms: tuple[str, str],
+    *after: tuple[str, ...],
+    block: type[TransformersLayer] = TransformersLayer,
+    always_maps: bool = False,
+    **options: Any,
 ) -> Described:
     """A layer whose attention, norms and what follows each half (scale, dropout) have these names.
 
@@ -99,7 +105,7 @@ def _layer(
     def parts(layer: Any) -> TransformersLayer:
         attention = getattr(layer, attn)
         config = getattr(attention, "config", None)
-        closed = TransformersLayer(
+        closed = block(
             FirstOfTuple(getattr(layer, norms[0]), attention, *(_scale(getattr(layer, name)) for name in first)),
             OpenBranch(getattr(layer, norms[1]), layer.mlp, *(_scale(getattr(layer, name)) for name in second)),
         )
@@ -119,6 +125,11 @@ def _scale(after: Any) -> nn.Module:
 
 VIT_LAYER = _layer("attention", ("layernorm_before", "layernorm_after"), ("dropout",), ("dropout",))
 DINO_LAYER = _layer("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
+RF_DETR_LAYER = _layer(
+    *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+    block=RfDetrLayer,
+    may_hold=("num_windows", "global_attention"),
+)
 CLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",))
 
 BLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
@@ -310,6 +321,7 @@ CLIP_LIKE: Names = {
     "smolvlm": ("SmolVLMEncoderLayer", "SmolVLMVisionAttention", "SmolVLMVisionMLP", "SmolVLMEncoder"),
     "x_clip": ("XCLIPEncoderLayer", "XCLIPAttention", "XCLIPMLP", "XCLIPEncoder"),
 }
+RF_DETR_LIKE: Names = {"rf_detr": ("RfDetrDinov2Layer", "RfDetrDinov2Attention", "RfDetrDinov2MLP", "")}
 BEIT_LIKE: Names = {"beit": ("BeitLayer", "BeitAttention", "BeitMLP", "BeitModel")}
 BLIP_LIKE: Names = {"blip": ("BlipEncoderLayer", "BlipAttention", "BlipMLP", "BlipEncoder")}
 BLIP2_LIKE: Names = {
@@ -378,13 +390,13 @@ TRANSFORMERS = Family(
     "transformers",
     oldest="5.10",  # up to 5.15 without DINOv2, whose parts had other names
     attentions={
-        **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, BEIT_LIKE),
+        **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, RF_DETR_LIKE, BEIT_LIKE),
         **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE),
         **_classes(ATTN, BLIP_ATTENTION, BLIP_LIKE),
         **_classes(ATTN, BLIP2_ATTENTION, BLIP2_LIKE),
     },
     ffns={
-        **_classes(FFN, MLP, VIT_LIKE, DINO_LIKE, BEIT_LIKE, CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE, SWIN_LIKE),
+        **_classes(FFN, MLP, VIT_LIKE, DINO_LIKE, RF_DETR_LIKE, BEIT_LIKE, CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE, SWIN_LIKE),
         **{f"{MODELS}{path}": _mlp(*names) for path, names in ONLY_FFN.items()},
     },
     blocks={
@@ -393,6 +405,7 @@ TRANSFORMERS = Family(
         **_classes(LAYER, CLIP_LAYER, CLIP_LIKE, BLIP2_LIKE),
         **_classes(LAYER, BLIP_LAYER, BLIP_LIKE),
         **_classes(LAYER, BEIT_LAYER, BEIT_LIKE),
+        **_classes(LAYER, RF_DETR_LAYER, RF_DETR_LIKE),
         f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": DINO_LAYER,  # its attention rotates and stays
     },
     whole_blocks={
@@ -427,8 +440,8 @@ TRANSFORMERS = Family(
         "transformers.activations.GELUActivation": lambda act: nn.GELU() if act.act is nn.functional.gelu else act,
         "transformers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
         "transformers.activations.NewGELUActivation": lambda _: nn.GELU("tanh"),
-        **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
-        **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
+        **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE, RF_DETR_LIKE),
+        **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, RF_DETR_LIKE, SWIN_LIKE, BEIT_LIKE),
         f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": lambda scale: ChannelScale(scale.lambda1),
         f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTDropPath": lambda _: nn.Identity(),
     },
@@ -441,7 +454,7 @@ TRANSFORMERS = Family(
         lambda part: MergingParts(part.norm, part.reduction, wrap=TokensMerging),
     ),
     patch_embeddings={
-        **_named("PatchEmbeddings", "projection", VIT_LIKE, DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
+        **_named("PatchEmbeddings", "projection", VIT_LIKE, DINO_LIKE, RF_DETR_LIKE, SWIN_LIKE, BEIT_LIKE),
         **_named("VisionEmbeddings", "patch_embedding", CLIP_LIKE, BLIP_LIKE, BLIP2_LIKE),
     },
 )
