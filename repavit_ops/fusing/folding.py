@@ -97,6 +97,13 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
+def layer_norm(norm: Any) -> nn.LayerNorm:
+    """An ``nn.LayerNorm`` on the parameters of another library's own."""
+    made = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    made.weight, made.bias = norm.weight, norm.bias
+    return made
+
+
 def _projections(parts: AttentionParts) -> tuple[nn.Module, ...]:
     return parts.qkv if isinstance(parts.qkv, tuple) else (parts.qkv,)
 

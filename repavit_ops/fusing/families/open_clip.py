@@ -10,7 +10,7 @@ from torch import nn
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import OpenClipBlock
 from ..family import Described, Family, WholeBlock
-from ..folding import FFNParts
+from ..folding import FFNParts, layer_norm
 from ..rules import plain
 from .torch import multihead_attention, why_not_multihead
 
@@ -50,12 +50,6 @@ BLOCK = Described(
 )
 
 
-def _layer_norm(norm: Any) -> nn.Module:
-    like = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-    like.weight, like.bias = norm.weight, norm.bias
-    return like
-
-
 POOLING = "attention pooling: its queries are not the tokens"
 
 OPEN_CLIP = Family(
@@ -67,8 +61,8 @@ OPEN_CLIP = Family(
     },
     loops={"open_clip.transformer.Transformer": "resblocks"},
     meanings={
-        "open_clip.transformer.LayerNorm": _layer_norm,
-        "open_clip.transformer.LayerNormFp32": _layer_norm,
+        "open_clip.transformer.LayerNorm": layer_norm,
+        "open_clip.transformer.LayerNormFp32": layer_norm,
         "open_clip.transformer.LayerScale": lambda scale: ChannelScale(scale.gamma),
     },
     patch_embeddings={"open_clip.transformer.VisionTransformer": "conv1"},

@@ -18,7 +18,7 @@ from ...nn.foreign_block import (
     OpenBranch,
 )
 from ..family import Described, Family, WindowBlock
-from ..folding import AttentionParts, FFNParts, WindowParts, linear
+from ..folding import AttentionParts, FFNParts, WindowParts, layer_norm, linear
 from ..patches import MergingParts
 from ..rules import plain
 
@@ -141,12 +141,6 @@ SWIN_BLOCK = Described(
 # --- what else stands in a model --------------------------------------------------------------------------------------
 
 
-def _layer_norm(norm: Any) -> nn.Module:
-    like = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-    like.weight, like.bias = norm.weight, norm.bias
-    return like
-
-
 def _layer_scale(scale: Any) -> nn.Module:
     return ChannelScale(scale.gamma)
 
@@ -195,8 +189,8 @@ TIMM = Family(
     meanings={
         "timm.layers.activations.GELU": lambda _: nn.GELU(),
         "timm.layers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
-        "timm.layers.LayerNorm": _layer_norm,
-        "timm.layers.LayerNormFp32": _layer_norm,
+        "timm.layers.LayerNorm": layer_norm,
+        "timm.layers.LayerNormFp32": layer_norm,
         "timm.layers.LayerScale": _layer_scale,
         "timm.models.vision_transformer.LayerScale": _layer_scale,
         "timm.layers.DropPath": lambda _: nn.Identity(),
