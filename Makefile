@@ -2,11 +2,13 @@
 #
 #   PYTHON=python3.12            the interpreter that .venv is made from
 #   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow)
+#   WORKERS=2                    processes that run the Python tests; each uses PyTorch's threads besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 
+WORKERS ?= 2
 FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0'
 
 BIN := $(VENV)/bin
@@ -47,11 +49,11 @@ test-avx512: ## the C++ kernels' AVX-512 levels, emulated on any AVX2 machine; s
 test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has
 	@for level in $$($(BIN)/python -c "$(LOWER_LEVELS)"); do \
 	    echo "REPAVIT_CPU_ISA=$$level"; \
-	    REPAVIT_CPU_ISA=$$level $(BIN)/python -m pytest $(OPERATOR_TESTS) || exit 1; \
+	    REPAVIT_CPU_ISA=$$level $(BIN)/python -m pytest -n $(WORKERS) $(OPERATOR_TESTS) || exit 1; \
 	done
 
 test-python: $(VENV)/.dev ## every Python test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 coverage: $(VENV)/.dev ## fuse and compare other libraries' models at published widths; writes docs/coverage.md
 	$(BIN)/python bench/coverage.py

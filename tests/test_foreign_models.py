@@ -80,7 +80,7 @@ def test_folds_are_exact_and_fused_models_copy_pickle_and_fuse_again(name):
         ("ViT", ["patch_projection", "fused_blocks"]),
         ("DINOv2", ["patch_projection", "fused_blocks"]),
         ("CLIP vision", ["patch_projection", "fused_blocks"]),
-        ("Swin", ["patch_projection", "fused_blocks", "fused_blocks"]),
+        ("Swin", ["patch_projection", "fused_blocks"] * 2),
         ("BLIP", ["patch_projection", "fused_blocks"]),
         ("torchvision vit", ["patch_projection", "fused_blocks"]),
         ("torchvision swin", ["patch_projection", "fused_blocks"] * 2),

@@ -183,6 +183,7 @@ def test_tests_count_as_they_end_though_their_run_is_cut(tmp_path, monkeypatch):
     log = tmp_path / "log"
     monkeypatch.setenv("REPAVIT_TEST_LOG", str(log))
     monkeypatch.setenv("PYTHONPATH", str(gpu.CHECKOUT / "bench"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # these tests may run side by side themselves
     command = [sys.executable, "-m", "pytest", "-p", "gpu_test_log", "-p", "no:cacheprovider", str(tmp_path)]
     subprocess.run(command, cwd=tmp_path, capture_output=True)
     counted = gpu_test_log.count(log)
