@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import OpenClipBlock
 from ..family import Described, Family, WholeBlock
@@ -69,6 +70,7 @@ OPEN_CLIP = Family(
     meanings={
         "open_clip.transformer.LayerNorm": _layer_norm,
         "open_clip.transformer.LayerNormFp32": _layer_norm,
+        "open_clip.transformer.QuickGELU": lambda _: QuickGELU(),
         "open_clip.transformer.LayerScale": lambda scale: ChannelScale(scale.gamma),
     },
     patch_embeddings={"open_clip.transformer.VisionTransformer": "conv1"},

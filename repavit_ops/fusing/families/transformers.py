@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import (
     Always,
@@ -424,6 +425,7 @@ TRANSFORMERS = Family(
         "transformers.activations.GELUActivation": lambda act: nn.GELU() if act.act is nn.functional.gelu else act,
         "transformers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
         "transformers.activations.NewGELUActivation": lambda _: nn.GELU("tanh"),
+        "transformers.activations.QuickGELUActivation": lambda _: QuickGELU(),
         **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE),
         **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, SWIN_LIKE, BEIT_LIKE),
     },
