@@ -155,6 +155,7 @@ TRANSFORMERS = {
     "DINOv2": hf("Dinov2Model", **MLP_RATIO),
     "DINOv2 with registers": hf("Dinov2WithRegistersModel", **MLP_RATIO),
     "CLIP vision": hf("CLIPVisionModel", "CLIPVisionConfig", **GELU),
+    "CLIP vision, quick GELU": hf("CLIPVisionModel", "CLIPVisionConfig"),
     "CLIP text": hf("CLIPTextModel", "CLIPTextConfig", **TEXT, **GELU, **ENDS),
     "SigLIP vision": hf("SiglipVisionModel", "SiglipVisionConfig"),
     "SigLIP text": hf("SiglipTextModel", "SiglipTextConfig", **TEXT, **ENDS),
@@ -325,13 +326,16 @@ def _torchvision_swin(version: str = "") -> Callable[[bool], nn.Module]:
     return build
 
 
-def _open_clip(published: bool) -> nn.Module:
-    from open_clip.model import CLIP
+def _open_clip(quick_gelu: bool) -> Callable[[bool], nn.Module]:
+    def build(published: bool) -> nn.Module:
+        from open_clip.model import CLIP
 
-    width, heads, side, patch = (768, 12, 224, 16) if published else (64, 4, 32, 8)
-    vision = {"image_size": side, "layers": 2, "width": width, "head_width": width // heads, "patch_size": patch}
-    text = {"context_length": TOKENS, "vocab_size": 99, "width": width, "heads": heads, "layers": 2}
-    return CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()
+        width, heads, side, patch = (768, 12, 224, 16) if published else (64, 4, 32, 8)
+        vision = {"image_size": side, "layers": 2, "width": width, "head_width": width // heads, "patch_size": patch}
+        text = {"context_length": TOKENS, "vocab_size": 99, "width": width, "heads": heads, "layers": 2}
+        return CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text, quick_gelu=quick_gelu).eval()
+
+    return build
 
 
 def _image_and_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -363,7 +367,8 @@ OTHERS = {
     "torchvision swin, padded": Row("torchvision", _torchvision_swin(), _padded_maps),
     "torchvision swin, oblong": Row("torchvision", _torchvision_swin(), _wide_maps),
     "torchvision swin_v2": Row("torchvision", _torchvision_swin("V2"), _maps, FFN, (COSINE,)),
-    "open_clip CLIP": Row("open_clip", _open_clip, _image_and_text),
+    "open_clip CLIP": Row("open_clip", _open_clip(False), _image_and_text),
+    "open_clip CLIP, quick GELU": Row("open_clip", _open_clip(True), _image_and_text),
     "torch.nn.TransformerEncoder": Row("torch", _torch_encoder(True), _tokens(True)),
     "torch.nn.TransformerEncoder, sequence first": Row("torch", _torch_encoder(False), _tokens(False)),
 }

@@ -73,7 +73,7 @@ namespace repavit_bindings {
 
 repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                                      const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
-                                     std::optional<double> norm_eps, bool residual, bool tanh_gelu,
+                                     std::optional<double> norm_eps, bool residual, repavit::GeluForm gelu,
                                      std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.dim() >= 1 && w_in.dim() == 2, "x, w_in: got shapes ", shape_of(x), ", ", shape_of(w_in),
                   ", wanted [..., C] and [m, C]");
@@ -103,7 +103,7 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
   args.norm_eps = norm_eps.value_or(0.0);
   args.normalize = norm_eps.has_value();
   args.residual = residual;
-  args.tanh_gelu = tanh_gelu;
+  args.gelu = gelu;
   return args;
 }
 
@@ -111,14 +111,19 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
 
 namespace {
 
+repavit::GeluForm gelu_form(const std::string& approximate) {
+  if (approximate == "none") return repavit::kGeluErf;
+  if (approximate == "tanh") return repavit::kGeluTanh;
+  STD_TORCH_CHECK(approximate == "quick", "approximate: got '", approximate, "', wanted 'none', 'tanh' or 'quick'");
+  return repavit::kGeluQuick;
+}
+
 Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                         const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
                         std::optional<double> norm_eps, bool residual, std::string approximate) {
-  STD_TORCH_CHECK(approximate == "none" || approximate == "tanh", "approximate: got '", approximate,
-                  "', wanted 'none' or 'tanh'");
   std::vector<Tensor> copies;
   repavit::PartialGeluFfnArgs args =
-      ffn_args(x, w_in, b_in, w_out, w_merged, bias, packed, norm_eps, residual, approximate == "tanh", copies);
+      ffn_args(x, w_in, b_in, w_out, w_merged, bias, packed, norm_eps, residual, gelu_form(approximate), copies);
   Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
   if (x.numel() == 0) return y;
   const RowView rows(x);

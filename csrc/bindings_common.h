@@ -136,7 +136,7 @@ struct RowView {
 // bindings.cpp
 repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                                      const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
-                                     std::optional<double> norm_eps, bool residual, bool tanh_gelu,
+                                     std::optional<double> norm_eps, bool residual, repavit::GeluForm gelu,
                                      std::vector<Tensor>& copies);
 
 // bindings_attention.cpp. Head widths from both weights; without a d_qk it is what the rows of w_qkv leave.

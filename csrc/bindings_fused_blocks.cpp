@@ -24,7 +24,12 @@ struct Step {
   int64_t kind() const { return integers[0]; }
   bool in_block() const { return kind() >= kFfn && kind() <= kWindowAttention; }
   bool residual() const { return integers[1] != 0; }
-  // Of an FFN GELU by tanh, of windows roll first, of patches channels last, of tokens as a map.
+  repavit::GeluForm gelu() const {
+    STD_TORCH_CHECK(0 <= integers[2] && integers[2] < repavit::kGeluForms, "plan: got a GELU of form ", integers[2],
+                    ", wanted 0 to ", repavit::kGeluForms - 1);
+    return static_cast<repavit::GeluForm>(integers[2]);
+  }
+  // Of windows roll first, of patches channels last, of tokens as a map.
   bool flag() const { return integers[2] != 0; }
   int64_t heads() const { return integers[3]; }
   int64_t d_qk() const { return integers[4]; }
@@ -51,7 +56,7 @@ class Run {
     repavit::StackStep to{};
     if (step.kind() == Step::kFfn) {
       to.ffn = ffn_args(x, step.tensor(0, "w_in"), step.tensors[1], step.tensor(2, "w_out"), step.tensors[3],
-                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.flag(), copies_);
+                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.gelu(), copies_);
       list_.push_back(to);
       read_from({step.tensors[1], step.tensors[4]}, step.tensors[5]);
       return;

@@ -10,8 +10,8 @@ Design:
 2. Up to a few hundred keys all scores of a query tile stand in registers: one max, one exp2, one sum, nothing is
    rescaled. The keys come in powers of two (197 → 128 + 64 + 16), so that less than 16 are wasted; the queries left
    over from the last full tile may get a tile of their own. Longer sequences run the online softmax.
-3. Scores are in units of log2: exp2 is one instruction. Without a bias the factor waits for the exponent, where it is
-   half of a fused multiply-add.
+3. exp2 is one instruction, so scores are multiplied by log2e. That waits for the exponent: without a bias it is half of
+   a fused multiply-add there, and of a bias the product could overflow before the greatest score is subtracted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHIFT_MASK = tl.constexpr(-100.0)  # what Swin adds between tokens of different 
 def _scores(task, sequence, q, query, region, key, known_bias, WHOLE: tl.constexpr):
     """Scores of queries [M] against keys [N], -inf beyond the last key; and the keys' rows and presence.
 
-    In units of log2 with a bias; without one q kᵀ alone, still to be multiplied by the scale.
+    ``scale · q kᵀ + bias``; without a bias q kᵀ alone, still to be multiplied by the scale.
 
     Args:
         region: of the queries, as ``token_rows`` gives it.
@@ -67,14 +67,18 @@ def _scores(task, sequence, q, query, region, key, known_bias, WHOLE: tl.constex
     elif not WHOLE:
         s = tl.where((key < task.tokens)[None, :], s, MINUS_INFINITY)
     if task.shifted:
-        s = tl.where(region[:, None] == key_region[None, :], s, s + SHIFT_MASK * LOG2E)
+        s = tl.where(region[:, None] == key_region[None, :], s, s + SHIFT_MASK)
     return s, row, present
 
 
 @triton.jit
-def _exponent(task):
-    """What the scores are still to be multiplied by."""
-    return task.scale if task.bias is None else 1.0
+def _exponential(task, score, peak):
+    """Weight of a score, given the largest of its row."""
+    if task.bias is None:
+        weight = tl.exp2(score * task.scale - peak * task.scale)
+    else:
+        weight = tl.exp2((score - peak) * LOG2E)
+    return weight
 
 
 @triton.jit
@@ -139,11 +143,11 @@ def _attend_at_once(task, sequence, first_query, known_bias, QUERIES: tl.constex
         peak = tl.maximum(peak, tl.max(s, 1))
         start += KEYS[c]
 
-    peak = _finite(task, peak) * _exponent(task)
+    peak = _finite(task, peak)
     acc = _zeros(task, QUERIES)
     total = tl.zeros((QUERIES,), tl.float32)
     for c in tl.static_range(len(KEYS)):
-        p = tl.exp2(scores[c] * _exponent(task) - peak[:, None])
+        p = _exponential(task, scores[c], peak[:, None])
         total += tl.sum(p, 1)
         acc = _weighted(task, p, load_values(task, sequence, rows[c], presence[c], c < len(KEYS) - 1), acc)
     _write(task, sequence, query_row, query_present, acc, total)
@@ -167,10 +171,10 @@ def _attend_online(task, sequence, first_query, QUERIES: tl.constexpr, KEYS: tl.
 def _online_step(task, sequence, q, query, region, start, acc, total, peak, KEYS: tl.constexpr):
     """acc, total and peak with KEYS more keys taken in."""
     s, row, present = _scores(task, sequence, q, query, region, start + tl.arange(0, KEYS), None, False)
-    new_peak = tl.maximum(peak, tl.max(s, 1) * _exponent(task))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = _finite(task, new_peak)
-    p = tl.exp2(s * _exponent(task) - shift[:, None])
-    rescale = tl.exp2(peak - shift)
+    p = _exponential(task, s, shift[:, None])
+    rescale = _exponential(task, peak, shift)
     acc = _weighted(task, p, load_values(task, sequence, row, present, False), _scaled(task, acc, rescale))
     return acc, total * rescale + tl.sum(p, 1), new_peak
 
@@ -212,7 +216,7 @@ def attention_kernel(
     bias_strides,  # elements per (sequence, head, query, key); 0 where it is broadcast
     padding,  # [HEADS · (D_QK + D_V)]: k | v of the tokens that fill up the last windows; None: they are 0
     out,  # [rows, HEADS · D_V], contiguous
-    scale,  # log2e · factor of q kᵀ; positive where there is no bias
+    scale,  # factor of q kᵀ; where there is no bias, times log2e, and positive
     sequences,  # images, or images · windows
     group,  # sequences per program
     tokens,  # of a sequence
@@ -333,7 +337,7 @@ def _launch(
     tiles = triton.cdiv(shape.tokens, config.queries)
     attention_kernel[(triton.cdiv(shape.sequences, config.group) * shape.heads * tiles,)](
         qkv, bias, None if bias is None else bias.stride(), padding, out,
-        scale * LOG2E.value, shape.sequences, config.group, shape.tokens, *geometry,
+        scale if bias is not None else scale * LOG2E.value, shape.sequences, config.group, shape.tokens, *geometry,
         shape.heads, shape.d_qk, shape.d_v, pieces(shape.d_qk), pieces(shape.d_v),
         window, any(geometry[2:]), roll_first, product_precision(),
         config.queries, config.queries_of_tail(shape.tokens), config.chunks_of_keys(shape.tokens), config.keys > 0,

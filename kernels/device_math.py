@@ -31,10 +31,18 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def gelu_quick(x):
+    """x sigmoid(1.702 x), which OpenAI trained CLIP with."""
+    return x / (1.0 + tl.exp2(-2.4554669595930156 * x))  # 1.702 log2(e)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """ACTIVATION of fp32 ``x``: "none" | "gelu" | "gelu_tanh"; EXACT asks for fp32 accuracy."""
+    """ACTIVATION of fp32 ``x``: "none" | "gelu" | "gelu_tanh" | "gelu_quick"; EXACT asks for fp32 accuracy."""
     if ACTIVATION == "gelu_tanh":
         x = gelu_tanh(x)
+    elif ACTIVATION == "gelu_quick":
+        x = gelu_quick(x)
     elif ACTIVATION == "gelu":
         if EXACT:
             x = gelu_erf(x)

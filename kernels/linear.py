@@ -18,12 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from . import tuning
 from .chips import chip_of
 from .layer_norm import layer_norm_core
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, row_moments, tile_corner
 from .tuning import Config
+
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}  # of kernels, by ``approximate``
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -44,7 +47,7 @@ def linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # "none" | "gelu" | "gelu_tanh"
+    ACTIVATION: tl.constexpr,  # "none" | "gelu" | "gelu_tanh" | "gelu_quick"
     NORM: tl.constexpr,  # rows of x are normalised first
     EVEN: tl.constexpr,  # BK divides K
     TMA: tl.constexpr,  # x, weight and out are descriptors
@@ -87,7 +90,7 @@ def linear(
         returns   [..., N]   contiguous, x's dtype
 
     Args:
-        activation: "none", "gelu" (erf) or "gelu_tanh".
+        activation: "none", or a GELU as ``ACTIVATIONS`` names it.
         config: the tile to take instead of the table's (tests, tuner).
     """
     rows, weight = as_rows(x), as_rows(weight)
@@ -125,5 +128,5 @@ def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     """The same by PyTorch's own products: where a table found them faster."""
     y = F.linear(x, weight, bias)
     if activation != "none":
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = reference.gelu(y, next(form for form, name in ACTIVATIONS.items() if name == activation))
     return y if residual is None else y.add_(residual)

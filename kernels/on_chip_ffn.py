@@ -47,7 +47,7 @@ def on_chip_kernel(
     BH: tl.constexpr,  # columns of h at a time
     BC: tl.constexpr,  # columns of x, z and y in one tile
     TILES: tl.constexpr,  # tiles that cover C
-    ACTIVATION: tl.constexpr,  # "gelu" | "gelu_tanh"
+    ACTIVATION: tl.constexpr,  # "gelu" | "gelu_tanh" | "gelu_quick"
     NORM: tl.constexpr,
     EVEN_C: tl.constexpr,  # BC divides C
     EVEN_H: tl.constexpr,  # BH divides H

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import tuning
 from .chips import chip_of
 from .layer_norm import layer_norm_core
-from .linear import linear, vendor_linear
+from .linear import ACTIVATIONS, linear, vendor_linear
 from .on_chip_ffn import on_chip_ffn
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, tile_corner
@@ -85,7 +85,7 @@ def partial_gelu_ffn(
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.partial_gelu_ffn`, same arguments."""
     rows = as_rows(x)
-    activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+    activation = ACTIVATIONS[approximate]
     (m, c), hidden = rows.shape, w_in.shape[0]
     config = tuning.choose_on_chip(chip_of(x.device), x.dtype, m, c, hidden)
     operands = (rows, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation)

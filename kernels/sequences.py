@@ -165,9 +165,9 @@ def load_values(task, sequence, row, present, WHOLE: tl.constexpr):
 
 @triton.jit
 def load_bias(task, sequence, query, key):
-    """[M, N] of log2e · bias, -inf beyond the last key."""
+    """[M, N] of the bias in fp32, -inf beyond the last key."""
     by_sequence, by_head, by_query, by_key = task.bias_strides
     base = task.bias + sequence.to(tl.int64) * by_sequence + task.head.to(tl.int64) * by_head
     address = base + (query.to(tl.int64)[:, None] * by_query + key.to(tl.int64)[None, :] * by_key)
     present = (query < task.tokens)[:, None] & (key < task.tokens)[None, :]
-    return tl.load(address, mask=present, other=MINUS_INFINITY).to(tl.float32) * LOG2E
+    return tl.load(address, mask=present, other=MINUS_INFINITY).to(tl.float32)

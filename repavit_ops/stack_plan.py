@@ -9,7 +9,7 @@ behind them. Every step has the same number of each, absent tensors None:
               patch_projection      weight, bias, packed
               token_embedding       weight, bias, packed, prefix, position, norm_weight, norm_bias
               pooled_head           weight, bias, norm_weight, norm_bias
-    integers  0 kind   1 residual   2 GELU by tanh | roll first | channels last | as map   3 num_heads | first
+    integers  0 kind   1 residual   2 form of GELU | roll first | channels last | as map   3 num_heads | first
               4 d_qk | count   5-6 window | patch   7-8 shift
     scalars   0 scale   1 norm_eps, -1 for no norm
 
@@ -28,6 +28,7 @@ TENSORS, INTEGERS, SCALARS = 7, 9, 2
 IN_BLOCKS = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 NO_NORM = -1.0
+GELU_FORMS = ("none", "tanh", "quick")  # values of ``approximate``; a plan has the index, as csrc/cpu/kernels.h
 
 Plan = tuple[list[Tensor | None], list[int], list[float]]
 
@@ -52,10 +53,11 @@ class _Form:
     numbers: dict[int, str] = field(default_factory=dict)
     pairs: dict[int, str] = field(default_factory=dict)
     scaled: bool = False
+    gelu: int | None = None
 
 
 _FORMS = {
-    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual", 2: "approximate"}),
+    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, gelu=2),
     "rep_attention": _Form(5, 4, flags={1: "residual"}, numbers={3: "num_heads", 4: "d_qk"}, scaled=True),
     "window_rep_attention": _Form(
         7,
@@ -84,11 +86,13 @@ def encode(steps: Iterable[Step]) -> Plan:
         weights += tensors + [None] * (TENSORS - len(tensors))
         integers = [KINDS.index(step.operator)] + [0] * (INTEGERS - 1)
         for i, name in form.flags.items():
-            integers[i] = int(static[name] in (True, "tanh"))
+            integers[i] = int(static[name])
         for i, name in form.numbers.items():
             integers[i] = static[name]
         for i, name in form.pairs.items():
             integers[i : i + 2] = static[name]
+        if form.gelu is not None:
+            integers[form.gelu] = GELU_FORMS.index(static["approximate"])
         plan += integers
         eps = static["norm_eps"]
         scalars += [static["scale"] if form.scaled else 1.0, NO_NORM if eps is None else eps]
@@ -108,10 +112,17 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
         if form.scaled:
             static["scale"] = scale
         for i, name in form.flags.items():
-            on = bool(integers[i])
-            static[name] = ("tanh" if on else "none") if name == "approximate" else on
+            static[name] = bool(integers[i])
         for i, name in form.numbers.items():
             static[name] = integers[i]
         for i, name in form.pairs.items():
             static[name] = tuple(integers[i : i + 2])
+        if form.gelu is not None:
+            static["approximate"] = _gelu_form(integers[form.gelu])
         yield Step(operator, tuple(tensors), static, packed)
+
+
+def _gelu_form(index: int) -> str:
+    if not 0 <= index < len(GELU_FORMS):
+        raise ValueError(f"plan: got a GELU of form {index}, wanted 0 to {len(GELU_FORMS) - 1}")
+    return GELU_FORMS[index]

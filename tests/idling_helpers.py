@@ -18,6 +18,7 @@ TIMM = {
     "deit3_small_patch16_224": VIT,
     "vit_small_patch14_dinov2": VIT,
     "vit_base_patch16_clip_224": VIT,
+    "vit_base_patch16_clip_quickgelu_224": VIT,
     "vit_base_patch16_siglip_224": VIT,
     "swin_tiny_patch4_window7_224": SWIN,
 }

@@ -51,7 +51,7 @@ def test_matches_truth_at_every_shape(shape, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("norm_eps", [None, 1e-6], ids=["no_norm", "norm"])
 @pytest.mark.parametrize("rows", [197, 5000])

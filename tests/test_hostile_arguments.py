@@ -239,6 +239,8 @@ def test_a_plan_of_the_wrong_length_or_kind(device, grad):
     refused("plan", call, [], [], [])
     for kind in (*HUGE, len(stack_plan.KINDS)):
         refused("plan", call, weights, [kind, *plan[1:]], scalars)
+    for gelu in (*HUGE, -1, len(stack_plan.GELU_FORMS)):
+        refused("plan", call, weights, [*plan[:2], gelu, *plan[3:]], scalars)
 
 
 ATTENTION_CORES = {

@@ -428,16 +428,9 @@ def test_labels_behind_the_images_are_ignored():
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("vit_base_patch16_clip_quickgelu_224", r"blocks\.0.*QuickGELU"),
-        ("vit_giant_patch14_dinov2", r"blocks\.0.*gated"),
-    ],
-)
-def test_ffns_that_cannot_be_idled_are_named(timm, name, words):
-    with pytest.raises(ValueError, match=words):
-        idle(timm.create_model(name, **VIT).eval())
+def test_ffns_that_cannot_be_idled_are_named(timm):
+    with pytest.raises(ValueError, match=r"blocks\.0.*gated"):
+        idle(timm.create_model("vit_giant_patch14_dinov2", **VIT).eval())
 
 
 def test_other_models_are_refused():

@@ -24,6 +24,7 @@ def cases():
     return {
         "partial_gelu_ffn": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), both),
         "partial_gelu_ffn_tanh": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), {"approximate": "tanh"}),
+        "partial_gelu_ffn_quick": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), {"approximate": "quick"}),
         "partial_gelu_ffn_m_zero": (reference.partial_gelu_ffn, ffn_operands(3, 8, 0), {"residual": True}),
         "rep_attention": (reference.rep_attention, (*attention, bias), {**heads, **both}),
         "window_rep_attention": (reference.window_rep_attention, window, {**windows, **both}),

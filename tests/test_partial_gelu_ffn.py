@@ -27,6 +27,11 @@ SHAPES = {  # tokens, C, m
 }
 
 
+def formula(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """GELU as models write it."""
+    return x * torch.sigmoid(1.702 * x) if approximate == "quick" else F.gelu(x, approximate=approximate)
+
+
 def operands(tokens: int, c: int, m: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """x, w_in, b_in, w_out, w_merged, bias in float64."""
     return (
@@ -48,7 +53,7 @@ def test_matches_truth_at_every_shape(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-6], ids=["no_norm", "norm"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 def test_every_option(dtype, norm_eps, residual, approximate):
     static = {"norm_eps": norm_eps, "residual": residual, "approximate": approximate}
     check_operator(ops.partial_gelu_ffn, reference.partial_gelu_ffn, operands(29, 70, 45), dtype, **static)
@@ -101,20 +106,24 @@ def test_same_input_gives_the_same_bits_alone_or_in_a_batch(dtype):
     assert torch.equal(first, ops.partial_gelu_ffn(neighbours, *weights)[3])
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 def test_gelu_itself_with_tails(approximate):
-    """Identity weights show the activation alone: its accuracy, and NaN, ±Inf, ±0 as PyTorch has them."""
+    """Identity weights show the activation alone: its accuracy, and NaN, ±Inf, ±0, the greatest as PyTorch has them."""
     c = 64
     grid = torch.cat([torch.linspace(-9, 9, 64 * 63), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 38.0, -38.0] * 11)[:64]])
     x = grid.view(-1, 1).expand(-1, c).contiguous()
     eye, zeros = torch.eye(c), torch.zeros(c, c)
     y = ops.partial_gelu_ffn(x, eye, None, eye, zeros, None, approximate=approximate)
-    truth = F.gelu(x.double(), approximate=approximate)
+    truth = formula(x.double(), approximate)
     assert (y.double() - truth).abs().max() <= 2e-7 + 4e-7 * truth.abs().max()  # the products add their own rounding
     one = torch.ones(1, 1)
     for value in (float("nan"), float("inf"), float("-inf")):
         got = ops.partial_gelu_ffn(torch.tensor([[value]]), one, None, one, None, None, approximate=approximate)
-        torch.testing.assert_close(got, F.gelu(torch.tensor([[value]]), approximate=approximate), equal_nan=True)
+        torch.testing.assert_close(got, formula(torch.tensor([[value]]), approximate), equal_nan=True)
+    for dtype in DTYPES:
+        huge = torch.tensor([[torch.finfo(dtype).max], [torch.finfo(dtype).min]], dtype=dtype)
+        got = ops.partial_gelu_ffn(huge, one.to(dtype), None, one.to(dtype), None, None, approximate=approximate)
+        assert torch.equal(got, huge.clamp(min=0))
 
 
 def test_m_zero_is_linear_and_m_hidden_is_the_plain_ffn():

@@ -95,6 +95,57 @@ def test_minus_infinity_masks_and_wholly_masked_rows_give_what_sdpa_gives(tokens
     torch.testing.assert_close(y[:, tokens // 2], bias.expand(2, -1))  # attends to nothing: only b_proj is left
 
 
+def masks_of(dtype, tokens):
+    """Rows of masks as people write them: -inf, finfo.min and other large values, for some keys or for all."""
+    least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
+    rows = {
+        "all_least": (least, least),
+        "some_least": (least, 0.0),
+        "minus_infinity_and_least": (-float("inf"), least),
+        "all_most": (most, most),
+        "some_most": (0.0, most),
+        "least_and_most": (least, most),
+        "two_large_values": (least, least / 1.25),
+        "most_after_large": (most / 1.25, most),
+        "all_minus_1e4": (-1e4, -1e4),
+        "all_minus_infinity": (-float("inf"), -float("inf")),
+    }
+    first = torch.arange(tokens) < tokens // 2
+    return {
+        name: torch.where(first, *(torch.tensor(v, dtype=torch.float64) for v in row)) for name, row in rows.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [19, 700], ids=["single_pass", "online"])
+def test_masks_as_people_make_them(tokens, dtype):
+    """No value of a mask overflows: a row wholly finfo.min attends to all tokens alike, as scores vanish beside it."""
+    tensors, static = operands(2, tokens, 32, 2, 16, 16)
+    for name, row in masks_of(dtype, tokens).items():
+        mask = torch.zeros(tokens, tokens, dtype=torch.float64)
+        mask[1::2] = row
+        y = check_operator(op, reference.rep_attention, (*tensors, mask), dtype, **static)
+        assert y.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_row_wholly_at_the_least_number_gives_the_mean_of_the_values(dtype):
+    tensors, static = operands(2, 19, 32, 2, 16, 16)
+    x, w_qkv, b_qkv, w_proj, b_proj = cast(tensors, dtype)
+    y = ops.rep_attention(
+        x,
+        w_qkv,
+        b_qkv,
+        w_proj,
+        b_proj,
+        attn_bias=torch.full((1, 1, 1, 19), torch.finfo(dtype).min, dtype=dtype),
+        **static,
+    )
+    values = F.linear(tensors[0], w_qkv[-32:].double(), b_qkv[-32:].double()).mean(1, keepdim=True)
+    expected = F.linear(values, w_proj.double(), b_proj.double()).expand(-1, 19, -1)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol={torch.bfloat16: 3e-2}.get(dtype, 1e-5))
+
+
 def test_a_learned_bias_takes_the_formula_down_the_same_way_as_a_constant_one():
     """PyTorch's SDPA has another, slower one for masks that could get a gradient; without grad mode none can."""
     tensors, static = operands(1, 49, 32, 2, 16, 16)

@@ -41,7 +41,7 @@ FAMILIES = {
     "vit_small_patch14_reg4_dinov2": (VIT, 32, 4, ()),
     "vit_giant_patch14_dinov2": (VIT, 32, 2, (GATED,)),
     "vit_base_patch16_clip_224": (VIT, 32, 4, ()),
-    "vit_base_patch16_clip_quickgelu_224": (VIT, 32, 2, ("QuickGELU",)),
+    "vit_base_patch16_clip_quickgelu_224": (VIT, 32, 4, ()),
     "vit_base_patch16_siglip_224": (VIT, 32, 5, (POOLING,)),
     "vit_base_patch16_siglip_gap_224": (VIT, 32, 4, ()),
     "naflexvit_base_patch16_gap": ({k: v for k, v in VIT.items() if k not in ("img_size", "patch_size")}, 64, 4, ()),

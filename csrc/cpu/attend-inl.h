@@ -2,8 +2,8 @@
 //
 // 1. A tile of queries meets all packed keys: the scores stay in L1. Up to kSinglePassKeys keys that is one softmax; more
 //    go in blocks with a running maximum and sum (online softmax), each block's o added to the rescaled sum so far.
-// 2. Scores are in units of log2: scale · log2 e is applied in the exponential's own multiplication or, with a bias (a
-//    table already in these units), in the one that adds it.
+// 2. Without a bias scores are q kᵀ: scale · log2 e is applied in the exponential's own multiplication. With one they are
+//    scale · q kᵀ + bias, so that a bias may be any number: times log2 e, the greatest would be infinite.
 // 3. A row's result depends on nothing but its own operands, in a fixed order: same bits in any tile, block of rows,
 //    batch and number of threads.
 #pragma once
@@ -27,9 +27,9 @@ REPAVIT_INLINE ptrdiff_t keys_per_block(ptrdiff_t tokens) {
 // What is added to the scores of one head: one of a table, rows of T, or nothing.
 template <class T>
 struct ScoreBias {
-  const Accumulator<T>* table = nullptr;  // times log2 e, row i at table + i * table_stride, padding -Inf
+  const Accumulator<T>* table = nullptr;  // row i at table + i * table_stride, padding -Inf
   ptrdiff_t table_stride = 0;
-  const Accumulator<T>* mask = nullptr;   // added to the table where there is one, same units and strides
+  const Accumulator<T>* mask = nullptr;   // added to the table where there is one, same strides
   const T* rows = nullptr;                // as given: element (i, j) at rows + i * row_stride + j * column_stride
   ptrdiff_t row_stride = 0, column_stride = 0;  // column_stride: 0 or 1
 
@@ -41,14 +41,13 @@ struct ScoreBias {
   }
 };
 
-// row[j] = bias[j] · log2 e for j < columns, -Inf for the rest of the last vector.
+// row[j] = bias[j] for j < columns, -Inf for the rest of the last vector.
 template <class T>
-void scale_bias_row(const T* bias, ptrdiff_t column_stride, ptrdiff_t columns, Accumulator<T>* row) {
+void widen_bias_row(const T* bias, ptrdiff_t column_stride, ptrdiff_t columns, Accumulator<T>* row) {
   using S = SimdOf<T>;
   using E = Accumulator<T>;
-  const auto log2e = S::broadcast(static_cast<E>(kLog2EExact));
   E first[S::kLanes];
-  S::store(first, S::load(bias, 1) * log2e);
+  S::store(first, S::load(bias, 1));
   for (ptrdiff_t j = 0; j < columns; j += S::kLanes) {
     const int n = static_cast<int>(least(columns - j, S::kLanes));
     if (n < S::kLanes) {
@@ -57,9 +56,9 @@ void scale_bias_row(const T* bias, ptrdiff_t column_stride, ptrdiff_t columns, A
     if (column_stride == 0) {
       S::store(row + j, S::broadcast(first[0]), n);
     } else if (n < S::kLanes) {
-      S::store(row + j, S::load(bias + j, n) * log2e, n);
+      S::store(row + j, S::load(bias + j, n), n);
     } else {
-      S::store(row + j, S::load(bias + j) * log2e);
+      S::store(row + j, S::load(bias + j));
     }
   }
 }
@@ -194,32 +193,38 @@ REPAVIT_INLINE E exp2_one(E x) {
 }
 
 // Softmax of one block of keys: scores → weights, running maximum and sum, and what the sum so far shrinks by. Each step is
-// a loop over all rows: a row is one long chain of dependencies, and the next one would wait behind it.
+// a loop over all rows: a row is one long chain of dependencies, and the next one would wait behind it. Scores times unit
+// are exponents of two.
 template <class E>
 REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t keys, Accumulator<E> unit,
                                   bool fresh) {
   using A = Accumulator<E>;
   using S = Simd<A>;
   const int vectors = static_cast<int>((keys + S::kLanes - 1) / S::kLanes);
-  A offsets[kAttendRows], before[kAttendRows];
+  A subtracted[kAttendRows], before[kAttendRows];
   for (ptrdiff_t r = 0; r < rows; ++r) {
     A most = greatest(s.scores + r * s.score_stride, vectors);
     if (!fresh && s.most[r] > most) most = s.most[r];
     before[r] = s.most[r];
     s.most[r] = most;
-    offsets[r] = most == kMasked<A> ? A{0} : most * unit;  // a row wholly -Inf: weights are zeros, not NaN
+    subtracted[r] = most == kMasked<A> ? A{0} : most;  // a row wholly -Inf: weights are zeros, not NaN
   }
   for (ptrdiff_t r = 0; r < rows; ++r) {
     const A* scores = s.scores + r * s.score_stride;
     E* weights = s.weights + r * s.weight_stride;
-    S::store(s.lane_sums + r * S::kLanes, exponentials(scores, weights, vectors, unit, offsets[r]));
+    const auto sums = may_subtract_product(subtracted[r] * unit)
+                          ? exponentials<true>(scores, weights, vectors, unit, subtracted[r])
+                          : exponentials<false>(scores, weights, vectors, unit, subtracted[r]);
+    S::store(s.lane_sums + r * S::kLanes, sums);
   }
   for (ptrdiff_t r = 0; r < rows; ++r) {
     const A sum = S::sum(S::load(s.lane_sums + r * S::kLanes));
     if (fresh) {
       s.sum[r] = sum;
     } else {
-      s.factor[r] = exp2_one(before[r] * unit - offsets[r]);
+      const A product = subtracted[r] * unit;
+      s.factor[r] = exp2_one(may_subtract_product(product) ? before[r] * unit - product
+                                                           : (before[r] - subtracted[r]) * unit);
       s.sum[r] = s.sum[r] * s.factor[r] + sum;
     }
   }
@@ -227,7 +232,7 @@ REPAVIT_INLINE void softmax_block(AttendScratch<E>& s, ptrdiff_t rows, ptrdiff_t
 
 // One tile: the first `rows` of q, bias and out, rows <= kAttendRows.
 template <class T, class O, class E>
-void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
+void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, double scale,
                  const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& s) {
   using A = Accumulator<E>;
   for (ptrdiff_t r = 0; r < rows; ++r) {
@@ -237,7 +242,7 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
   }
   const Rows<E> queries{s.q, s.q_stride, head.d_qk};
   const bool biased = bias.table != nullptr || bias.rows != nullptr;
-  const A rest = biased ? A{1} : unit;
+  const A unit = static_cast<A>(biased ? kLog2EExact : scale * kLog2EExact);
 
   const ptrdiff_t block = keys_per_block(head.tokens);
   for (ptrdiff_t key = 0; key < head.tokens; key += block) {
@@ -247,15 +252,15 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
     if (bias.rows != nullptr) {
       for (ptrdiff_t r = 0; r < rows; ++r) {
         const T* from = bias.rows + r * bias.row_stride + key * bias.column_stride;
-        scale_bias_row(from, bias.column_stride, keys, s.bias + r * s.score_stride);
+        widen_bias_row(from, bias.column_stride, keys, s.bias + r * s.score_stride);
       }
       table = s.bias;
       table_stride = s.score_stride;
     }
     const A* mask = bias.mask != nullptr ? bias.mask + key : nullptr;
     gemm_direct(&queries, 1, rows, head.keys + key / kPanelColumns * head.key_stride(), head.key_stride(), keys,
-                ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, mask, unit}, s.fetch);
-    softmax_block(s, rows, keys, rest, key == 0);
+                ScoresToScratch<A>{s.scores, s.score_stride, table, table_stride, mask, static_cast<A>(scale)}, s.fetch);
+    softmax_block(s, rows, keys, unit, key == 0);
 
     if (s.partial == nullptr) {
       for (ptrdiff_t r = 0; r < rows; ++r) s.factor[r] = s.sum[r] == A{0} ? A{0} : A{1} / s.sum[r];
@@ -279,14 +284,14 @@ void attend_tile(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff
   }
 }
 
-// The first `rows` of q, bias and out. unit: scale · log2 e, positive unless there is a bias.
+// The first `rows` of q, bias and out. scale: positive unless there is a bias.
 template <class T, class O, class E>
-void attend(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, Accumulator<E> unit,
+void attend(const HeadPanels<E>& head, const TokenRows<const E>& q, ptrdiff_t rows, double scale,
             const ScoreBias<T>& bias, const TokenRows<O>& out, AttendScratch<E>& scratch) {
   const ptrdiff_t tiles = (rows + kAttendRows - 1) / kAttendRows;
   for (ptrdiff_t t = 0; t < tiles; ++t) {
     const ptrdiff_t first = rows * t / tiles, last = rows * (t + 1) / tiles;
-    attend_tile(head, q.from(first), last - first, unit, bias.from(first), out.from(first), scratch);
+    attend_tile(head, q.from(first), last - first, scale, bias.from(first), out.from(first), scratch);
   }
 }
 

@@ -32,7 +32,6 @@ struct AttentionPlan {
   AttentionLayout<T> layout;
   const T* panels;                // null: the attention alone
   Windows<T> windows;             // read when args.windows
-  A unit;                         // scale · log2 e
   ptrdiff_t length;               // tokens of a sequence
   ptrdiff_t heads;                // of an item
   ptrdiff_t whole, split;         // items done whole, and by rows
@@ -51,7 +50,6 @@ struct AttentionPlan {
   AttentionPlan(const RepAttentionArgs& a, SplitByRows by_rows)
       : args(a), layout(a.shape), panels(a.packed != nullptr ? AttentionLayout<T>::panels(a.packed) : nullptr),
         windows(a.windows != nullptr ? *a.windows : kNoWindows),
-        unit(static_cast<A>(a.scale * kLog2EExact)),
         length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)),
         heads(panels != nullptr ? layout.heads : 1), whole(0), split(items()), group(1), blocks(by_rows.blocks) {
     z_stride = scratch_stride<E>(layout.channels);
@@ -69,7 +67,7 @@ struct AttentionPlan {
   // q, k and v are read where they stand, with no scratch of their own.
   bool in_place() const { return panels == nullptr && IsSame<T, E>::value; }
   // Without a bias, a scale that is not positive would make the least score the greatest.
-  bool zero_table() const { return !windowed() && args.attn_bias == nullptr && !(unit > 0); }
+  bool zero_table() const { return !windowed() && args.attn_bias == nullptr && !(static_cast<A>(args.scale * kLog2EExact) > 0); }
 
   ptrdiff_t table_stride() const { return windowed() ? windows.table_stride : scratch_stride<A>(length); }
   // Bias tables of the heads, then masks of the classes but the first, which has none.

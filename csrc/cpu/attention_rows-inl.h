@@ -256,10 +256,10 @@ void attend_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const HeadPanels<
   const ptrdiff_t column = head * plan.layout.d_v;
   if (plan.panels != nullptr) {
     const TokenRows<Operand<T>> o{s.o + first * plan.o_stride + column, plan.o_stride};
-    attend(panels, q, rows, plan.unit, bias, o, s.attend);
+    attend(panels, q, rows, plan.args.scale, bias, o, s.attend);
   } else {
     const TokenRows<T> o{at.y.data + column, at.y.stride, at.y.tokens};
-    attend(panels, q, rows, plan.unit, bias, o.from(first), s.attend);
+    attend(panels, q, rows, plan.args.scale, bias, o.from(first), s.attend);
   }
 }
 

@@ -1,10 +1,11 @@
-// GELU on registers: x Φ(x) by erf within 1e-7 · max(1, |x|) of the truth, and the tanh approximation.
+// GELU on registers: x Φ(x) by erf within 1e-7 · max(1, |x|) of the truth, the tanh approximation, and QuickGELU.
 //
 // As the formula has it: NaN gives NaN, -0 gives -0, +Inf gives +Inf, -Inf gives NaN (-Inf · 0). PyTorch's CPU kernels
-// agree in fp64 and in tanh; their vectorised erf turns +Inf into NaN too, which no caller can want.
+// agree in fp64, in tanh and in x * sigmoid(1.702 * x); their vectorised erf turns +Inf into NaN too, which no caller can want.
 #pragma once
 
 #include "exp-inl.h"
+#include "kernels.h"
 #include "simd-inl.h"
 
 namespace repavit {
@@ -89,6 +90,12 @@ struct Gelu<float> {
     const V inner = S::fma(x * x, S::broadcast(0.044715f * kScale), S::broadcast(kScale));
     return x / (S::broadcast(1.0f) + exp2(x * inner));
   }
+
+  // x sigmoid(1.702 x) = x / (1 + exp(-1.702 x))
+  static REPAVIT_INLINE V quick(V x) {
+    using S = Simd<float>;
+    return x / (S::broadcast(1.0f) + exp2(x * S::broadcast(-1.702f * kLog2E)));
+  }
 };
 
 #if REPAVIT_ISA_LEVEL == 0
@@ -108,9 +115,21 @@ struct Gelu<double> {
     }
     return x;
   }
+  static REPAVIT_INLINE V quick(V x) {
+    for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] /= 1.0 + __builtin_exp(-1.702 * x[i]);
+    return x;
+  }
 };
 
 #endif
+
+// The form of GELU that a kernel was compiled for.
+template <class E, GeluForm kForm>
+REPAVIT_INLINE typename Simd<E>::V gelu(typename Simd<E>::V x) {
+  if constexpr (kForm == kGeluTanh) return Gelu<E>::tanh(x);
+  else if constexpr (kForm == kGeluQuick) return Gelu<E>::quick(x);
+  else return Gelu<E>::erf(x);
+}
 
 }  // namespace REPAVIT_ISA
 }  // namespace repavit

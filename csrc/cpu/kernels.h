@@ -68,6 +68,9 @@ static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
 constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
 
 // ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
+// x Φ(x) by erf, its approximation by tanh, x sigmoid(1.702 x): in the order of GELU_FORMS in repavit_ops/stack_plan.py.
+enum GeluForm : int32_t { kGeluErf, kGeluTanh, kGeluQuick, kGeluForms };
+
 // y = gelu(z W_inᵀ + b_in) W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x],  z = x or its LayerNorm core.
 struct PartialGeluFfnArgs {
   int64_t rows, channels, active;  // M, C, m; any may be 0
@@ -81,7 +84,7 @@ struct PartialGeluFfnArgs {
   bool has_merged;                 // what the header of `packed` says: it is checked once and not read again
   bool normalize;                  // z = core(x, norm_eps)
   bool residual;                   // add x, in the accumulator's precision
-  bool tanh_gelu;                  // GELU by tanh instead of erf
+  GeluForm gelu;
 };
 
 // Weights in nn.Linear layout, contiguous: w_in [m, C], w_out [C, m], w_merged [C, C] or null.

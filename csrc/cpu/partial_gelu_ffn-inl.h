@@ -18,7 +18,7 @@ namespace repavit {
 namespace REPAVIT_ISA {
 
 // Store to H: gelu(acc + b_in). H has whole panels of columns, so a full vector is always written.
-template <class T, bool kTanh>
+template <class T, GeluForm kForm>
 struct GeluToScratch {
   using S = SimdOf<T>;
   using V = typename S::V;
@@ -34,7 +34,7 @@ struct GeluToScratch {
       V v = acc[i];
       const int n = valid - i * S::kLanes;
       if (bias != nullptr) v += n >= S::kLanes ? S::load(bias + col + i * S::kLanes) : load_tail(col + i * S::kLanes, n);
-      S::store(out + i * S::kLanes, kTanh ? Gelu<Accumulator<T>>::tanh(v) : Gelu<Accumulator<T>>::erf(v));
+      S::store(out + i * S::kLanes, gelu<Accumulator<T>, kForm>(v));
     }
   }
 
@@ -121,10 +121,13 @@ void ffn_block(const FfnPlan<T>& plan, ptrdiff_t block, char* scratch) {
   Operand<T>* h = reinterpret_cast<Operand<T>*>(scratch);
   const Rows<T> z = block_input(plan, x, rows, reinterpret_cast<Operand<T>*>(scratch + plan.h_bytes()));
   const T* b_in = static_cast<const T*>(args.b_in);
-  if (args.tanh_gelu) {
-    gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, GeluToScratch<T, true>{h, plan.h_stride, b_in});
-  } else {
-    gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, GeluToScratch<T, false>{h, plan.h_stride, b_in});
+  const auto first_product = [&](const auto& to_scratch) {
+    gemm(&z, 1, rows, plan.panels, layout.in_stride, layout.active, to_scratch);
+  };
+  switch (args.gelu) {
+    case kGeluTanh: first_product(GeluToScratch<T, kGeluTanh>{h, plan.h_stride, b_in}); break;
+    case kGeluQuick: first_product(GeluToScratch<T, kGeluQuick>{h, plan.h_stride, b_in}); break;
+    default: first_product(GeluToScratch<T, kGeluErf>{h, plan.h_stride, b_in});
   }
 
   const Rows<T> segments[2] = {{h, plan.h_stride, layout.active}, z};

@@ -1,6 +1,6 @@
 // Softmax of score rows in two vector passes: the greatest score, then exponentials and their sum.
 //
-// Scores are whole vectors of accumulators whose padding is -Inf. Exponentials are stored as the left operand of P V wants
+// Scores are whole vectors of accumulators whose padding is -Inf; any finite number is a score like another. Exponentials are stored as the left operand of P V wants
 // them and stay unnormalised: 1 / sum belongs to that product's epilogue. As PyTorch has it: a NaN or +Inf score makes
 // the row NaN, and a row wholly -Inf attends to nothing.
 #pragma once
@@ -89,18 +89,28 @@ REPAVIT_INLINE E greatest(const E* scores, int vectors) {
   return S::max(S::max(S::max(most[0], most[1]), S::max(most[2], most[3])));
 }
 
-// weights = 2^(scores · factor - offset); returns their sum, still spread over the lanes. In place where P is E.
-template <class P, class E>
-REPAVIT_INLINE typename Simd<E>::V exponentials(const E* scores, P* weights, int vectors, E factor, E offset) {
+// Whether most · factor may be subtracted instead of most. Its rounding changes all weights of a row alike: of a product as
+// small as this by 2^-14 of them, which their sum takes out again. That of a mask's least number would be infinite.
+template <class E>
+REPAVIT_INLINE bool may_subtract_product(E product) {
+  constexpr E kMost{1024};
+  return -kMost <= product && product <= kMost;
+}
+
+// weights = 2^((scores - most) · factor); returns their sum, still spread over the lanes. In place where P is E.
+// kFused: as scores · factor - most · factor, in one instruction.
+template <bool kFused, class P, class E>
+REPAVIT_INLINE typename Simd<E>::V exponentials(const E* scores, P* weights, int vectors, E factor, E most) {
   using S = Simd<E>;
   using V = typename S::V;
   constexpr int kDegree = sizeof(P) == 2 ? 3 : 5;  // a 16-bit weight keeps 8 bits
-  const V scale = S::broadcast(factor), shift = S::broadcast(-offset);
+  const V scale = S::broadcast(factor), shift = S::broadcast(kFused ? -(most * factor) : most);
   V total[kSoftmaxUnroll];
   REPAVIT_UNROLL
   for (int u = 0; u < kSoftmaxUnroll; ++u) total[u] = S::zero();
   const auto one = [&](int i, V& sum) __attribute__((always_inline)) {
-    const V p = Exp2<E, kDegree>::of(S::fma(S::load(scores + i * S::kLanes), scale, shift));
+    const V score = S::load(scores + i * S::kLanes);
+    const V p = Exp2<E, kDegree>::of(kFused ? S::fma(score, scale, shift) : (score - shift) * scale);
     sum += p;
     S::store(weights + i * S::kLanes, p);
   };

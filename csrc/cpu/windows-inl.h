@@ -48,13 +48,13 @@ struct Windows {
     }
   }
 
-  // Table [N][table_stride] of a head: bias · log2 e, padded with -Inf.
+  // Table [N][table_stride] of a head: the bias, padded with -Inf.
   void fill_table(ptrdiff_t head, A* table) const {
     const T* bias = static_cast<const T*>(grid.bias) + head * tokens * tokens;
-    for (ptrdiff_t i = 0; i < tokens; ++i) scale_bias_row(bias + i * tokens, 1, tokens, table + i * table_stride);
+    for (ptrdiff_t i = 0; i < tokens; ++i) widen_bias_row(bias + i * tokens, 1, tokens, table + i * table_stride);
   }
 
-  // Mask [N][table_stride] of a class, times log2 e: tokens of a cut window see each other when they come from the same
+  // Mask [N][table_stride] of a class: tokens of a cut window see each other when they come from the same
   // side of the roll.
   void fill_mask(int window_class, A* mask) const {
     const ptrdiff_t height = static_cast<ptrdiff_t>(grid.window[0]), width = static_cast<ptrdiff_t>(grid.window[1]);
@@ -73,7 +73,7 @@ struct Windows {
       }
       for (ptrdiff_t j = 0; j < table_stride; ++j) {
         const bool apart = j < tokens && (below(j / width) != below(y) || right_of(j % width) != right_of(x));
-        row[j] = apart ? static_cast<A>(kShiftMask * kLog2EExact) : A{0};
+        row[j] = apart ? static_cast<A>(kShiftMask) : A{0};
       }
     }
   }

@@ -5,17 +5,21 @@
 #include <cstdint>
 #include <vector>
 
+#include "../cpu/kernels.h"
+
 namespace reference {
 
 struct Ffn {
   int64_t rows, channels, active;
   std::vector<double> x, w_in, b_in, w_out, w_merged, bias;  // nn.Linear layout; empty b_in, w_merged, bias: None
-  bool normalize = false, residual = false, tanh_gelu = false;
+  bool normalize = false, residual = false;
+  repavit::GeluForm gelu = repavit::kGeluErf;
   double norm_eps = 0.0;
 };
 
-inline double gelu(double x, bool tanh_gelu) {
-  if (tanh_gelu) return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+inline double gelu(double x, repavit::GeluForm form) {
+  if (form == repavit::kGeluQuick) return x / (1.0 + std::exp(-1.702 * x));
+  if (form == repavit::kGeluTanh) return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
   return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
 }
 
@@ -42,7 +46,7 @@ inline std::vector<double> partial_gelu_ffn(const Ffn& p) {
     const std::vector<double> z = p.normalize ? core(x, c, p.norm_eps) : std::vector<double>(x, x + c);
     for (int64_t j = 0; j < m; ++j) {
       const double bias = p.b_in.empty() ? 0.0 : p.b_in[static_cast<size_t>(j)];
-      h[static_cast<size_t>(j)] = gelu(dot(z.data(), p.w_in.data() + j * c, c) + bias, p.tanh_gelu);
+      h[static_cast<size_t>(j)] = gelu(dot(z.data(), p.w_in.data() + j * c, c) + bias, p.gelu);
     }
     for (int64_t j = 0; j < c; ++j) {
       double v = dot(h.data(), p.w_out.data() + j * m, m);

@@ -24,12 +24,14 @@ Guarded<T> draw(Random& random, size_t n, double scale, std::vector<double>& exa
 
 struct FfnCase {
   int64_t rows, channels, active, gap;  // gap: elements between the rows of x
-  bool b_in, merged, bias, normalize, residual, tanh_gelu;
+  bool b_in, merged, bias, normalize, residual;
+  repavit::GeluForm gelu;
 
   std::string name(const char* level) const {
     std::string flags;
     for (const auto& [on, text] : {std::pair(b_in, " b_in"), {merged, " merged"}, {bias, " bias"}, {normalize, " norm"},
-                                   {residual, " residual"}, {tanh_gelu, " tanh"}}) {
+                                   {residual, " residual"}, {gelu == repavit::kGeluTanh, " tanh"},
+                                   {gelu == repavit::kGeluQuick, " quick"}}) {
       if (on) flags += text;
     }
     return std::string(level) + " M=" + std::to_string(rows) + " C=" + std::to_string(channels) +
@@ -43,7 +45,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   const auto size = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
   const int64_t rows = test.rows, c = test.channels, m = test.active, stride = c + test.gap;
   Random random(static_cast<uint64_t>(rows * 7919 + c * 104729 + m));
-  reference::Ffn truth{rows, c, m, {}, {}, {}, {}, {}, {}, test.normalize, test.residual, test.tanh_gelu, 1e-6};
+  reference::Ffn truth{rows, c, m, {}, {}, {}, {}, {}, {}, test.normalize, test.residual, test.gelu, 1e-6};
 
   const double fan_in = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(c, 1)));
   auto dense_x = draw<T>(random, size(rows, c), 1.0, truth.x);
@@ -82,7 +84,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   args.b_in = test.b_in ? b_in.data() : nullptr, args.bias = test.bias ? bias.data() : nullptr;
   args.y = y.data();
   args.norm_eps = truth.norm_eps, args.normalize = test.normalize;
-  args.residual = test.residual, args.tanh_gelu = test.tanh_gelu;
+  args.residual = test.residual, args.gelu = test.gelu;
   kernels.partial_gelu_ffn[dtype](args, kThreaded);
   expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
 
@@ -100,20 +102,21 @@ void test_ffn(const repavit::Kernels& kernels, repavit::DType dtype, const char*
                                              : std::vector<int64_t>{0, 1, 7, 15, 29};
   const std::vector<int64_t> widths = thorough ? std::vector<int64_t>{0, 1, 7, 16, 17, 31, 32, 33, 61, 64, 96}
                                                : std::vector<int64_t>{0, 1, 17, 31, 32, 33};
-  int flags = 0;
+  int flags = 0, cases = 0;
   for (const int64_t r : rows) {
     for (const int64_t c : widths) {
       for (const int64_t m : widths) {
-        // Every combination of options comes by as the shapes go round: 37 is coprime to 64.
-        flags = (flags + 37) % 64;
+        // Every combination of options comes by as the shapes go round: 37 is coprime to 32, and 3 to both.
+        flags = (flags + 37) % 32;
         const auto bit = [&](int i) { return (flags >> i & 1) != 0; };
-        test_ffn_case<T>(kernels, dtype, {r, c, m, bit(0) ? 3 : 0, bit(0), bit(1), bit(2), bit(3), bit(4), bit(5)}, level);
+        const auto form = static_cast<repavit::GeluForm>(cases++ % repavit::kGeluForms);
+        test_ffn_case<T>(kernels, dtype, {r, c, m, bit(0) ? 3 : 0, bit(0), bit(1), bit(2), bit(3), bit(4), form}, level);
       }
     }
   }
   // Rows a multiple of 4 KiB apart, which are copied into scratch; and enough rows for several blocks.
-  test_ffn_case<T>(kernels, dtype, {15, 1024, 40, 0, true, true, true, false, true, false}, level);
-  if (thorough) test_ffn_case<T>(kernels, dtype, {331, 160, 48, 0, true, true, true, true, true, false}, level);
+  test_ffn_case<T>(kernels, dtype, {15, 1024, 40, 0, true, true, true, false, true, repavit::kGeluErf}, level);
+  if (thorough) test_ffn_case<T>(kernels, dtype, {331, 160, 48, 0, true, true, true, true, true, repavit::kGeluQuick}, level);
 }
 
 // The activation itself, through an FFN of one channel: special values, and the error over the range that matters.
@@ -121,27 +124,28 @@ inline void test_gelu(const repavit::Kernels& kernels, const char* level) {
   const float one = 1.0f, inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   std::vector<char> packed(static_cast<size_t>(kernels.partial_gelu_ffn_packed_bytes[repavit::kFloat32](1, 1, false)));
   kernels.partial_gelu_ffn_pack[repavit::kFloat32]({1, 1, &one, &one, nullptr}, packed.data(), kSerial);
-  const auto gelu = [&](std::vector<float> x, bool tanh_gelu) {
+  const auto gelu = [&](std::vector<float> x, repavit::GeluForm form) {
     std::vector<float> y(x.size());
     repavit::PartialGeluFfnArgs args{};
     args.rows = static_cast<int64_t>(x.size()), args.channels = args.active = args.x_stride = 1;
-    args.x = x.data(), args.packed = packed.data(), args.y = y.data(), args.tanh_gelu = tanh_gelu;
+    args.x = x.data(), args.packed = packed.data(), args.y = y.data(), args.gelu = form;
     kernels.partial_gelu_ffn[repavit::kFloat32](args, kSerial);
     return y;
   };
-  for (const bool tanh_gelu : {false, true}) {
-    const auto special = gelu({nan, inf, -inf, 0.0f, -0.0f, -100.0f, -1e30f, 1e30f, 1e-42f}, tanh_gelu);
+  for (const repavit::GeluForm form : {repavit::kGeluErf, repavit::kGeluTanh, repavit::kGeluQuick}) {
+    const auto special = gelu({nan, inf, -inf, 0.0f, -0.0f, -100.0f, -1e30f, 1e30f, 1e-42f, -3e38f, 3e38f}, form);
     expect(std::isnan(special[0]) && special[1] == inf && std::isnan(special[2]), "gelu of NaN, Inf, -Inf", level);
-    expect(special[3] == 0.0f && special[4] == 0.0f && special[5] == 0.0f && special[6] == 0.0f, "gelu of zero", level);
-    expect(special[7] == 1e30f && special[8] > 0.0f, "gelu of the huge and the tiny", level);
+    expect(special[3] == 0.0f && special[4] == 0.0f && special[5] == 0.0f && special[6] == 0.0f && special[9] == 0.0f,
+           "gelu of zero", level);
+    expect(special[7] == 1e30f && special[8] > 0.0f && special[10] == 3e38f, "gelu of the huge and the tiny", level);
 
     std::vector<float> x;
     for (int i = -90000; i <= 90000; ++i) x.push_back(static_cast<float>(i) * 1e-4f);
-    const auto y = gelu(x, tanh_gelu);
+    const auto y = gelu(x, form);
     double worst = 0.0;
     for (size_t i = 0; i < x.size(); ++i) {
       const double scale = std::max(1.0, std::fabs(static_cast<double>(x[i])));
-      worst = std::max(worst, std::fabs(y[i] - reference::gelu(x[i], tanh_gelu)) / scale);
+      worst = std::max(worst, std::fabs(y[i] - reference::gelu(x[i], form)) / scale);
     }
     if (!expect(worst <= 2e-7, "gelu is further than 2e-7 from the truth", level)) std::printf("       %.3g\n", worst);
   }

@@ -15,8 +15,16 @@ T minus_infinity() {
   else return T{static_cast<uint16_t>(std::is_same_v<T, repavit::bf16> ? 0xff80 : 0xfc00)};
 }
 
-// Row 0 of the bias is all -Inf: no weights. Row 1 has a NaN: all NaN. The others are drawn over four octaves of weights,
-// with one that must vanish.
+// The finite number of T that is furthest from 0.
+template <class T>
+T greatest_number(bool negative) {
+  if constexpr (std::is_floating_point_v<T>) return negative ? std::numeric_limits<T>::lowest() : std::numeric_limits<T>::max();
+  else return T{static_cast<uint16_t>((std::is_same_v<T, repavit::bf16> ? 0x7f7f : 0x7bff) | (negative ? 0x8000 : 0))};
+}
+
+// Row 0 of the bias is all -Inf: no weights. Row 1 has a NaN: all NaN. Row 2 is the least number, but for one -Inf: all
+// others weigh the same. Row 3 has the greatest number once, among the least and others: the only weight. The other rows
+// are drawn over four octaves of weights, with one that must vanish.
 template <class T>
 void test_softmax(const repavit::Kernels& kernels, repavit::DType dtype, const char* level) {
   if (kernels.rep_attention[dtype] == nullptr) return;
@@ -36,6 +44,9 @@ void test_softmax(const repavit::Kernels& kernels, repavit::DType dtype, const c
     }
     std::fill_n(bias.begin(), n, minus_infinity<T>());
     bias[n + 3] = poison<T>();
+    std::fill_n(bias.begin() + 2 * tokens, n, greatest_number<T>(true));
+    bias[2 * n + 5] = minus_infinity<T>();
+    bias[3 * n + 7] = greatest_number<T>(true), bias[3 * n + n - 2] = greatest_number<T>(false);
 
     const repavit::AttentionShape shape{tokens, tokens, 1, 1, tokens};
     Guarded<T> packed(static_cast<size_t>(kernels.rep_attention_packed_bytes[dtype](shape)) / sizeof(T));
@@ -50,10 +61,15 @@ void test_softmax(const repavit::Kernels& kernels, repavit::DType dtype, const c
     kernels.rep_attention[dtype](args, kSerial);
 
     const auto got = [&](size_t i) { return Convert<T>::to_double(y[i]); };
-    bool nothing = true, undefined = true, vanishes = true;
-    for (size_t j = 0; j < n; ++j) nothing &= got(j) == 0.0, undefined &= std::isnan(got(n + j));
+    bool nothing = true, undefined = true, alike = true, alone = true, vanishes = true;
+    for (size_t j = 0; j < n; ++j) {
+      nothing &= got(j) == 0.0, undefined &= std::isnan(got(n + j));
+      const double share = j == 5 ? 0.0 : 1.0 / static_cast<double>(n - 1);
+      alike &= std::fabs(got(2 * n + j) - share) <= 4 * Tolerance<T>::kRounding * share;
+      alone &= got(3 * n + j) == (j == n - 2 ? 1.0 : 0.0);
+    }
     double worst = 0.0;
-    for (size_t i = 2; i < n; ++i) {
+    for (size_t i = 4; i < n; ++i) {
       std::vector<double> wanted(n);
       double sum = 0.0;
       for (size_t j = 0; j < n; ++j) sum += wanted[j] = std::exp(exact[i * n + j]);
@@ -64,6 +80,7 @@ void test_softmax(const repavit::Kernels& kernels, repavit::DType dtype, const c
       }
     }
     expect(nothing && undefined, "rows of -Inf and of NaN", name.c_str());
+    expect(alike && alone, "rows of the greatest and the least number", name.c_str());
     expect(vanishes, "a weight that must vanish", name.c_str());
     // Weights and y are rounded to T; the exponential is good to 1e-6 of its value, or 8.6e-5 where weights have 8 bits.
     const double exponential = dtype == repavit::kFloat64 ? 0x1p-47 : dtype == repavit::kBFloat16 ? 1e-4 : 1e-6;

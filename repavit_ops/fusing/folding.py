@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import reparam
 from ..backends import Backend
-from ..nn import Attention, PartialGELUFFN, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
+from ..nn import Attention, PartialGELUFFN, QuickGELU, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
 from ..nn.channel_idle_ffn import affine_of
 from ..nn.foreign_block import BiasedAttention
 from ..reparam import Affine, AttentionWeights
@@ -83,7 +83,7 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:
         return f"its LayerNorm spans {len(parts.norm.normalized_shape)} dimensions; only the last can be fused"
     if isinstance(parts, FFNParts) and gelu_variant(parts.act) is None:
-        return f"its activation is {type(parts.act).__name__}; only GELU (erf or tanh) can be fused"
+        return f"its activation is {type(parts.act).__name__}; only GELU (erf, tanh or quick) can be fused"
     dim, dim_out = linears[0], linears[-1]
     if dim.in_features != dim_out.out_features and (parts.residual or isinstance(parts, FFNParts)):
         return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
@@ -109,7 +109,9 @@ def _projections(parts: AttentionParts) -> tuple[nn.Module, ...]:
 
 
 def gelu_variant(act: nn.Module) -> str | None:
-    """ "none" for erf GELU, "tanh" for its tanh form, None for any other activation, subclasses included."""
+    """The form of a GELU as ``approximate`` names it; None for any other activation, subclasses included."""
+    if type(act) is QuickGELU:
+        return "quick"
     return act.approximate if type(act) is nn.GELU else None
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..nn import PartialGELUFFN
 from ..reparam import MergedFFN
 from .selection import eliminate
@@ -68,7 +69,7 @@ def goal_of(ffn: PartialGELUFFN, tokens: Tokens) -> Tensor:
 def features_of(ffn: PartialGELUFFN, x: Tensor) -> Tensor:
     """``[GELU(h) of every hidden channel, n(x), 1]`` of the FFN's input x: [..., hidden + C + 1]."""
     n = F.layer_norm(x, (ffn.dim,), eps=ffn.norm_eps or 0.0)
-    h = F.gelu(F.linear(n, ffn.w_in, ffn.b_in), approximate=ffn.approximate)
+    h = reference.gelu(F.linear(n, ffn.w_in, ffn.b_in), ffn.approximate)
     return torch.cat((h, n, n.new_ones((*n.shape[:-1], 1))), dim=-1)
 
 

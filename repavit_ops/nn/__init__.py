@@ -14,6 +14,7 @@ from .norm import RepBN, TokenBatchNorm
 from .partial_gelu_ffn import PartialGELUFFN
 from .patch_conv import PatchConv2d
 from .patch_projection import PatchProjection
+from .quick_gelu import QuickGELU
 from .recalibrate import recalibrate_bn
 from .rep_attention import RepAttention
 from .window_rep_attention import WindowRepAttention
@@ -31,6 +32,7 @@ __all__ = [
     "PartialGELUFFN",
     "PatchConv2d",
     "PatchProjection",
+    "QuickGELU",
     "RepAttention",
     "RepBN",
     "TokenBatchNorm",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..ops import _check
 from ..reparam import MergedFFN, cast
 from ..stack_plan import Step
 from .init import linear_init_
@@ -37,7 +38,7 @@ class PartialGELUFFN(PackedWeights):
         merged: whether w_merged, the idle path, exists.
         norm_eps: variance offset of the LayerNorm core in front; None for no norm.
         residual: add x (when the shortcut is not folded into w_merged).
-        approximate: "none" (erf GELU) or "tanh".
+        approximate: form of GELU: "none" (erf), "tanh" or "quick" (``x sigmoid(1.702 x)``).
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -64,8 +65,7 @@ class PartialGELUFFN(PackedWeights):
         super().__init__()
         if dim < 0 or act_channels < 0:
             raise ValueError(f"dim, act_channels: got {dim}, {act_channels}, wanted numbers >= 0")
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"approximate: got {approximate!r}, wanted 'none' (erf) or 'tanh'")
+        _check.gelu_form(approximate)
         self.dim, self.act_channels = dim, act_channels
         self.norm_eps, self.residual, self.approximate = norm_eps, residual, approximate
         self.backend = backend

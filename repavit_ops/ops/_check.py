@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..stack_plan import GELU_FORMS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,6 +56,14 @@ def norm(norm_eps: float | None) -> None:
     """Raise ValueError unless ``norm_eps`` is None or a variance offset."""
     if norm_eps is not None and not norm_eps >= 0:
         raise ValueError(f"norm_eps: got {norm_eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
+
+
+def gelu_form(approximate: str) -> None:
+    """Raise ValueError unless ``approximate`` names a form of GELU."""
+    if approximate not in GELU_FORMS:
+        raise ValueError(
+            f"approximate: got {approximate!r}, wanted 'none' (erf), 'tanh' or 'quick' (x sigmoid(1.702 x))"
+        )
 
 
 def heads(num_heads: int, d_qk: int, w_qkv: Tensor, w_proj: Tensor) -> int:

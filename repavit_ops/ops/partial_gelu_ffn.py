@@ -40,7 +40,8 @@ def partial_gelu_ffn(
 
     Args:
         residual: add x itself, in the fp32 epilogue (when the shortcut is not folded into w_merged).
-        approximate: "none" (erf) or "tanh".
+        approximate: "none" (erf), "tanh", or "quick": ``x sigmoid(1.702 x)``, which OpenAI trained CLIP with. In every
+            form +inf gives +inf and -inf gives NaN (-inf · 0), as the formula has it.
         packed: the weights packed by :meth:`PartialGELUFFN.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -65,8 +66,7 @@ def partial_gelu_ffn(
         _check.shape("w_merged", w_merged, c, c)
     if bias is not None:
         _check.shape("bias", bias, c)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate: got {approximate!r}, wanted 'none' (erf) or 'tanh'")
+    _check.gelu_form(approximate)
     _check.norm(norm_eps)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)

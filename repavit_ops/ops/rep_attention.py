@@ -38,8 +38,15 @@ def rep_attention(
         x          [B, T, C]                     fp32 | bf16 | fp16 | fp64; any strides
         w_qkv      [h·d_qk + h·d_qk + h·d_v, C]  rows q | k | v, head-major in each; b_qkv of that length or None
         w_proj     [C_out, h·d_v]                d_v is read from it; b_proj [C_out] or None
-        attn_bias  broadcastable to [B, h, T, T] float, added before softmax; a row wholly -inf gives 0
+        attn_bias  broadcastable to [B, h, T, T] float, added before softmax
         returns    [B, T, C_out]                 dtype of x, accumulated in fp32 (fp64 for fp64)
+
+    Values of attn_bias may be any finite number or -inf, for some keys or all: no mask overflows on the way to the
+    softmax. A row wholly -inf gives 0 (before the projection), as PyTorch's SDPA does. A row wholly
+    ``torch.finfo(dtype).min`` is a row like another. Beside that number of float32, bfloat16 or float64 every score
+    vanishes by rounding, so all tokens weigh the same and the mean of v comes out; beside float16's, -65504, scores
+    keep two decimal places, and ordinary attention comes out. So have it the formula in float64 and SDPA on the CPU.
+    NaN and +inf make their row NaN.
 
     Args:
         num_heads: h.

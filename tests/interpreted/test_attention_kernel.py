@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_helpers import assert_follows_rule, cast, check_operator, randn
-from test_rep_attention import operands
+from test_rep_attention import masks_of, operands
 
 from repavit_ops import reference
 from repavit_ops.kernels.attention import attention
@@ -68,6 +68,16 @@ def test_rows_of_minus_infinity_give_zero(tile):
     mask[20] = float("-inf")
     y = check(qkv_of(2, 37, 1, 16, 16), mask, 1, 16, torch.float32, TILES[tile])
     assert not y[:, 20].any()
+
+
+@FLOATS
+@pytest.mark.parametrize("tile", TILES)
+def test_masks_as_people_make_them(tile, dtype):
+    for name, row in masks_of(dtype, 37).items():
+        mask = torch.zeros(37, 37, dtype=torch.float64)
+        mask[1::2] = row
+        y = check(qkv_of(2, 37, 1, 16, 16), mask, 1, 16, dtype, TILES[tile])
+        assert y.isfinite().all(), name
 
 
 @pytest.mark.parametrize("tile", ["at_once", "online"])

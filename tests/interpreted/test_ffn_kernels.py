@@ -23,6 +23,12 @@ TILES = {
 SHAPES = {"one": (1, 1, 1), "primes": (19, 37, 23), "exact": (16, 32, 32), "tails": (33, 40, 24), "wide": (17, 16, 72)}
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 BOTH = {"norm_eps": 1e-6, "residual": True}
+STATIC = {
+    "plain": {},
+    "norm_residual": BOTH,
+    "tanh": {"approximate": "tanh"},
+    "quick": {"approximate": "quick", **BOTH},
+}
 
 
 @FLOATS
@@ -42,7 +48,7 @@ def test_two_sources(tile, shape, dtype):
 
 
 @FLOATS
-@pytest.mark.parametrize("static", [{}, BOTH, {"approximate": "tanh"}], ids=["plain", "norm_residual", "tanh"])
+@pytest.mark.parametrize("static", STATIC.values(), ids=STATIC.keys())
 @pytest.mark.parametrize("shape", [(19, 37, 23), (0, 8, 4), (3, 0, 4), (3, 8, 0), (1, 1, 1)], ids=str)
 def test_operator(shape, static, dtype):
     check_operator(ffn.partial_gelu_ffn, reference.partial_gelu_ffn, operands(*shape), dtype, **static)
@@ -65,7 +71,7 @@ def test_any_strides_and_batch_dimensions():
 
 def one_launch(config):
     def run(x, w_in, b_in, w_out, w_merged, bias, *, norm_eps=None, residual=False, approximate="none"):
-        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        activation = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}[approximate]
         return on_chip_ffn(x, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation, config)
 
     return run
@@ -73,7 +79,7 @@ def one_launch(config):
 
 @FLOATS
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("static", [{}, BOTH, {"approximate": "tanh"}], ids=["plain", "norm_residual", "tanh"])
+@pytest.mark.parametrize("static", STATIC.values(), ids=STATIC.keys())
 @pytest.mark.parametrize("shape", [(19, 37, 23), (33, 48, 16), (16, 40, 72), (3, 8, 0), (1, 1, 1)], ids=str)
 def test_on_chip(shape, static, tma, dtype):
     run = one_launch(OnChip(16, 16, 16, 1, 1, tma=tma))

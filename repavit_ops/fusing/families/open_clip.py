@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import OpenClipBlock
 from ..family import Described, Family, WholeBlock
@@ -61,6 +62,7 @@ OPEN_CLIP = Family(
     },
     loops={"open_clip.transformer.Transformer": "resblocks"},
     meanings={
+        "open_clip.transformer.QuickGELU": lambda _: QuickGELU(),
         "open_clip.transformer.LayerNorm": layer_norm,
         "open_clip.transformer.LayerNormFp32": layer_norm,
         "open_clip.transformer.LayerScale": lambda scale: ChannelScale(scale.gamma),

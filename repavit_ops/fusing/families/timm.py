@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...nn import QuickGELU
 from ...nn.foreign_block import (
     ChannelScale,
     FixedWindowBlock,
@@ -189,6 +190,7 @@ TIMM = Family(
     meanings={
         "timm.layers.activations.GELU": lambda _: nn.GELU(),
         "timm.layers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
+        "timm.layers.activations.QuickGELU": lambda _: QuickGELU(),
         "timm.layers.LayerNorm": layer_norm,
         "timm.layers.LayerNormFp32": layer_norm,
         "timm.layers.LayerScale": _layer_scale,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import (
     Always,
@@ -440,6 +441,7 @@ TRANSFORMERS = Family(
         "transformers.activations.GELUActivation": lambda act: nn.GELU() if act.act is nn.functional.gelu else act,
         "transformers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
         "transformers.activations.NewGELUActivation": lambda _: nn.GELU("tanh"),
+        "transformers.activations.QuickGELUActivation": lambda _: QuickGELU(),
         **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), DINO_LIKE, RF_DETR_LIKE),
         **_named("DropPath", lambda _: nn.Identity(), DINO_LIKE, RF_DETR_LIKE, SWIN_LIKE, BEIT_LIKE),
         f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": lambda scale: ChannelScale(scale.lambda1),
