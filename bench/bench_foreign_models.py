@@ -101,16 +101,16 @@ def _stub():
 def test_model(benchmark, report, wanted_peers, name, batch, dtype):
     build, side, (timm_name, settings) = MODELS[name]
     torch.manual_seed(0)
-    model = FirstOutput(randomise(build()))
+    model = FirstOutput(randomise(build())).eval()
     x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
     fused = repavit_ops.fuse(model, dtype=dtype)
-    cast = model if dtype == torch.float32 else FirstOutput(randomise(build())).to(dtype)
+    cast = model if dtype == torch.float32 else FirstOutput(randomise(build())).eval().to(dtype)
     calls = {"repavit_ops": lambda: fused(x), "eager": lambda: cast(x)}
     if "openvino" in wanted_peers and importlib.util.find_spec("openvino") and importlib.util.find_spec("onnxscript"):
         call = peers.openvino(onnx_bytes(model, x.float()), x, dtype)
         if call is not None:
             calls["openvino"] = call
-    truth = FirstOutput(randomise(build())).double()(x.double())
+    truth = FirstOutput(randomise(build())).eval().double()(x.double())
     plain = calls["eager"]()
     for provider, call in calls.items():
         check(provider, call(), plain, truth, slack=2.0 if provider == "repavit_ops" else 8.0)
