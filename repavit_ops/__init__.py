@@ -7,19 +7,20 @@ Importing never fails because a backend is missing and never asks the hardware; 
 is available and why the rest is not.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import models, moved, nn, ops, reparam
 from .checkpoints import load_checkpoint, save_checkpoint
-from .cuda_graphs import cuda_graph
 from .fusing import FusionReport, can_fuse, fuse, fusion_report, reparameterize
 from .models import create_model, list_models
 from .nn import JoinSchedule, recalibrate_bn, set_join
-from .verification import VerificationReport, verify
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .cuda_graphs import cuda_graph
     from .idling import distill, distill_blocks, idle_pretrained
+    from .verification import VerificationReport, verify
 
 __all__ = [
     "FusionReport",
@@ -48,12 +49,16 @@ __all__ = [
 ]
 
 moved.install()
-EXTRAS = ("distill", "distill_blocks", "idle_pretrained")  # loaded when they are asked for: the core does without
+LATER = {  # loaded when they are asked for: extras, which the core does without, and what a model in use does not need
+    **dict.fromkeys(("distill", "distill_blocks", "idle_pretrained"), "idling"),
+    **dict.fromkeys(("VerificationReport", "verify"), "verification"),
+    "cuda_graph": "cuda_graphs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in EXTRAS:
+    if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import idling
-
-    return getattr(idling, name)
+    value = getattr(importlib.import_module(f".{LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
