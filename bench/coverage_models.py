@@ -6,7 +6,7 @@ Libraries are imported where a row is built; a row whose library is missing rais
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ class Row:
     inputs: Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
     fuses: str = WHOLE
     skipped: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

@@ -49,12 +49,6 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if pair is None else pair[0]
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has the name of."""
-    pair = type(module).__dict__.get("_stands_in")
-    return type(module) if pair is None else pair[1]
-
-
 def _reduce(self: nn.Module, _protocol: int) -> tuple[Any, ...]:
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _bare, type(self).__dict__["_stands_in"], state
