@@ -3,7 +3,7 @@
 //
 // Schemas live in repavit_ops/library.py; these files implement them for the CPU. The Python layer validates first and
 // gives better messages; the checks here are the last line of defence for callers of torch.ops.
-#include "bindings_common.h"
+#include "bindings_packed.h"
 
 namespace {
 
@@ -20,6 +20,14 @@ repavit::PackedFfnHeader header_of(const Tensor& packed) {
   return read_header<repavit::PackedFfnHeader>(packed, repavit::kPackedFfnMagic, "partial_gelu_ffn_pack", bytes_of);
 }
 
+// Writes a packed copy of weights that were checked to `to`, which has room for it.
+void write_packed(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged, void* to) {
+  std::vector<Tensor> copies;
+  const repavit::PartialGeluFfnWeights weights{w_in.size(1), w_in.size(0), ordered_data(w_in, copies),
+                                               ordered_data(w_out, copies), ordered_data(w_merged, copies)};
+  repavit::kernels().partial_gelu_ffn_pack[dtype_of("w_in", w_in)](weights, to, torch_pool());
+}
+
 Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged) {
   STD_TORCH_CHECK(w_in.dim() == 2, "w_in: got shape ", shape_of(w_in), ", wanted [m, C]");
   const DType dtype = check_input("w_in", w_in);
@@ -31,13 +39,9 @@ Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const Mayb
     check_same_kind("w_merged", *w_merged, w_in);
   }
 
-  const repavit::Kernels& kernels = repavit::kernels();
-  const int64_t bytes = kernels.partial_gelu_ffn_packed_bytes[dtype](channels, active, w_merged.has_value());
-  Tensor packed = new_packed("w_in, w_out, w_merged", bytes);
-  std::vector<Tensor> copies;
-  const repavit::PartialGeluFfnWeights weights{channels, active, ordered_data(w_in, copies),
-                                               ordered_data(w_out, copies), ordered_data(w_merged, copies)};
-  kernels.partial_gelu_ffn_pack[dtype](weights, packed.mutable_data_ptr(), torch_pool());
+  const auto bytes = repavit::kernels().partial_gelu_ffn_packed_bytes[dtype];
+  Tensor packed = new_packed("w_in, w_out, w_merged", bytes(channels, active, w_merged.has_value()));
+  pack_into(packed, {&w_in, &w_out, pointer(w_merged)}, [&](void* to) { write_packed(w_in, w_out, w_merged, to); });
   return packed;
 }
 
@@ -47,6 +51,7 @@ std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
   const int64_t shapes[3][2] = {{m, c}, {c, m}, {merged, merged}};
   std::vector<Tensor> weights;
   const int32_t dtype = aoti_dtype_of(static_cast<DType>(header.dtype));
+  const Reading reading;
   for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, dtype));
   repavit::kernels().partial_gelu_ffn_unpack[header.dtype](
       packed.const_data_ptr(),
@@ -54,8 +59,8 @@ std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
   return weights;
 }
 
-// Packed weights of this call: those given, if they are of these weights, else fresh ones.
-Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
+// Packed weights of this call: those given, once they hold these weights, else fresh ones.
+Tensor packed_for(Reading& reading, const MaybeTensor& packed, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                   const MaybeTensor& w_merged) {
   if (!packed) return partial_gelu_ffn_pack(w_in, w_out, w_merged);
   const repavit::PackedFfnHeader header = header_of(*packed);
@@ -64,7 +69,8 @@ Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_in
                   "packed: holds C = ", header.channels, ", m = ", header.active,
                   header.has_merged ? ", w_merged" : ", no w_merged",
                   ", which is not what x, w_in and w_merged say; pack the weights again");
-  return *packed;
+  return up_to_date(reading, *packed, {&w_in, &w_out, pointer(w_merged)},
+                    [&](void* to) { write_packed(w_in, w_out, w_merged, to); });
 }
 
 }  // namespace
@@ -74,7 +80,7 @@ namespace repavit_bindings {
 repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                                      const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
                                      std::optional<double> norm_eps, bool residual, repavit::GeluForm gelu,
-                                     std::vector<Tensor>& copies) {
+                                     Reading& reading, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.dim() >= 1 && w_in.dim() == 2, "x, w_in: got shapes ", shape_of(x), ", ", shape_of(w_in),
                   ", wanted [..., C] and [m, C]");
   const int64_t active = w_in.size(0), channels = w_in.size(1);
@@ -92,7 +98,7 @@ repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const 
   check_optional("b_in", b_in, {active});
   check_optional("w_merged", w_merged, {channels, channels});
   check_optional("bias", bias, {channels});
-  copies.push_back(packed_for(packed, x, w_in, w_out, w_merged));
+  copies.push_back(packed_for(reading, packed, x, w_in, w_out, w_merged));
   repavit::PartialGeluFfnArgs args{};
   args.channels = channels;
   args.active = active;
@@ -122,8 +128,9 @@ Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& 
                         const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
                         std::optional<double> norm_eps, bool residual, std::string approximate) {
   std::vector<Tensor> copies;
-  repavit::PartialGeluFfnArgs args =
-      ffn_args(x, w_in, b_in, w_out, w_merged, bias, packed, norm_eps, residual, gelu_form(approximate), copies);
+  Reading reading;
+  repavit::PartialGeluFfnArgs args = ffn_args(x, w_in, b_in, w_out, w_merged, bias, packed, norm_eps, residual,
+                                              gelu_form(approximate), reading, copies);
   Tensor y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));
   if (x.numel() == 0) return y;
   const RowView rows(x);

@@ -2,7 +2,7 @@
 //
 // Besides the operators of the package, their middle part without weights, for benchmarks and tests: attention_core and
 // window_attention_core, as repavit_ops/reference.py defines them.
-#include "bindings_common.h"
+#include "bindings_packed.h"
 
 namespace repavit_bindings {
 
@@ -40,15 +40,18 @@ repavit::PackedAttentionHeader header_of(const Tensor& packed) {
                                                      bytes_of);
 }
 
+// Writes a packed copy of weights that were checked to `to`, which has room for it.
+void write_packed(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape, void* to) {
+  std::vector<Tensor> copies;
+  const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
+  repavit::kernels().rep_attention_pack[dtype_of("w_qkv", w_qkv)](weights, to, torch_pool());
+}
+
 Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
   const DType dtype = check_input("w_qkv", w_qkv);
   check_same_kind("w_proj", w_proj, w_qkv);
-  const repavit::Kernels& kernels = repavit::kernels();
-  const int64_t bytes = kernels.rep_attention_packed_bytes[dtype](shape);
-  Tensor packed = new_packed("w_qkv, w_proj", bytes);
-  std::vector<Tensor> copies;
-  const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
-  kernels.rep_attention_pack[dtype](weights, packed.mutable_data_ptr(), torch_pool());
+  Tensor packed = new_packed("w_qkv, w_proj", repavit::kernels().rep_attention_packed_bytes[dtype](shape));
+  pack_into(packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(w_qkv, w_proj, shape, to); });
   return packed;
 }
 
@@ -63,15 +66,16 @@ std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
   STD_TORCH_CHECK(rows != kNoSize, "packed: the heads that it says it holds have more rows than 64 bits count");
   const int64_t shapes[2][2] = {{rows, h.channels}, {h.channels_out, checked_product("packed", "its values", h.heads, h.d_v)}};
   std::vector<Tensor> weights;
+  const Reading reading;
   for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, aoti_dtype_of(static_cast<DType>(h.dtype))));
   repavit::kernels().rep_attention_unpack[h.dtype](
       packed.const_data_ptr(), {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr()}, torch_pool());
   return weights;
 }
 
-// Packed weights of this call: those given, if they are of these weights, else fresh ones.
-Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv, const Tensor& w_proj,
-                  const repavit::AttentionShape& shape) {
+// Packed weights of this call: those given, once they hold these weights, else fresh ones.
+Tensor packed_for(Reading& reading, const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv,
+                  const Tensor& w_proj, const repavit::AttentionShape& shape) {
   if (!packed) return pack(w_qkv, w_proj, shape);
   const repavit::PackedAttentionHeader h = header_of(*packed);
   STD_TORCH_CHECK(h.dtype == dtype_of("x", x) && h.channels == shape.channels && h.channels_out == shape.channels_out &&
@@ -79,7 +83,7 @@ Tensor packed_for(const MaybeTensor& packed, const Tensor& x, const Tensor& w_qk
                   "packed: holds C = ", h.channels, ", num_heads = ", h.heads, ", d_qk = ", h.d_qk, ", d_v = ", h.d_v,
                   ", C_out = ", h.channels_out,
                   ", which is not what x, w_qkv and w_proj say; pack the weights again");
-  return *packed;
+  return up_to_date(reading, *packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(w_qkv, w_proj, shape, to); });
 }
 
 // ---- The operators --------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ namespace repavit_bindings {
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, std::optional<double> norm_eps,
-                                     bool residual, std::vector<Tensor>& copies) {
+                                     bool residual, Reading& reading, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
                   shape.channels, "]");
   check_input("x", x);  // names x, before another tensor of the same dtype is blamed
@@ -110,7 +114,7 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                   " channels but w_proj gives ", shape.channels_out, "; they must agree");
   repavit::RepAttentionArgs args{};
   args.shape = shape;
-  copies.push_back(packed_for(packed, x, w_qkv, w_proj, shape));
+  copies.push_back(packed_for(reading, packed, x, w_qkv, w_proj, shape));
   args.packed = copies.back().const_data_ptr();
   args.b_qkv = ordered_data(b_qkv, copies);
   args.b_proj = ordered_data(b_proj, copies);
@@ -211,8 +215,9 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
   std::vector<Tensor> copies;
+  Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, reading, copies);
   args.scale = scale;
   set_attn_bias(attn_bias, x, copies, args);
   return run(args, x, shape.channels_out);
@@ -226,8 +231,9 @@ Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTen
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, std::nullopt);
   std::vector<Tensor> copies;
   repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
+  Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, reading, copies);
   check_optional("pad_kv", pad_kv, x, padding_elements(shape));
   grid.padding = ordered_data(pad_kv, copies);
   args.windows = &grid;

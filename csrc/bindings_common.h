@@ -10,6 +10,8 @@
 
 namespace repavit_bindings {
 
+class Reading;  // bindings_packed.h
+
 // The tensor's elements in order, copied into `copies` where they are not so already.
 inline const void* ordered_data(const Tensor& t, std::vector<Tensor>& copies) {
   if (t.is_contiguous()) return t.const_data_ptr();
@@ -131,13 +133,13 @@ struct RowView {
 };
 
 // ---- Arguments of one operator, all but x, y and their sizes: what a call of its own and a stack of blocks share. They
-// check every tensor against x; `copies` keeps alive what the result points to.
+// check every tensor against x and bring the packed copy up to date; `copies` keeps alive what the result points to.
 
 // bindings.cpp
 repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                                      const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
                                      std::optional<double> norm_eps, bool residual, repavit::GeluForm gelu,
-                                     std::vector<Tensor>& copies);
+                                     Reading& reading, std::vector<Tensor>& copies);
 
 // bindings_attention.cpp. Head widths from both weights; without a d_qk it is what the rows of w_qkv leave.
 repavit::AttentionShape attention_shape(const Tensor& w_qkv, const Tensor& w_proj, int64_t heads,
@@ -148,7 +150,7 @@ inline int64_t padding_elements(const repavit::AttentionShape& shape) {  // k | 
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, std::optional<double> norm_eps,
-                                     bool residual, std::vector<Tensor>& copies);
+                                     bool residual, Reading& reading, std::vector<Tensor>& copies);
 repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
                                 const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
                                 std::vector<Tensor>& copies);

@@ -6,8 +6,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
-#include "bindings_common.h"
+#include "bindings_packed.h"
 
 namespace {
 
@@ -52,13 +53,14 @@ class Run {
  public:
   explicit Run(const Tensor& x) : dtype_(check_input("x", x)), sizes_(x.sizes().begin(), x.sizes().end()) {}
 
-  void add(const Step& step, const Tensor& x) {
+  void add(const Step& step, const Tensor& x, Reading& reading) {
     repavit::StackStep to{};
     if (step.kind() == Step::kFfn) {
       to.ffn = ffn_args(x, step.tensor(0, "w_in"), step.tensors[1], step.tensor(2, "w_out"), step.tensors[3],
-                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.gelu(), copies_);
+                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.gelu(), reading, copies_);
       list_.push_back(to);
-      read_from({step.tensors[1], step.tensors[4]}, step.tensors[5]);
+      read_from({step.tensors[1], step.tensors[4]}, {step.tensors[0], step.tensors[2], step.tensors[3]}, step.tensors[5],
+                to.ffn.packed);
       return;
     }
     const bool windowed = step.kind() == Step::kWindowAttention;
@@ -70,7 +72,7 @@ class Run {
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
     to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
-                              step.norm_eps(), step.residual(), copies_);
+                              step.norm_eps(), step.residual(), reading, copies_);
     to.attention.scale = step.scale();
     if (windowed) {
       grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
@@ -83,11 +85,12 @@ class Run {
       to.attention.windows = &grids_.back();
     }
     list_.push_back(to);
-    read_from({step.tensors[1], step.tensors[3], step.tensors[5], step.tensors[6]}, step.tensors[4]);
+    read_from({step.tensors[1], step.tensors[3], step.tensors[5], step.tensors[6]}, {step.tensors[0], step.tensors[2]},
+              step.tensors[4], to.attention.packed);
   }
 
-  // Whether a new reading for this x would find everything where this one did. Values are not looked at: only pointers
-  // were taken. A copy that had to be made may be out of date.
+  // Whether a new reading for this x would find everything where this one did. Of values only the packed copies were
+  // taken (packed_holds()), of all else pointers. A copy of another kind, which had to be made, may be out of date.
   bool holds(const Tensor& x) const {
     if (copied_ || check_input("x", x) != dtype_ || x.dim() != static_cast<int64_t>(sizes_.size())) return false;
     for (int64_t i = 1; i < x.dim(); ++i) {
@@ -95,6 +98,14 @@ class Run {
     }
     for (const Source& source : sources_) {
       if (!source.holds()) return false;
+    }
+    return true;
+  }
+
+  // Whether the packed copies hold the weights; asked where holds(), while no call writes any.
+  bool packed_holds() const {
+    for (const Copy& copy : packed_) {
+      if (!copy.holds()) return false;
     }
     return true;
   }
@@ -131,10 +142,32 @@ class Run {
     }
   };
 
-  void read_from(std::initializer_list<MaybeTensor> vectors, const MaybeTensor& packed) {
-    if (!packed) copied_ = true;
+  // A packed copy and the weights that it must be of.
+  struct Copy {
+    const void* packed;
+    std::vector<WeightView> weights;
+
+    bool holds() const {
+      const uint64_t known = fingerprint_in(packed);
+      if (known == Fingerprint::kOfNothing) return true;
+      Fingerprint now;
+      for (const WeightView& w : weights) now.add(w);
+      return known == now.value();
+    }
+  };
+
+  void read_from(std::initializer_list<MaybeTensor> vectors, std::initializer_list<MaybeTensor> weights,
+                 const MaybeTensor& packed, const void* used) {
+    if (!packed || packed->const_data_ptr() != used) copied_ = true;
     for (const MaybeTensor& t : vectors) note(t);
     note(packed);
+    Copy copy{used, {}};
+    for (const MaybeTensor& w : weights) {
+      if (!w) continue;
+      note(w);
+      copy.weights.push_back(view_of(*w));
+    }
+    packed_.push_back(std::move(copy));
   }
   void note(const MaybeTensor& t) {
     if (!t) return;
@@ -148,6 +181,7 @@ class Run {
   std::vector<Tensor> copies_;
   std::deque<repavit::WindowGrid> grids_;  // does not move them
   std::vector<Source> sources_;
+  std::vector<Copy> packed_;
   bool copied_ = false;
 };
 
@@ -187,7 +221,8 @@ class Plan {
         y = run_alone(step(i++), y);
         continue;
       }
-      const std::shared_ptr<const Run> run = run_from(i, y);
+      std::optional<Reading> reading;
+      const std::shared_ptr<const Run> run = run_from(i, y, reading);
       const Tensor from = y;
       if (i == 0) y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));  // others are this call's own
       (*run)(from, y);
@@ -204,16 +239,26 @@ class Plan {
     while (i < count_ && step(i).in_block()) ++i;
     return i;
   }
-  std::shared_ptr<const Run> run_from(size_t first, const Tensor& x) {
+  // Starts `reading`, which the run wants as long as it runs.
+  std::shared_ptr<const Run> run_from(size_t first, const Tensor& x, std::optional<Reading>& reading) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    reading.emplace();
     std::shared_ptr<const Run>& run = runs_[first];
-    if (run == nullptr || !run->holds(x)) {
+    const bool same = run != nullptr && run->holds(x);
+    if (same && run->packed_holds()) return run;
+    reading->anew = same;  // one of the weights was written, so the others will have been
+    for (int i = 0; i < kReadings && (i == 0 || reading->written); ++i) {
+      reading->written = false;
       auto fresh = std::make_shared<Run>(x);
-      for (size_t i = first; i < end_of_run(first); ++i) fresh->add(step(i), x);
+      for (size_t k = first; k < end_of_run(first); ++k) fresh->add(step(k), x, *reading);
       run = std::move(fresh);
+      reading->anew = false;
     }
     return run;
   }
+
+  // While a copy is written, calls of other threads may write those that were met before, each for weights of its own.
+  static constexpr int kReadings = 3;
 
   std::vector<MaybeTensor> weights_;
   std::vector<int64_t> plan_;

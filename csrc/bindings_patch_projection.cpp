@@ -1,5 +1,5 @@
 // Bindings of patch_projection, of token_embedding and of packing a matrix for the CPU (see bindings_common.h).
-#include "bindings_common.h"
+#include "bindings_packed.h"
 
 namespace {
 
@@ -13,35 +13,52 @@ repavit::PackedMatrixHeader header_of(const Tensor& packed) {
                                                   bytes_of);
 }
 
+// Writes a packed copy of a matrix that was checked to `to`, which has room for it.
+void write_packed(const Tensor& weight, void* to) {
+  std::vector<Tensor> copies;
+  repavit::kernels().matrix_pack[dtype_of("weight", weight)](ordered_data(weight, copies), weight.size(0),
+                                                             weight.size(1), to, torch_pool());
+}
+
 Tensor patch_projection_pack(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: got shape ", shape_of(weight), ", wanted [N, K]");
   const DType dtype = check_input("weight", weight);
-  const repavit::Kernels& kernels = repavit::kernels();
-  const int64_t bytes = kernels.matrix_packed_bytes[dtype](weight.size(0), weight.size(1));
-  Tensor packed = new_packed("weight", bytes);
-  std::vector<Tensor> copies;
-  kernels.matrix_pack[dtype](ordered_data(weight, copies), weight.size(0), weight.size(1), packed.mutable_data_ptr(),
-                             torch_pool());
+  Tensor packed =
+      new_packed("weight", repavit::kernels().matrix_packed_bytes[dtype](weight.size(0), weight.size(1)));
+  pack_into(packed, {&weight}, [&](void* to) { write_packed(weight, to); });
   return packed;
 }
 
 std::vector<Tensor> patch_projection_unpack(const Tensor& packed) {
   const repavit::PackedMatrixHeader header = header_of(packed);
   const int64_t sizes[2] = {header.outputs, header.depth};
+  const Reading reading;
   std::vector<Tensor> weights{new_empty(sizes, 2, aoti_dtype_of(static_cast<DType>(header.dtype)))};
   repavit::kernels().matrix_unpack[header.dtype](packed.const_data_ptr(), weights[0].mutable_data_ptr(), torch_pool());
   return weights;
 }
 
-// Packed weight of this call: the one given, if it is of this weight, else a fresh one.
-Tensor packed_for(const MaybeTensor& packed, const Tensor& weight) {
+// Packed weight of this call: the one given, once it holds this weight, else a fresh one.
+Tensor packed_for(Reading& reading, const MaybeTensor& packed, const Tensor& weight) {
   if (!packed) return patch_projection_pack(weight);
   const repavit::PackedMatrixHeader header = header_of(*packed);
   STD_TORCH_CHECK(header.dtype == dtype_of("weight", weight) && header.outputs == weight.size(0) &&
                       header.depth == weight.size(1),
                   "packed: holds [", header.outputs, ", ", header.depth, "], which is not what weight ",
                   shape_of(weight), " says; pack the weight again");
-  return *packed;
+  return up_to_date(reading, *packed, {&weight}, [&](void* to) { write_packed(weight, to); });
+}
+
+// Elements of [rows, columns], which may have dimensions of 1 in front, as parameters have; null where there is no tensor.
+const void* checked_rows(const char* name, const MaybeTensor& t, int64_t rows, int64_t columns, const Tensor& x,
+                         std::vector<Tensor>& copies) {
+  if (!t || t->dim() <= 2) return checked_data(name, t, {rows, columns}, x, copies);
+  const int64_t dims = t->dim();
+  const bool fits = t->size(dims - 2) == rows && t->size(dims - 1) == columns &&
+                    t->numel() == checked_product(name, "its elements", rows, columns);
+  STD_TORCH_CHECK(fits, name, ": got shape ", shape_of(*t), ", wanted [", rows, ", ", columns, "]");
+  check_same_kind(name, *t, x);
+  return ordered_data(*t, copies);
 }
 
 // x itself where pixels (channels last: whole lines of a patch) are consecutive elements, else a contiguous copy.
@@ -57,6 +74,7 @@ struct Patches {
   DType dtype;
   Tensor source, weights;
   std::vector<Tensor> copies;
+  Reading reading;
 
   Patches(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
           const std::vector<int64_t>& patch, bool channels_last)
@@ -80,7 +98,7 @@ struct Patches {
     args.run = patch[1] * (channels_last ? channels : 1);
     args.outputs = weight.size(0);
     if (results() == 0) return;
-    source = with_whole_runs(x, channels_last), weights = packed_for(packed, weight);
+    source = with_whole_runs(x, channels_last), weights = packed_for(reading, packed, weight);
     const int64_t line = source.stride(down), column = source.stride(across);
     const int64_t strides[5] = {source.stride(0), line * patch[0], column * patch[1],
                                 channels_last ? 0 : source.stride(1), line};
@@ -118,7 +136,8 @@ Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor&
                        const MaybeTensor& prefix, const MaybeTensor& position, const MaybeTensor& norm_weight,
                        const MaybeTensor& norm_bias, const std::vector<int64_t>& patch, bool as_map,
                        std::optional<double> norm_eps) {
-  Patches patches(x, weight, bias, packed, patch, false);
+  const Tensor matrix = weight.dim() > 2 ? torch::stable::flatten(weight, 1, -1) : weight;
+  Patches patches(x, matrix, bias, packed, patch, false);
   check_norm(norm_eps);
   const int64_t channels = patches.args.outputs, rows = patches.patches_each();
   STD_TORCH_CHECK(rows > 0 && channels > 0, "x, patch: got shape ", shape_of(x), ", which holds no patch of ", patch[0],
@@ -126,10 +145,10 @@ Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor&
   STD_TORCH_CHECK(!(as_map && prefix), "prefix: a map has no rows in front of its patches; ask for tokens");
   repavit::TokenEmbeddingArgs args{patches.args, 0, nullptr, nullptr, nullptr, nullptr, 0.0, false};
   if (prefix) {
-    args.prefix = prefix->dim() == 2 ? prefix->size(0) : 0;
-    args.prefix_rows = checked_data("prefix", prefix, {args.prefix, channels}, x, patches.copies);
+    args.prefix = prefix->dim() >= 2 ? prefix->size(prefix->dim() - 2) : 0;
+    args.prefix_rows = checked_rows("prefix", prefix, args.prefix, channels, x, patches.copies);
   }
-  args.position = checked_data("position", position, {size_sum(args.prefix, rows), channels}, x, patches.copies);
+  args.position = checked_rows("position", position, size_sum(args.prefix, rows), channels, x, patches.copies);
   args.norm_weight = checked_data("norm_weight", norm_weight, {channels}, x, patches.copies);
   args.norm_bias = checked_data("norm_bias", norm_bias, {channels}, x, patches.copies);
   args.norm_eps = norm_eps.value_or(0.0);

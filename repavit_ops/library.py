@@ -104,6 +104,9 @@ CPU_TOOLS = (
     "rep_attention_unpack(Tensor packed) -> Tensor[]",
     "patch_projection_pack(Tensor weight) -> Tensor",
     "patch_projection_unpack(Tensor packed) -> Tensor[]",
+    # a number that changes with the weights, as far as it sees; and a packed copy whose weights are gone from now on
+    "fingerprint(Tensor[] weights) -> int",
+    "packed_stands_alone(Tensor(a!) packed) -> ()",
     # for benchmarks: products of like's dtype in registers, on all threads; returns how many operations that was
     "product_peak(Tensor like, int iterations) -> int",
     # the attention itself, without weights: for benchmarks and tests

@@ -158,17 +158,17 @@ def token_embedding(
     """``norm([prefix; patches Wᵀ + bias] + position)`` per image, the start of a model (a step of ``fused_blocks``).
 
     Shapes:
-        x         [B, C, H, W]    weight [N, C·ph·pw], bias [N] or None
-        prefix    [P, N] or None  rows in front; position [P + h·w, N] or None
+        x         [B, C, H, W]    weight [N, C·ph·pw] or [N, C, ph, pw], bias [N] or None
+        prefix    [P, N] or None  rows in front; position [P + h·w, N] or None; either may have a 1 in front
         returns   [B, P + h·w, N] or with ``as_map``, which has no prefix, [B, h, w, N]
 
     ``norm_eps`` is that of a LayerNorm over N with ``norm_weight`` and ``norm_bias``; None for no norm.
     """
-    y = patch_projection(x, weight, bias, patch=patch, channels_last=False)
+    y = patch_projection(x, weight.flatten(1), bias, patch=patch, channels_last=False)
     size = y.shape
     y = y.flatten(1, 2)
     if prefix is not None:
-        y = torch.cat((prefix.expand(y.shape[0], *prefix.shape), y), dim=1)
+        y = torch.cat((prefix.expand(y.shape[0], *prefix.shape[-2:]), y), dim=1)
     if position is not None:
         y = y + position
     if as_map:

@@ -62,7 +62,8 @@ struct PackedFfnHeader {
   int64_t channels;  // C
   int64_t active;    // m
   int64_t bytes;     // of the whole buffer
-  char reserved[24];
+  char reserved[16];
+  uint64_t fingerprint;  // of the weights it was made of (fingerprint.h), in every header last
 };
 static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
 constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
@@ -110,7 +111,8 @@ struct PackedMatrixHeader {
   int64_t outputs;  // N
   int64_t depth;    // K
   int64_t bytes;    // of the whole buffer
-  char reserved[24];
+  char reserved[16];
+  uint64_t fingerprint;
 };
 static_assert(sizeof(PackedMatrixHeader) == 64, "panels start at a cache line");
 constexpr char kPackedMatrixMagic[8] = {'r', 'v', 'm', 'a', 't', '0', '0', '1'};
@@ -167,7 +169,7 @@ struct PackedAttentionHeader {
   int32_t heads;  // h
   int64_t channels, d_qk, d_v, channels_out;
   int64_t bytes;  // of the whole buffer
-  char reserved[8];
+  uint64_t fingerprint;
 };
 static_assert(sizeof(PackedAttentionHeader) == 64, "panels start at a cache line");
 constexpr char kPackedAttentionMagic[8] = {'r', 'v', 'a', 't', 't', '0', '0', '1'};

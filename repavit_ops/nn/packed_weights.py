@@ -5,71 +5,94 @@ A copy is derived state: the module owns it, never saves it, and makes it anew w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends, library
+from .dropped_weight import DroppedWeight, stand_in
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Copy(NamedTuple):
+    """A packed copy and what belongs to it; replaced as one, for calls from other threads.
+
+    Attributes:
+        packed: the copy; None where no kernel takes one.
+        stamp: what it was made of.
+        stand_ins: where the plain weights were dropped, what operators are handed in their places.
+    """
+
+    packed: Tensor | None = None
+    stamp: tuple[Any, ...] | None = None
+    stand_ins: list[Tensor | None] | None = None
 
 
 class PackedWeights(nn.Module):
     """Base of the deployed modules: holds the packed copy of their weights and keeps it up to date.
 
-    The copy is made at the first call on a CPU and again whenever a weight has changed: after ``load_state_dict``,
-    after ``.to()``, and after edits in place, which raise a tensor's version counter. The counter is compared in eager
-    mode only, because under ``torch.compile`` the comparison would become a guard on data. Edits through ``.data`` or
-    numpy raise no counter and need :meth:`repack`.
+    The copy is made at once or at the first call on a CPU, and again when a weight has changed:
 
-    :meth:`drop_unpacked` frees the plain weights. The parameters then keep their names and shapes but own no memory,
-    ``state_dict`` unpacks them, moving the module unpacks and packs again, and asking for gradients raises.
+    - Where another tensor or other memory stands in a weight's place, or its version counter has been raised (edits in
+      place do that), a new copy is made before the call. Compiled and exported programs do not look.
+    - Many writers raise no counter: ``.data``, numpy, optimizers of PyTorch that are fused, collectives, other
+      processes. So the copy carries a fingerprint of the weights, some dozens to hundreds of numbers of each, that
+      every call compares, compiled, exported or not; where it differs the kernel writes the copy anew. A change of
+      single numbers that raises no counter may pass unseen: then :meth:`repack`.
+
+    :meth:`drop_unpacked` frees the plain weights. The parameters then keep their names and shapes but own no memory
+    (:class:`repavit_ops.nn.dropped_weight.DroppedWeight`): reading or writing them raises, ``state_dict`` unpacks them,
+    ``load_state_dict`` and moving the module unpack and pack again, a new parameter in the place of one brings the
+    others back, and asking for gradients raises.
+
+    Calls may come from several threads. A call sees the copy of one state of the weights; to change weights while calls
+    run is as in PyTorch: each weight is read as it is at that moment.
 
     A subclass sets ``operator`` to the name of its operator and ``packed_names`` to the names of its weights in the
-    order that the operator's pack function takes them, and defines :meth:`pack`.
+    order that the operator's pack function takes them, defines :meth:`pack`, and hands its operator what
+    :meth:`current` returns.
     """
 
     operator: ClassVar[str]
     packed_names: ClassVar[tuple[str, ...]]
     backend: backends.Backend
+    _copy: Copy
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: Tensor | None = None
-        self._packed_stamp: tuple[Any, ...] | None = None
-        self._unpacked_dropped = False
+        self._copy = Copy()
 
     def pack(self) -> Tensor:
         """A new packed copy of :meth:`sources`."""
         raise TypeError(f"{type(self).__name__} must define pack()")
 
-    def _unpacked(self) -> Iterator[tuple[str, Tensor]]:
-        assert self._packed is not None
-        unpacked = getattr(torch.ops.repavit_ops, f"{self.operator}_unpack")(self._packed)
-        return zip(self.packed_names, unpacked, strict=True)
-
     def sources(self) -> list[Tensor | None]:
         """The weights that the packed copy holds."""
         return [getattr(self, name) for name in self.packed_names]
 
-    def packed(self) -> Tensor | None:
-        """The packed copy for the next call, rebuilt first if a weight changed; None where no kernel takes one.
+    def current(self) -> tuple[Tensor | None, list[Any]]:
+        """The packed copy for the next call, and the weights of :attr:`packed_names` for its operator.
+
+        The copy is rebuilt first if a weight changed; None where no kernel takes one.
 
         Raises:
             RuntimeError: an ONNX export is running, for which the operators have no equivalent; says what to export.
         """
         if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
             library.refuse_onnx()
-        if not torch.compiler.is_compiling() and not self._unpacked_dropped and self._packed_stamp != self._stamp():
+        if not torch.compiler.is_compiling() and self._copy.stamp != self._stamp():
             self.repack()
-        return self._packed
+        packed, _, stand_ins = self._copy
+        return packed, self.sources() if stand_ins is None else stand_ins
 
     @property
     def packed_copy(self) -> Tensor | None:
         """The packed copy that is held now, if any; for whoever counts memory."""
-        return self._packed
+        return self._copy.packed
 
     def backend_for(self, x: Tensor) -> backends.Backend:
         """The backend for ``x``.
@@ -80,37 +103,55 @@ class PackedWeights(nn.Module):
         return "reference" if self.backend == "auto" and x.is_cpu and x.dtype == torch.float64 else self.backend
 
     def repack(self) -> None:
-        """Rebuild the packed copy now: needed after edits through ``.data`` or numpy."""
-        if self._unpacked_dropped:
+        """Rebuild the packed copy now: needed after edits of single numbers through ``.data`` or numpy."""
+        stamp = self._stamp()  # before the weights are read: whoever writes them meanwhile is seen by the next call
+        dropped = [weight for weight in self.sources() if isinstance(weight, DroppedWeight)]
+        given = [weight for weight in self.sources() if weight is not None]
+        alike = len(dropped) == len(given) and all(weight.packed is dropped[0].packed for weight in dropped)
+        if dropped and alike and self._packable():
+            stand_ins = [None if weight is None else stand_in(weight) for weight in self.sources()]
+            self._copy = Copy(dropped[0].packed, stamp, stand_ins)
             return
+        if dropped:  # another weight was put in the place of one, or the backend is another now
+            self._restore()
+            stamp = self._stamp()
         with torch.no_grad():
             wanted = self._packable() and backends.has_cpu_kernel(f"{self.operator}_pack")
-            self._packed = self.pack() if wanted else None
-        self._packed_stamp = self._stamp()
+            self._copy = Copy(self.pack() if wanted else None, stamp)
 
     def drop_unpacked(self) -> None:
         """Free the plain weights where a packed copy stands in for them; elsewhere (other devices) keep them."""
-        if self.packed() is None or self._unpacked_dropped:
+        packed = self.current()[0]
+        if packed is None or self._copy.stand_ins is not None:
             return
         self.requires_grad_(False)
-        for name in self.packed_names:
-            if (weight := getattr(self, name)) is not None:
-                setattr(self, name, nn.Parameter(weight.new_zeros(()).expand(weight.shape), requires_grad=False))
-        self._unpacked_dropped = True
+        torch.ops.repavit_ops.packed_stands_alone(packed)
+        unpacks, kind = f"{self.operator}_unpack", type(self).__name__
+        for index, (name, weight) in enumerate(self._named_sources()):
+            if weight is not None:
+                setattr(self, name, DroppedWeight.of(weight, packed, unpacks, index, f"{name} of {kind}"))
+        self.repack()
 
     def restore_unpacked(self) -> None:
         """Undo :meth:`drop_unpacked`."""
-        if not self._unpacked_dropped:
-            return
-        for name, weight in self._unpacked():
-            if getattr(self, name) is not None:
-                setattr(self, name, nn.Parameter(weight, requires_grad=False))
-        self._unpacked_dropped = False
-        self._packed_stamp = self._stamp()
+        if self._restore():
+            self.repack()
+
+    def _restore(self) -> bool:
+        """Put weights in the places of dropped ones; whether there were any."""
+        dropped = [(name, weight) for name, weight in self._named_sources() if isinstance(weight, DroppedWeight)]
+        for name, weight in dropped:
+            setattr(self, name, nn.Parameter(weight.unpacked(), requires_grad=False))
+        if dropped:
+            self._copy = Copy()
+        return bool(dropped)
+
+    def _named_sources(self) -> list[tuple[str, Tensor | None]]:
+        return [(name, getattr(self, name)) for name in self.packed_names]
 
     def check_trainable(self, x: Tensor) -> None:
         """Raise RuntimeError if a derivative would need weights that are not there any more."""
-        if not self._unpacked_dropped:
+        if self._copy.stand_ins is None:
             return
         backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
         if backward or backends.in_forward_mode():
@@ -127,36 +168,52 @@ class PackedWeights(nn.Module):
         """What the packed copy was made of; nothing where there is none to make."""
         if not self._packable():
             return ()
-        return tuple(
-            None if t is None else (t.data_ptr(), t.dtype, None if t.is_inference() else t._version)
-            for t in self.sources()
-        )
+        return tuple(map(_state, self.sources()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeights:
-        dropped = self._unpacked_dropped
-        self.restore_unpacked()
+        dropped = self._restore()
         super()._apply(fn, recurse)
-        self._packed, self._packed_stamp = None, None
+        self._copy = Copy()
         if dropped:
             self.drop_unpacked()
+        elif not torch.compiler.is_compiling():
+            self.repack()  # compiled programs take the copy that there is, and pack in every call where there is none
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._unpacked_dropped:
-            for name, weight in self._unpacked():
-                if prefix + name in destination:
-                    destination[prefix + name] = weight
+        if self._copy.stand_ins is None:
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        whole = copy.copy(self)  # apart, for calls from other threads
+        vars(whole)["_parameters"] = {
+            name: nn.Parameter(value.unpacked(), requires_grad=False) if isinstance(value, DroppedWeight) else value
+            for name, value in self._parameters.items()
+        }
+        whole._copy = Copy()
+        whole._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        dropped = self._unpacked_dropped
-        self.restore_unpacked()
+        dropped = self._restore()
         super()._load_from_state_dict(*args, **kwargs)
-        self._packed_stamp = None
+        self._copy = self._copy._replace(stamp=None)
         if dropped:
             self.drop_unpacked()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._unpacked_dropped:
-            return self.__dict__
-        return {**self.__dict__, "_packed": None, "_packed_stamp": None}
+        return {**self.__dict__, "_copy": Copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        older = {name: state.pop(name, None) for name in ("_packed", "_packed_stamp", "_unpacked_dropped")}
+        super().__setstate__({"_copy": Copy(), **state})
+        if older["_unpacked_dropped"] and older["_packed"] is not None:  # of versions whose places held zeros
+            weights = getattr(torch.ops.repavit_ops, f"{self.operator}_unpack")(older["_packed"])
+            for (name, place), weight in zip(self._named_sources(), weights, strict=True):
+                if place is not None:
+                    setattr(self, name, nn.Parameter(weight.view(place.shape), requires_grad=False))
+            self.drop_unpacked()
+
+
+def _state(weight: Tensor | None) -> Any:
+    """What tells whether a weight is still the one that it was, as far as PyTorch knows."""
+    if weight is None or isinstance(weight, DroppedWeight):
+        return id(weight)
+    return (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)

@@ -127,22 +127,23 @@ class PartialGELUFFN(PackedWeights):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_trainable(x)
+        packed, (w_in, w_out, w_merged) = self.current()
         return ops.partial_gelu_ffn(
             x,
-            self.w_in,
+            w_in,
             self.b_in,
-            self.w_out,
-            self.w_merged,
+            w_out,
+            w_merged,
             self.bias,
             **self._static(),
-            packed=self.packed(),
+            packed=packed,
             backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:
         """This module's call as a step of :func:`repavit_ops.ops.fused_blocks`."""
-        weights = (self.w_in, self.b_in, self.w_out, self.w_merged, self.bias)
-        return Step(self.operator, weights, self._static(), self.packed())
+        packed, (w_in, w_out, w_merged) = self.current()
+        return Step(self.operator, (w_in, self.b_in, w_out, w_merged, self.bias), self._static(), packed)
 
     def _static(self) -> dict[str, Any]:
         return {"norm_eps": self.norm_eps, "residual": self.residual, "approximate": self.approximate}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
-from .packed_weights import PackedWeights
+from .packed_weights import Copy, PackedWeights
 
 
 class PatchConv2d(PackedWeights, nn.Conv2d):
@@ -31,24 +29,22 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
         """The convolution ``conv``, its parameters and not a copy of them; it must satisfy :func:`is_patch_conv`."""
         module = cls.__new__(cls)
         module.__dict__.update(conv.__dict__)
-        module._packed, module._packed_stamp, module._unpacked_dropped = None, None, False
+        module._copy = Copy()
         module.backend = backend
         return module
 
     def pack(self) -> Tensor:
         return torch.ops.repavit_ops.patch_projection_pack(self.weight.flatten(1))
 
-    def _unpacked(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, weight.view(self.weight.shape)) for name, weight in super()._unpacked())
-
     def forward(self, x: Tensor) -> Tensor:
         self.check_trainable(x)
+        packed, (weight,) = self.current()
         y = ops.patch_projection(
             x,
-            self.weight.flatten(1),
+            weight.flatten(1),
             self.bias,
             patch=(self.kernel_size[0], self.kernel_size[1]),
-            packed=self.packed(),
+            packed=packed,
             backend=self.backend_for(x),
         )
         return y.permute(0, 3, 1, 2)

@@ -73,14 +73,15 @@ class PatchProjection(PackedWeights):
             bottom, right = -x.shape[down] % self.patch[0], -x.shape[across] % self.patch[1]
             if bottom or right:
                 x = F.pad(x, (0, 0, 0, right, 0, bottom) if self.channels_last else (0, right, 0, bottom))
+        packed, (weight,) = self.current()
         y = ops.patch_projection(
             x,
-            self.weight,
+            weight,
             self.bias,
             patch=self.patch,
             channels_last=self.channels_last,
             norm_eps=self.norm_eps,
-            packed=self.packed(),
+            packed=packed,
             backend=self.backend_for(x),
         )
         return y if self.channels_last else y.permute(0, 3, 1, 2)

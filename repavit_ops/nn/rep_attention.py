@@ -93,21 +93,23 @@ class RepAttention(PackedWeights):
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         self.check_trainable(x)
+        packed, (w_qkv, w_proj) = self.current()
         return ops.rep_attention(
             x,
-            self.w_qkv,
+            w_qkv,
             self.b_qkv,
-            self.w_proj,
+            w_proj,
             self.b_proj,
             attn_bias=attn_bias,
             **self._static(),
-            packed=self.packed(),
+            packed=packed,
             backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:
         """This module's call without attn_bias as a step of :func:`repavit_ops.ops.fused_blocks`."""
-        return Step(self.operator, (self.w_qkv, self.b_qkv, self.w_proj, self.b_proj), self._static(), self.packed())
+        packed, (w_qkv, w_proj) = self.current()
+        return Step(self.operator, (w_qkv, self.b_qkv, w_proj, self.b_proj), self._static(), packed)
 
     def _static(self) -> dict[str, Any]:
         return {

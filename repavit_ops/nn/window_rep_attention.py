@@ -85,23 +85,25 @@ class WindowRepAttention(RepAttention):
     def forward(self, x: Tensor, static_shift: bool | None = None) -> Tensor:  # type: ignore[override]
         """``static_shift`` given: for this call in place of the module's own."""
         self.check_trainable(x)
+        packed, (w_qkv, w_proj) = self.current()
         return ops.window_rep_attention(
             x,
-            self.w_qkv,
+            w_qkv,
             self.b_qkv,
-            self.w_proj,
+            w_proj,
             self.b_proj,
             rel_bias=self.rel_bias,
             pad_kv=self.pad_kv,
             **self._window_static(x.shape[1:3], static_shift),
-            packed=self.packed(),
+            packed=packed,
             backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:
         """This module's call on maps of ``size`` (H, W) as a step of :func:`repavit_ops.ops.fused_blocks`."""
-        weights = (self.w_qkv, self.b_qkv, self.w_proj, self.b_proj, self.rel_bias, self.pad_kv)
-        return Step("window_rep_attention", weights, self._window_static(size), self.packed())
+        packed, (w_qkv, w_proj) = self.current()
+        weights = (w_qkv, self.b_qkv, w_proj, self.b_proj, self.rel_bias, self.pad_kv)
+        return Step("window_rep_attention", weights, self._window_static(size), packed)
 
     def _window_static(self, size: Sequence[int], static_shift: bool | None = None) -> dict[str, Any]:
         static = self.static_shift if static_shift is None else static_shift

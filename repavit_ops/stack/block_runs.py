@@ -14,7 +14,7 @@ from ..nn.foreign_signatures import SignatureBlock
 from ..nn.plain_call import why_not_plain
 from ..nn.recorders import acts
 from ..nn.stand_in import own_class
-from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
+from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
 
 STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
 # called with x alone these are mlp(attn(x))
@@ -28,10 +28,8 @@ def steps_of(block: nn.Module) -> list[Any] | None:
     return parts if all(type(part) in STEPS for part in parts) else None
 
 
-class BlockRuns(nn.Module):
+class BlockRuns(Routed):
     """Base of the containers whose blocks run in few calls; a subclass is one of PyTorch's containers, too."""
-
-    _routes: Routes
 
     def why_apart(self, x: Tensor | None = None) -> str | None:
         """Why the blocks run one by one (for input ``x``, where given), in one line; None if in one call."""
@@ -82,6 +80,3 @@ class BlockRuns(nn.Module):
             block if parts is None else stack_plan.encode(part.step(size) for part in parts)
             for block, parts in self._runs()
         ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routes": {}}

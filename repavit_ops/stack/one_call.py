@@ -19,7 +19,7 @@ from ..nn.plain_call import why_not_plain
 from ..nn.recorders import acts
 from ..stack_plan import Step
 from .block_runs import steps_of
-from .route import Route, Routes, Segment, hooks_below, keep, why_not_for, why_not_here
+from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
 
@@ -28,7 +28,7 @@ class Apart(Exception):
     """Why a part cannot be a step, in one line."""
 
 
-class OneCall(nn.Module):
+class OneCall(Routed):
     """A model that knows its :meth:`steps`, and when a forward must not take them.
 
     Attributes:
@@ -40,7 +40,7 @@ class OneCall(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_one_call = False
-        self._routes: Routes = {}
+        self._routes = {}
 
     def steps(self, x: Tensor) -> list[Step]:
         """The model on images like ``x`` as steps of one call.
@@ -105,9 +105,6 @@ class OneCall(nn.Module):
                 return f"it has a {name} of its own"
         return why_not_plain(self, x)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routes": {}}
-
 
 def patch_grid(patch_embed: nn.Module, kind: type[nn.Module], x: Tensor, patch: int) -> tuple[int, int]:
     """Patches down and across in images like ``x``."""
@@ -125,15 +122,19 @@ def embedding(
     norm: nn.Module | None = None,
     as_map: bool = False,
 ) -> Step:
-    """Patches, prefix tokens, position [P + h·w, C] and the norm behind them."""
+    """Patches, prefix tokens [.., P, C], position [.., P + h·w, C] and the norm behind them.
+
+    They are parameters as the model has them, not views, which would not follow a parameter to other memory.
+    """
     if type(conv) is not PatchConv2d:
         raise Apart(f"the patch embedding is a {type(conv).__name__}, no projection of patches")
     weight, bias, eps = _layer_norm(norm)
+    packed, (matrix,) = conv.current()
     return Step(
         "token_embedding",
-        (conv.weight.flatten(1), conv.bias, prefix, position, weight, bias),
+        (matrix, conv.bias, prefix, position, weight, bias),
         {"patch": (conv.kernel_size[0], conv.kernel_size[1]), "as_map": as_map, "norm_eps": eps},
-        conv.packed(),
+        packed,
     )
 
 
@@ -154,7 +155,8 @@ def merging(module: nn.Module, size: tuple[int, int]) -> tuple[Step, tuple[int, 
     if any(side % edge for side, edge in zip(size, module.patch, strict=True)):
         raise Apart(f"maps of {size[0]}x{size[1]} are padded before they are merged")
     static = {"patch": module.patch, "channels_last": module.channels_last, "norm_eps": module.norm_eps}
-    step = Step("patch_projection", (module.weight, module.bias), static, module.packed())
+    packed, (weight,) = module.current()
+    step = Step("patch_projection", (weight, module.bias), static, packed)
     return step, (size[0] // module.patch[0], size[1] // module.patch[1])
 
 

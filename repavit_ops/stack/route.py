@@ -37,8 +37,10 @@ class Route:
         calls: functions of one tensor, in order; none where the module must run part by part.
         entries: dictionaries, keys, and the objects that must still stand there: children, parameters, packed copies.
         sizes: dictionaries and their lengths, so that a parameter or a hook that is new is noticed.
-        versions: tensors that were copied, and their version counters.
+        versions: weights that were packed or otherwise copied, and their version counters.
         hooks: dictionaries of hooks, which must all be empty.
+        copied: the root's own parameters of which the calls hold no more than a copy, as a resized position table.
+        copied_state: where they stood then and what was in them.
     """
 
     calls: Sequence[Callable[[Tensor], Tensor]]
@@ -46,6 +48,8 @@ class Route:
     sizes: Columns = ((), ())
     versions: Columns = ((), ())
     hooks: tuple[dict[int, Any], ...] = ()
+    copied: tuple[Tensor, ...] = ()
+    copied_state: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module, segments: list[Segment]) -> Route:
@@ -54,7 +58,8 @@ class Route:
         hooks = hooks_below(module)
         idle = [found for found in hooks if found]  # recorders; that no other joins them shows in their number
         empty = tuple(found for found in hooks if not found)
-        return cls(calls, _entries(module), _sizes(module, idle), _versions(module), empty)
+        copied = _copied(module, segments)
+        return cls(calls, _entries(module), _sizes(module, idle), _versions(module), empty, copied, _state_of(copied))
 
     def holds(self) -> bool:
         """Whether the module is still in the state that the route was made for."""
@@ -66,6 +71,7 @@ class Route:
             and all(map(operator.is_, map(dict.get, dicts, keys), values))
             and all(map(operator.eq, map(len, sized), sizes))
             and all(map(operator.eq, map(_version, tensors), versions))
+            and (not self.copied or self.copied_state == _state_of(self.copied))
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -73,6 +79,24 @@ class Route:
         for call in self.calls:
             x = call(x)
         return x
+
+
+class Routed(nn.Module):
+    """Base of what keeps routes; they hold the weights, and are forgotten when all of those are replaced."""
+
+    _routes: Routes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routed:
+        self._routes.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._routes.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_routes": {}}
 
 
 def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
@@ -122,7 +146,7 @@ def _entries(module: nn.Module) -> Columns:
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
         entries += [(part._parameters, name, value) for name, value in part._parameters.items()]
         if isinstance(part, PackedWeights):
-            entries += [(part.__dict__, name, part.__dict__[name]) for name in ("_packed", "backend")]
+            entries += [(part.__dict__, name, part.__dict__[name]) for name in ("_copy", "backend")]
     return _columns(entries, 3)
 
 
@@ -132,14 +156,22 @@ def _sizes(module: nn.Module, others: Iterable[dict[Any, Any]] = ()) -> Columns:
 
 
 def _versions(module: nn.Module) -> Columns:
-    """Version counters of the tensors that a route holds copies of.
-
-    These are the sources of packed weights, and the parameters of the root itself, from which it may have computed a
-    table (positions resized to the image).
-    """
+    """Version counters of the tensors that a route may hold copies of: sources of packed weights, the root's own."""
     packed = [t for part in module.modules() if isinstance(part, PackedWeights) for t in part.sources()]
     copied = [t for t in (*packed, *module.parameters(recurse=False)) if t is not None]
     return _columns(((t, t._version) for t in copied if not t.is_inference()), 2)
+
+
+def _copied(module: nn.Module, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
+    taken = [w for segment in segments if not isinstance(segment, nn.Module) for w in segment[0] if w is not None]
+    known = set(map(id, taken))
+    return tuple(p for p in module.parameters(recurse=False) if id(p) not in known) if taken else ()
+
+
+def _state_of(copied: tuple[Tensor, ...]) -> tuple[int, ...]:
+    if not copied:
+        return ()
+    return (torch.ops.repavit_ops.fingerprint(copied), *(t.data_ptr() for t in copied))
 
 
 def _columns(rows: Iterable[tuple[Any, ...]], count: int) -> Columns:

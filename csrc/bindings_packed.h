@@ -1,0 +1,168 @@
+// Packed copies of weights: what they hold, what they are made of, and how a call comes by one that is up to date.
+//
+// Whoever writes weights may do so behind every counter and hook, and compiled or exported programs keep their packed copy
+// for good. So a copy carries a fingerprint of its weights (cpu/fingerprint.h); a call that is handed both compares the two
+// and, where they differ, packs anew in place before it computes.
+#pragma once
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "bindings_common.h"
+#include "cpu/fingerprint.h"
+
+namespace repavit_bindings {
+
+using repavit::Fingerprint;
+using repavit::WeightView;
+
+// Many calls read packed copies at a time, or one writes. A writer that waits goes before readers that come later.
+class Gate {
+ public:
+  static Gate& instance() {
+    static auto* const gate = [] {
+      // A thread of the parent that was inside left its trace here, and it is not in the child.
+      pthread_atfork(nullptr, nullptr, [] { new (&instance()) Gate; });
+      return new Gate;
+    }();
+    return *gate;
+  }
+  void enter() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [this] { return !writing_ && waiting_ == 0; });
+    ++reading_;
+  }
+  void leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--reading_ == 0 && waiting_ > 0) changed_.notify_all();
+  }
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    --reading_;
+    ++waiting_;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return !writing_ && reading_ == 0; });
+    --waiting_;
+    writing_ = true;
+  }
+  void reopen() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    writing_ = false;
+    ++reading_;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t reading_ = 0, waiting_ = 0;
+  bool writing_ = false;
+};
+
+// As long as one lives, no packed copy is written by another call. At most one in a thread, and whoever holds one waits for
+// no other lock.
+class Reading {
+ public:
+  Reading() { Gate::instance().enter(); }
+  ~Reading() { Gate::instance().leave(); }
+  Reading(const Reading&) = delete;
+  Reading& operator=(const Reading&) = delete;
+
+  // Runs `write` while no call reads, this one included.
+  template <class Write>
+  void pause(const Write& write) {
+    struct Closed {
+      Closed() { Gate::instance().close(); }
+      ~Closed() { Gate::instance().reopen(); }
+    } closed;
+    written = true;
+    write();
+  }
+
+  bool written = false;  // whether a copy was written, so that ones met before may have been meanwhile
+  bool anew = false;     // to pack whatever is met: one of the weights of a model was written, so others may be
+};
+
+// The weights of a packed copy, in the order in which its pack operator takes them; each a matrix or absent.
+using Weights = std::initializer_list<const Tensor*>;
+
+inline const Tensor* pointer(const MaybeTensor& t) { return t ? &*t : nullptr; }
+
+inline WeightView view_of(const Tensor& w) {
+  const auto element = static_cast<int64_t>(w.element_size());
+  return {static_cast<const char*>(w.const_data_ptr()), w.size(0), w.size(1), w.stride(0) * element,
+          w.stride(1) * element, element};
+}
+
+inline uint64_t fingerprint_of(Weights weights) {
+  Fingerprint fingerprint;
+  for (const Tensor* w : weights) {
+    if (w != nullptr) fingerprint.add(view_of(*w));
+  }
+  return fingerprint.value();
+}
+
+// Last eight bytes of every header.
+constexpr size_t kFingerprintAt = 56;
+static_assert(offsetof(repavit::PackedFfnHeader, fingerprint) == kFingerprintAt &&
+                  offsetof(repavit::PackedAttentionHeader, fingerprint) == kFingerprintAt &&
+                  offsetof(repavit::PackedMatrixHeader, fingerprint) == kFingerprintAt,
+              "the fingerprint stands in the same place");
+
+inline uint64_t fingerprint_in(const void* packed) {
+  uint64_t value = 0;
+  std::memcpy(&value, static_cast<const char*>(packed) + kFingerprintAt, sizeof(value));
+  return value;
+}
+
+inline void set_fingerprint(const Tensor& packed, uint64_t value) {
+  std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + kFingerprintAt, &value, sizeof(value));
+}
+
+// Whether the memory may be written; what was mapped for reading alone may not. No system call reports less than that, and
+// the one that copies a byte onto itself raises no signal.
+inline bool is_writable(void* memory) {
+  int ends[2];
+  if (pipe(ends) != 0) return false;
+  const bool copied = write(ends[1], memory, 1) == 1 && read(ends[0], memory, 1) == 1;
+  close(ends[0]);
+  close(ends[1]);
+  return copied;
+}
+
+// Packs into `packed`; `write` is handed its memory. The fingerprint is that of before, and it is set when all is done: of
+// weights that change meanwhile a later call makes another copy.
+template <class Write>
+void pack_into(const Tensor& packed, Weights weights, const Write& write) {
+  const uint64_t fingerprint = fingerprint_of(weights);
+  set_fingerprint(packed, Fingerprint::kUnknown);
+  write(packed.mutable_data_ptr());
+  set_fingerprint(packed, fingerprint);
+}
+
+// `packed`, a valid copy for weights of these shapes, once it holds these weights. Where it may not be written, a new one.
+template <class Write>
+Tensor up_to_date(Reading& reading, const Tensor& packed, Weights weights, const Write& write) {
+  const auto holds = [&] {
+    const uint64_t known = fingerprint_in(packed.const_data_ptr());
+    return known == Fingerprint::kOfNothing || (!reading.anew && known == fingerprint_of(weights));
+  };
+  if (holds()) return packed;
+  bool writable = true;
+  reading.pause([&] {
+    if (holds()) return;
+    writable = is_writable(packed.mutable_data_ptr());
+    if (writable) pack_into(packed, weights, write);
+  });
+  if (writable) return packed;
+  Tensor fresh = new_packed("packed", packed.numel());
+  pack_into(fresh, weights, write);
+  return fresh;
+}
+
+}  // namespace repavit_bindings
