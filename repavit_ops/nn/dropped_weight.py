@@ -17,7 +17,8 @@ _ATTRIBUTES = (
 )
 _METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed"),
-    *("get_device", "is_inference", "__len__", "__hash__", "requires_grad_", "is_conj", "is_neg"),
+    *("get_device", "is_inference", "__len__", "__hash__", "requires_grad_", "is_conj", "is_neg", "_is_view"),
+    *("stride", "storage_offset", "is_contiguous"),
 )
 _ANSWERED = {
     *(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES),
@@ -56,10 +57,10 @@ class DroppedWeight(nn.Parameter):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.Tensor.untyped_storage:  # for whoever counts bytes
-            return torch.UntypedStorage(0)
+            return torch.UntypedStorage(args[0].element_size())
         if func not in _ANSWERED:
             name = getattr(func, "__name__", str(func))
-            if name == "__get__":
+            if name in ("__get__", "__set__"):
                 name = getattr(getattr(func, "__self__", None), "__name__", name)
             raise RuntimeError(
                 f"{name}: {_label_in(args, kwargs)} was freed by fuse(keep_unpacked=False) and can be neither read nor "

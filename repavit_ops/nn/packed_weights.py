@@ -24,12 +24,14 @@ class Copy(NamedTuple):
     Attributes:
         packed: the copy; None where no kernel takes one.
         stamp: what it was made of.
-        stand_ins: where the plain weights were dropped, what operators are handed in their places.
+        operands: where weights were dropped, what operators are handed in their places.
+        alone: whether that has no numbers either, since the copy holds them.
     """
 
     packed: Tensor | None = None
     stamp: tuple[Any, ...] | None = None
-    stand_ins: list[Tensor | None] | None = None
+    operands: list[Tensor | None] | None = None
+    alone: bool = False
 
 
 class PackedWeights(nn.Module):
@@ -46,8 +48,8 @@ class PackedWeights(nn.Module):
 
     :meth:`drop_unpacked` frees the plain weights. The parameters then keep their names and shapes but own no memory
     (:class:`repavit_ops.nn.dropped_weight.DroppedWeight`): reading or writing them raises, ``state_dict`` unpacks them,
-    ``load_state_dict`` and moving the module unpack and pack again, a new parameter in the place of one brings the
-    others back, and asking for gradients raises.
+    ``load_state_dict`` and moving the module unpack and pack again, as does a new parameter in the place of one, and
+    asking for gradients raises.
 
     Calls may come from several threads. A call sees the copy of one state of the weights; to change weights while calls
     run is as in PyTorch: each weight is read as it is at that moment.
@@ -66,8 +68,8 @@ class PackedWeights(nn.Module):
         super().__init__()
         self._copy = Copy()
 
-    def pack(self) -> Tensor:
-        """A new packed copy of :meth:`sources`."""
+    def pack(self, *weights: Tensor | None) -> Tensor:
+        """A new packed copy of weights, in the order of :attr:`packed_names`."""
         raise TypeError(f"{type(self).__name__} must define pack()")
 
     def sources(self) -> list[Tensor | None]:
@@ -84,10 +86,14 @@ class PackedWeights(nn.Module):
         """
         if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
             library.refuse_onnx()
-        if not torch.compiler.is_compiling() and self._copy.stamp != self._stamp():
+        copy = self._copy
+        if torch.compiler.is_compiling():
+            if copy.alone and not all(weight is None or isinstance(weight, DroppedWeight) for weight in self.sources()):
+                return None, self.sources()  # others in their places, for a while: torch.func.functional_call
+        elif copy.stamp != self._stamp():
             self.repack()
-        packed, _, stand_ins = self._copy
-        return packed, self.sources() if stand_ins is None else stand_ins
+            copy = self._copy
+        return copy.packed, self.sources() if copy.operands is None else copy.operands
 
     @property
     def packed_copy(self) -> Tensor | None:
@@ -104,29 +110,29 @@ class PackedWeights(nn.Module):
 
     def repack(self) -> None:
         """Rebuild the packed copy now: needed after edits of single numbers through ``.data`` or numpy."""
-        stamp = self._stamp()  # before the weights are read: whoever writes them meanwhile is seen by the next call
-        dropped = [weight for weight in self.sources() if isinstance(weight, DroppedWeight)]
-        given = [weight for weight in self.sources() if weight is not None]
-        alike = len(dropped) == len(given) and all(weight.packed is dropped[0].packed for weight in dropped)
-        if dropped and alike and self._packable():
-            stand_ins = [None if weight is None else stand_in(weight) for weight in self.sources()]
-            self._copy = Copy(dropped[0].packed, stamp, stand_ins)
-            return
-        if dropped:  # another weight was put in the place of one, or the backend is another now
-            self._restore()
-            stamp = self._stamp()
+        stamp, weights = self._stamp(), self.sources()  # the stamp first: who writes meanwhile is seen by the next call
+        given = [weight for weight in weights if weight is not None]
+        dropped = [weight for weight in given if isinstance(weight, DroppedWeight)]
+        if dropped and self._packable() and len(dropped) == len(given):
+            packed = dropped[0].packed
+            if all(weight.packed is packed for weight in dropped):
+                stand_ins = [None if weight is None else stand_in(weight) for weight in weights]
+                self._copy = Copy(packed, stamp, stand_ins, alone=True)
+                return
+        weights = [weight.unpacked() if isinstance(weight, DroppedWeight) else weight for weight in weights]
         with torch.no_grad():
             wanted = self._packable() and backends.has_cpu_kernel(f"{self.operator}_pack")
-            self._copy = Copy(self.pack() if wanted else None, stamp)
+            self._copy = Copy(self.pack(*weights) if wanted else None, stamp, weights if dropped else None)
 
     def drop_unpacked(self) -> None:
         """Free the plain weights where a packed copy stands in for them; elsewhere (other devices) keep them."""
         packed = self.current()[0]
-        if packed is None or self._copy.stand_ins is not None:
+        if packed is None or self._copy.alone:
             return
         self.requires_grad_(False)
         torch.ops.repavit_ops.packed_stands_alone(packed)
         unpacks, kind = f"{self.operator}_unpack", type(self).__name__
+        self._copy = Copy()
         for index, (name, weight) in enumerate(self._named_sources()):
             if weight is not None:
                 setattr(self, name, DroppedWeight.of(weight, packed, unpacks, index, f"{name} of {kind}"))
@@ -137,13 +143,18 @@ class PackedWeights(nn.Module):
         if self._restore():
             self.repack()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.packed_names and self.__dict__["_copy"].operands is not None:
+            self.repack()  # now, for compiled programs, which see that the copy is another but not that a weight is
+
     def _restore(self) -> bool:
         """Put weights in the places of dropped ones; whether there were any."""
         dropped = [(name, weight) for name, weight in self._named_sources() if isinstance(weight, DroppedWeight)]
-        for name, weight in dropped:
-            setattr(self, name, nn.Parameter(weight.unpacked(), requires_grad=False))
         if dropped:
             self._copy = Copy()
+        for name, weight in dropped:
+            setattr(self, name, nn.Parameter(weight.unpacked(), requires_grad=False))
         return bool(dropped)
 
     def _named_sources(self) -> list[tuple[str, Tensor | None]]:
@@ -151,7 +162,7 @@ class PackedWeights(nn.Module):
 
     def check_trainable(self, x: Tensor) -> None:
         """Raise RuntimeError if a derivative would need weights that are not there any more."""
-        if self._copy.stand_ins is None:
+        if not self._copy.alone:
             return
         backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
         if backward or backends.in_forward_mode():
@@ -181,7 +192,7 @@ class PackedWeights(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._copy.stand_ins is None:
+        if not any(isinstance(weight, DroppedWeight) for weight in self._parameters.values()):
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         whole = copy.copy(self)  # apart, for calls from other threads
         vars(whole)["_parameters"] = {
@@ -210,6 +221,8 @@ class PackedWeights(nn.Module):
                 if place is not None:
                     setattr(self, name, nn.Parameter(weight.view(place.shape), requires_grad=False))
             self.drop_unpacked()
+        elif any(isinstance(weight, DroppedWeight) for weight in self._parameters.values()):
+            self.repack()
 
 
 def _state(weight: Tensor | None) -> Any:

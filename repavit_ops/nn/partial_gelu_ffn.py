@@ -122,12 +122,12 @@ class PartialGELUFFN(PackedWeights):
         module.hidden = hidden
         return module
 
-    def pack(self) -> Tensor:
-        return torch.ops.repavit_ops.partial_gelu_ffn_pack(*self.sources())
+    def pack(self, *weights: Tensor | None) -> Tensor:
+        return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_trainable(x)
         packed, (w_in, w_out, w_merged) = self.current()
+        self.check_trainable(x)
         return ops.partial_gelu_ffn(
             x,
             w_in,

@@ -33,12 +33,14 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
         module.backend = backend
         return module
 
-    def pack(self) -> Tensor:
-        return torch.ops.repavit_ops.patch_projection_pack(self.weight.flatten(1))
+    def pack(self, *weights: Tensor | None) -> Tensor:
+        (weight,) = weights
+        assert weight is not None
+        return torch.ops.repavit_ops.patch_projection_pack(weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_trainable(x)
         packed, (weight,) = self.current()
+        self.check_trainable(x)
         y = ops.patch_projection(
             x,
             weight.flatten(1),

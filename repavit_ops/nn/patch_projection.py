@@ -63,17 +63,17 @@ class PatchProjection(PackedWeights):
         self.bias = nn.Parameter(torch.empty(dim_out, device=device, dtype=dtype)) if bias else None
         linear_init_(self.weight, self.bias)
 
-    def pack(self) -> Tensor:
-        return torch.ops.repavit_ops.patch_projection_pack(self.weight)
+    def pack(self, *weights: Tensor | None) -> Tensor:
+        return torch.ops.repavit_ops.patch_projection_pack(*weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_trainable(x)
         if self.pad:
             down, across = (1, 2) if self.channels_last else (2, 3)
             bottom, right = -x.shape[down] % self.patch[0], -x.shape[across] % self.patch[1]
             if bottom or right:
                 x = F.pad(x, (0, 0, 0, right, 0, bottom) if self.channels_last else (0, right, 0, bottom))
         packed, (weight,) = self.current()
+        self.check_trainable(x)
         y = ops.patch_projection(
             x,
             weight,

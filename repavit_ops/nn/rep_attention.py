@@ -88,12 +88,12 @@ class RepAttention(PackedWeights):
         linear_init_(self.w_qkv, self.b_qkv)
         linear_init_(self.w_proj, self.b_proj)
 
-    def pack(self) -> Tensor:
-        return torch.ops.repavit_ops.rep_attention_pack(*self.sources(), num_heads=self.num_heads, d_qk=self.d_qk)
+    def pack(self, *weights: Tensor | None) -> Tensor:
+        return torch.ops.repavit_ops.rep_attention_pack(*weights, num_heads=self.num_heads, d_qk=self.d_qk)
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
-        self.check_trainable(x)
         packed, (w_qkv, w_proj) = self.current()
+        self.check_trainable(x)
         return ops.rep_attention(
             x,
             w_qkv,

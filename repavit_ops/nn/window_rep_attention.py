@@ -84,8 +84,8 @@ class WindowRepAttention(RepAttention):
 
     def forward(self, x: Tensor, static_shift: bool | None = None) -> Tensor:  # type: ignore[override]
         """``static_shift`` given: for this call in place of the module's own."""
-        self.check_trainable(x)
         packed, (w_qkv, w_proj) = self.current()
+        self.check_trainable(x)
         return ops.window_rep_attention(
             x,
             w_qkv,
