@@ -82,12 +82,18 @@ class PackedWeights(nn.Module):
         The copy is rebuilt first if a weight changed; None where no kernel takes one.
 
         Raises:
-            RuntimeError: an ONNX export is running, for which the operators have no equivalent; says what to export.
+            RuntimeError: an ONNX export is running, for which the operators have no equivalent, or another one that
+                would need weights that were dropped; says what to export.
         """
         if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
             library.refuse_onnx()
         copy = self._copy
         if torch.compiler.is_compiling():
+            if copy.alone and torch.compiler.is_exporting():
+                raise RuntimeError(
+                    f"{type(self).__name__} was fused with keep_unpacked=False and has no weights that a program could "
+                    "hold; export what fuse(keep_unpacked=True) gives"
+                )
             if copy.alone and not all(weight is None or isinstance(weight, DroppedWeight) for weight in self.sources()):
                 return None, self.sources()  # others in their places, for a while: torch.func.functional_call
         elif copy.stamp != self._stamp():
