@@ -69,6 +69,7 @@ def gpu(monkeypatch):
         "Stream": Stream,
         "current_stream": Stream,
         "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
         "stream": lambda stream: contextlib.nullcontext(),
         "graph": graph,
         "graph_pool_handle": lambda: "pool",
@@ -148,6 +149,32 @@ def test_results_are_the_callers_to_keep_and_inputs_stay_untouched(gpu, model):
     first["pair"][0].zero_()  # an output that was the input itself
     assert torch.equal(x, given)
     torch.testing.assert_close(graphed(x)["y"], kept)
+
+
+@torch.no_grad()
+def test_weights_that_stand_elsewhere_are_captured_again(gpu, model):
+    graphed = repavit_ops.cuda_graph(model)
+    x = torch.randn(2, 4)
+
+    def assigned():
+        model.linear.weight = nn.Parameter(torch.randn(3, 4))
+
+    def replaced():
+        model.linear.weight.data = torch.randn(3, 4)
+
+    def loaded():
+        state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+
+    graphed(x)
+    for count, write in enumerate((assigned, replaced, loaded), 2):
+        write()
+        for _ in range(2):
+            torch.testing.assert_close(graphed(x)["y"], eager(model, x)["y"])
+        assert len(gpu) == count
+    model.linear.bias.data.add_(1)  # in place: the same graph
+    torch.testing.assert_close(graphed(x)["y"], eager(model, x)["y"])
+    assert len(gpu) == count
 
 
 @torch.no_grad()

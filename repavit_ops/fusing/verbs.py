@@ -87,14 +87,19 @@ def fuse(
         strict: raise if any sub-block of a known kind cannot be fused.
         inplace: change ``model`` instead of a copy. Use the return value either way.
         keep_unpacked: False frees the plain weights once they are packed for the CPU kernels (≤ 1.15x instead of
-            ≤ 2.1x the weights): state_dict unpacks them, training raises.
+            ≤ 2.1x the weights): state_dict unpacks them, load_state_dict and assigned parameters are packed; training,
+            and whatever else reads or writes a freed weight, raises.
 
     Returns:
-        The fused model, in evaluation mode.
+        The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,
+        averages, collectives, other processes, ``.data``; eager, compiled and exported alike. What cannot be seen is a
+        change of few numbers of a weight that raises no version counter (through ``.data``, numpy, or in inference
+        mode; in compiled and exported programs any): call ``repack()`` of its module behind one.
 
     Raises:
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
             was skipped (each named with its reason).
+        UserWarning: nothing was fused; or inference mode is on, in which no parameter that can be trained is made.
         ValueError: an unknown backend or dtype; a folded weight is not finite.
     """
     if backend not in BACKENDS:
@@ -120,6 +125,12 @@ def fuse(
         return _merged(module, name) if wanted(module, name) else module
 
     require_eval(model)
+    if torch.is_inference_mode_enabled():
+        warnings.warn(
+            "repavit_ops.fuse: called inside torch.inference_mode(), so the result can never be trained; fuse outside, "
+            "or under torch.no_grad()",
+            stacklevel=2,
+        )
     model = _swap(model if inplace else copy.deepcopy(model), merged)
     if strict:
         _require_fusible(model, wanted)
