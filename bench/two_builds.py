@@ -1,0 +1,114 @@
+"""Two checkouts of this library in turns: ``python bench/two_builds.py OTHER [--models deit_tiny …] [--batches 1 8]``.
+
+What a change costs or gains a whole model, in one run: a process for each checkout, of which one at a time is asked to
+time its model. OTHER is another checkout whose kernels are built in place. Printed is this one's time over the other's
+(below 1: this one is faster), the median over the rounds and the spread that two halves of the rounds have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent.parent
+
+WORKER = """
+import json, sys, time, torch, repavit_ops
+name, form, batch, dtype, threads, seconds = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+torch.manual_seed(0)
+model = repavit_ops.create_model(("vanilla_" if form == "vanilla" else "repa_") + name).eval()
+fused = repavit_ops.fuse(model, dtype=getattr(torch, dtype))
+x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+with torch.inference_mode():
+    y = fused(x)
+    print(json.dumps([repavit_ops.__file__, y.float().flatten()[:64].tolist()]), flush=True)
+    for _ in sys.stdin:
+        end, times = time.perf_counter() + seconds, []
+        fused(x)
+        while time.perf_counter() < end or len(times) < 3:
+            start = time.perf_counter()
+            fused(x)
+            times.append(time.perf_counter() - start)
+        times.sort()
+        print(json.dumps(times[len(times) // 5]), flush=True)
+"""
+
+
+def start(checkout: Path, case: list[Any]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-c", WORKER, json.dumps(case)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit("a process ended; what it wrote stands above")
+    return json.loads(line)
+
+
+def timed(process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    seconds: float = answer(process)
+    return seconds
+
+
+def ratios(other: Path, case: list[Any], rounds: int) -> tuple[list[float], float]:
+    """This checkout's time over the other's in each round, and this one's time."""
+    processes = [start(checkout, case) for checkout in (HERE, other)]
+    try:
+        (mine, y), (theirs, z) = map(answer, processes)
+        if not (mine.startswith(str(HERE)) and theirs.startswith(str(other))):
+            raise SystemExit(f"loaded {mine} and {theirs}, wanted the packages of {HERE} and {other}")
+        size = max(map(abs, z))
+        if max(abs(a - b) for a, b in zip(y, z, strict=True)) > 2e-2 * size:
+            raise SystemExit("the two checkouts do not agree on the logits")
+        found, times = [], []
+        for turn in range(rounds):
+            seconds = [timed(process) for process in (processes if turn % 2 else processes[::-1])]
+            ours, others = seconds if turn % 2 else seconds[::-1]
+            found.append(ours / others)
+            times.append(ours)
+        return found, statistics.median(times)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, help="another checkout, its kernels built")
+    parser.add_argument("--models", nargs="+", default=["deit_tiny"])
+    parser.add_argument("--forms", nargs="+", default=["merged"], choices=["merged", "vanilla"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    given = parser.parse_args()
+    for name in given.models:
+        for form in given.forms:
+            for batch in given.batches:
+                for dtype in given.dtypes:
+                    case = [name, form, batch, dtype, given.threads, given.seconds]
+                    found, seconds = ratios(given.other.resolve(), case, given.rounds)
+                    halves = [statistics.median(found[i::2]) for i in range(2)]
+                    print(
+                        f"{name} {form} batch {batch} {dtype}: {statistics.median(found):.4f} of the other's time "
+                        f"(halves {halves[0]:.4f}, {halves[1]:.4f}), {seconds * 1e3:.2f} ms",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
