@@ -34,8 +34,9 @@ class Fingerprint {
     for (int i = 0; i < kLines; ++i) {
       // Rows at even distances from the first to the last; blocks of columns by multiples of the golden ratio, likewise.
       const int64_t last = w.rows - 1, row = last / (kLines - 1) * i + last % (kLines - 1) * i / (kLines - 1);
-      const auto turn = static_cast<uint32_t>(static_cast<uint32_t>(i) * 2654435769u);
-      const int64_t block = i == kLines - 1 ? blocks - 1 : static_cast<int64_t>((blocks * double(turn)) * 0x1p-32);
+      const uint32_t turn = static_cast<uint32_t>(i) * 2654435769u;  // of 2^32
+      const auto scaled = static_cast<unsigned __int128>(blocks) * turn >> 32;
+      const int64_t block = i == kLines - 1 ? blocks - 1 : static_cast<int64_t>(scaled);
       const int64_t first = block * per_line < w.columns - width ? block * per_line : w.columns - width;
       lines[i] = w.data + row * w.row_stride + first * w.column_stride;
       __builtin_prefetch(lines[i]);

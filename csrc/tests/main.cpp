@@ -6,6 +6,7 @@
 
 #include "test_checked_sizes.h"
 #include "test_fetch_rows.h"
+#include "test_fingerprint.h"
 #include "test_fused_blocks.h"
 #include "test_layernorm.h"
 #include "test_model_ends.h"
@@ -70,6 +71,7 @@ int main(int argc, char** argv) {
   test_level_choice();
   driver::test_checked_sizes();
   driver::test_fetch_rows();
+  driver::test_fingerprint();
   for (int level = 0; level < repavit::kIsaLevels; ++level) {
     if (any_chosen ? !chosen[level] : level > repavit::supported_level()) continue;
     const repavit::Kernels kernels = repavit::kernels_at(level);
