@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_helpers import images, relative, tiny_swin, tiny_vit
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import repavit_ops
 from repavit_ops import backends, ops
@@ -80,12 +80,30 @@ with torch.no_grad():
     for p in fused.parameters():
         dist.all_gather([torch.empty_like(p), p.data], torch.full_like(p, 0.01 * rank + 0.01))
     check()
+def trained(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.arange(len(x))).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model(x)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+def fresh(**options):
+    return repavit_ops.fuse(repavit_ops.fuse(tiny_vit()), **options).requires_grad_(True)
+expected = trained(fresh(backend="reference"))
+sharded = fresh()
+for block in sharded.blocks:
+    fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+assert relative(trained(sharded), expected) < 1e-5
+assert relative(trained(FullyShardedDataParallel(fresh(), device_id=torch.device("cpu"))), expected) < 1e-5
+assert relative(trained(torch.nn.parallel.DistributedDataParallel(fresh())), expected) < 1e-5
 dist.destroy_process_group()
 print("done")
 """
 
 
-def test_ranks_that_receive_weights(tmp_path):
+def test_ranks_that_receive_and_shard_weights(tmp_path):
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", RANK, here]
     ranks = [
@@ -227,6 +245,22 @@ def test_parametrized_weights():
     parametrize.remove_parametrizations(mlp, "w_in")
     assert relative(fused(x), right(x)) < 1e-5
     assert relative(fused(x), before) > 1e-2
+
+
+@torch.no_grad()
+def test_pruned_weights():
+    """Masks of PyTorch's own pruning, which a hook multiplies into the weight at every call."""
+    fused, x = repavit_ops.fuse(tiny_vit()), images()
+    right = plain_of(fused)
+    before = fused(x)
+    for block, other in zip(fused.blocks, right.blocks, strict=True):
+        prune.random_unstructured(block.mlp, "w_in", 0.5)
+        other.mlp.w_in.mul_(block.mlp.w_in_mask)
+    assert relative(fused(x), right(x)) < 1e-5
+    assert relative(fused(x), before) > 1e-2
+    for block in fused.blocks:
+        prune.remove(block.mlp, "w_in")
+    assert relative(fused(x), right(x)) < 1e-5
 
 
 @torch.no_grad()
