@@ -124,6 +124,27 @@ struct RowStatistics {
   }
 };
 
+// A row whose sums in lanes left the range of floats, once more in double; one that is not finite gives NaN here too.
+template <class T, class O, class Finish>
+__attribute__((noinline)) void layer_norm_row_in_double(const T* x, O* out, ptrdiff_t columns, double eps,
+                                                        const Finish& finish) {
+  using S = SimdOf<T>;
+  const auto element = [x](ptrdiff_t i) {
+    Accumulator<T> lanes[S::kLanes];
+    S::store(lanes, S::load(x + i, 1));
+    return static_cast<double>(lanes[0]);
+  };
+  double mean = 0.0, squares = 0.0;
+  for (ptrdiff_t i = 0; i < columns; ++i) mean += element(i);
+  mean /= static_cast<double>(columns);
+  for (ptrdiff_t i = 0; i < columns; ++i) squares += (element(i) - mean) * (element(i) - mean);
+  const double factor = 1.0 / __builtin_sqrt(squares / static_cast<double>(columns) + eps);
+  for (ptrdiff_t i = 0; i < columns; ++i) {
+    const auto core = S::broadcast(static_cast<Accumulator<T>>((element(i) - mean) * factor));
+    store_some<S>(out + i, finish(core, i, 1), 1);
+  }
+}
+
 // One row: x [columns] of T → out [columns] of O; they may be the same.
 template <class T, class O, class Finish = NoAffine<SimdOf<T>>>
 void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Finish& finish = {}) {
@@ -131,6 +152,7 @@ void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Fin
   using V = typename S::V;
   using E = Accumulator<T>;
   const RowStatistics<T> row(x, columns);
+  if (!(row.variance <= __DBL_MAX__ / 4)) return layer_norm_row_in_double<T, O>(x, out, columns, eps, finish);
   const double factor = 1.0 / __builtin_sqrt(row.variance + eps);
   const V scale = S::broadcast(static_cast<E>(factor)), shift = S::broadcast(static_cast<E>(-row.offset * factor));
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
