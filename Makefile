@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12            the interpreter that .venv is made from
 #   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow)
+#   EXAMPLES=2000                of each property that make fuzz draws
 #   WORKERS=2                    processes that run the Python tests; each uses PyTorch's threads besides
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 WORKERS ?= 2
+EXAMPLES ?= 2000
 FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0'
 
 BIN := $(VENV)/bin
@@ -17,11 +19,12 @@ SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_rep_attention.py tests/test_window_rep_attention.py \
                   tests/test_patch_projection.py tests/test_fused_blocks.py tests/test_one_call.py \
                   tests/test_layernorm_statistics.py tests/test_hostile_arguments.py
+ALL_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa()) + 1])
 # the CPU levels below the one that this machine runs at
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot build clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot fuzz build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -60,6 +63,10 @@ coverage: $(VENV)/.dev ## fuse and compare other libraries' models at published 
 
 aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80 to sm_120 and gfx942, plain ones for more; no GPU needed
 	REPAVIT_AOT=all $(BIN)/python -m pytest tests/test_aot*.py
+
+fuzz: $(VENV)/.dev ## operators, modules, files and packed buffers on thousands of drawn inputs, at every CPU level; an hour
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[fuzz]' --no-build-isolation
+	tests/fuzz/levels.sh $(BIN)/python $(EXAMPLES) $$($(BIN)/python -c "$(ALL_LEVELS)")
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -23,8 +23,10 @@ repavit::PackedFfnHeader header_of(const Tensor& packed) {
 // Writes a packed copy of weights that were checked to `to`, which has room for it.
 void write_packed(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged, void* to) {
   std::vector<Tensor> copies;
+  const bool merged = w_merged.has_value() && w_merged->numel() > 0;  // of no channels there is nothing to pack
   const repavit::PartialGeluFfnWeights weights{w_in.size(1), w_in.size(0), ordered_data(w_in, copies),
-                                               ordered_data(w_out, copies), ordered_data(w_merged, copies)};
+                                               ordered_data(w_out, copies),
+                                               merged ? ordered_data(w_merged, copies) : nullptr};
   repavit::kernels().partial_gelu_ffn_pack[dtype_of("w_in", w_in)](weights, to, torch_pool());
 }
 
@@ -64,8 +66,9 @@ Tensor packed_for(Reading& reading, const MaybeTensor& packed, const Tensor& x, 
                   const MaybeTensor& w_merged) {
   if (!packed) return partial_gelu_ffn_pack(w_in, w_out, w_merged);
   const repavit::PackedFfnHeader header = header_of(*packed);
+  const bool merged = w_merged.has_value() && w_merged->numel() > 0;
   STD_TORCH_CHECK(header.dtype == dtype_of("x", x) && header.channels == w_in.size(1) &&
-                      header.active == w_in.size(0) && (header.has_merged != 0) == w_merged.has_value(),
+                      header.active == w_in.size(0) && (header.has_merged != 0) == merged,
                   "packed: holds C = ", header.channels, ", m = ", header.active,
                   header.has_merged ? ", w_merged" : ", no w_merged",
                   ", which is not what x, w_in and w_merged say; pack the weights again");

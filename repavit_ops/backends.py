@@ -102,6 +102,15 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is going on: ``vmap``, ``grad``, ``jacrev``, … .
+
+    Its tensors have no memory of their own, so nothing can be packed, kept or handed to a kernel; the operators take
+    themselves apart into PyTorch's (:mod:`repavit_ops.library`).
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows this kind of device. Not asked where it is known: Dynamo of torch 2.11 would stop."""
     return device_type in KERNELS_OF or torch.amp.is_autocast_available(device_type)

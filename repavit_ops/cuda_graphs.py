@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .nn.given import require_unsharded, unwrapped
 from .nn.mode import require_eval
 
 GPU = "cuda"
@@ -41,10 +42,12 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 16) -> GraphedModel:
 
     Raises:
         RuntimeError: there is no CUDA device; a part is in training mode; at a call, gradients are wanted.
-        ValueError: the model or, at a call, a tensor is not on a GPU; ``max_graphs`` < 1.
+        ValueError: weights are sharded; the model or, at a call, a tensor is not on a GPU; ``max_graphs`` < 1.
         TypeError: at a call, an argument that is no tensor cannot be hashed, or a result holds something else than
             tensors, numbers and strings in tuples, lists and dicts.
     """
+    model = unwrapped(model, keep_compiled=True)
+    require_unsharded(model, "capture")
     if not torch.cuda.is_available():
         raise RuntimeError("cuda_graph: no CUDA device is visible to torch; call the model itself")
     if max_graphs < 1:

@@ -7,7 +7,9 @@ Design:
    C++ claims CPU from within its shared library; Triton claims CUDA below, imported at the first call.
 3. Gradients recompute the reference formula. No kernel needs a backward of its own to be trainable. Forward-mode
    derivatives are those of the reference, which then runs instead.
-4. What a tensor argument did not enter, it gets a zero gradient of: pad_kv where nothing was padded.
+4. Under the transforms of ``torch.func`` (vmap, grad, jacrev, …) an operator is its reference, whose parts PyTorch
+   knows how to transform.
+5. What a tensor argument did not enter, it gets a zero gradient of: pad_kv where nothing was padded.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from . import backends, flop_formulas, reference, stack_plan
 
 NAMESPACE = "repavit_ops"
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"  # the dispatch key of every transform of torch.func, nested or not
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -154,6 +157,7 @@ def _register(operator: Operator) -> None:
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator.name, composite, TRANSFORMS)
     _LIBRARY.impl(operator.name, _triton(operator.name, operator.reference, operator.inputs), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, _backward(operator), setup_context=_save_inputs, lib=_LIBRARY)
@@ -241,6 +245,7 @@ def _register_fused_blocks() -> None:
             return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
 
     _LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, formula, TRANSFORMS)
     _LIBRARY.impl(name, _triton(name, formula, 2), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import backends, stack_plan
 
@@ -246,7 +247,11 @@ def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, 
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
         if not torch.is_grad_enabled() and not backends.in_forward_mode():
             bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if backends.in_transform():  # PyTorch would take a kernel that no transform knows and that gives masks no gradient
+        with sdpa_kernel(SDPBackend.MATH):
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return o.transpose(1, 2).reshape(b, t, num_heads * d_v)
 
 

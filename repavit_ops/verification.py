@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .nn.given import copied, is_compiled, other_device, require_weights, unwrapped
 
 OUTPUT = "output"
 Arguments = Mapping[Any, Tensor]  # by position or by name
@@ -108,7 +109,8 @@ def verify(
 
     Args:
         reference: the model that is right; neither model is changed.
-        candidate: the model to check, on any device and in any dtype.
+        candidate: the model to check, on any device and in any dtype. Both may be wrapped (DistributedDataParallel,
+            DataParallel, AveragedModel, torch.compile); what is compiled is compared by its outputs alone.
         inputs: one tensor, the tuple of positional arguments, or a dictionary of arguments by name (what a processor of
             transformers returns); float tensors are cast for each model.
         atol: a bound of your own instead of the rule.
@@ -116,9 +118,12 @@ def verify(
 
     Raises:
         RuntimeError: a model is in training mode.
-        ValueError: the models' outputs differ in number or shape, or hold no tensor.
+        ValueError: weights are on the meta device or sharded; the reference cannot be copied; the models' outputs
+            differ in number or shape, or hold no tensor.
     """
+    reference, candidate = unwrapped(reference), unwrapped(candidate, keep_compiled=True)
     for label, model in (("reference", reference), ("candidate", candidate)):
+        require_weights(model, "compare")
         if model.training:
             raise RuntimeError(f"{label}: in training mode, where outputs are random; call {label}.eval() first")
     arguments: Arguments = inputs if isinstance(inputs, Mapping) else dict(enumerate(_sequence(inputs)))
@@ -126,8 +131,10 @@ def verify(
     names = _common_blocks(reference, candidate, block_types)
 
     ours = _record(candidate, arguments, names)
-    truth = _record(copy.deepcopy(reference).double(), arguments, names)
-    eager = _record(copy.deepcopy(reference).to(device=device, dtype=dtype), arguments, names)
+    exact = copied(reference, "compare")
+    exact = exact if other_device(exact) is None else exact.to("cpu")
+    truth = _record(exact.double(), arguments, names)
+    eager = _record(copied(reference, "compare").to(device=device, dtype=dtype), arguments, names)
     if ours.keys() != truth.keys():
         differing = ", ".join(sorted(ours.keys() ^ truth.keys()))
         raise ValueError(f"candidate: got other outputs than the reference's: {differing}")
@@ -172,7 +179,7 @@ def _common_blocks(
             return isinstance(module, block_types)
         return hasattr(module, "attn") and hasattr(module, "mlp")
 
-    theirs = dict(candidate.named_modules())
+    theirs = {} if is_compiled(candidate) else dict(candidate.named_modules())
     return [name for name, module in reference.named_modules() if name and is_block(module) and name in theirs]
 
 

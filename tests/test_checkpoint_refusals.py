@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_helpers import VIT, authors_state, image_of, make
+from safetensors.torch import save_file
 from torch import nn
 
 from repavit_ops import fusing
@@ -224,3 +226,86 @@ def test_what_the_authors_layout_cannot_hold_is_refused(tmp_path):
         save_checkpoint(vit, path, "theirs")
     with pytest.raises(ValueError, match=r"got a .*Conv2d at .*wanted modules of repavit_ops"):
         save_checkpoint(nn.Sequential(nn.Conv2d(1, 1, 1)), path)
+
+
+# --- several files, and what stands for a file ------------------------------------------------------------------------
+
+
+def sharded(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """The state dict in two safetensors files and their index."""
+    keys = sorted(state)
+    names = {key: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, key in enumerate(keys)}
+    for name in set(names.values()):
+        save_file({key: state[key].contiguous() for key in keys if names[key] == name}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": names}))
+    return index
+
+
+def test_shards_load_by_their_index(tmp_path):
+    model = make("vit", "training")
+    index = sharded(model.state_dict(), tmp_path)
+    loaded = load_checkpoint(index, num_heads=3, idle_ratio=0.75)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="ema"):
+        load_checkpoint(index, num_heads=3, idle_ratio=0.75, ema=True)
+
+
+def test_one_shard_of_two_says_what_to_pass(tmp_path):
+    index = sharded(make("vit", "training").state_dict(), tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    with pytest.raises(ValueError, match=r"shard 2 of 2.*pass their index, model\.safetensors\.index\.json$"):
+        load_checkpoint(shard, num_heads=3)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"shard 2 of 2.*which is not in its folder"):
+        load_checkpoint(shard, num_heads=3)
+
+
+def test_an_index_without_its_shards_names_them(tmp_path):
+    index = sharded(make("vit", "training").state_dict(), tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"without 1 of its 2 shards: model-00001-of-00002\.safetensors; put"):
+        load_checkpoint(index, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "no JSON"),
+        (b"[" * 200_000, "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[]", "no index"),
+        (b'{"weight_map": {}}', "no index"),
+        (b'{"weight_map": {"a": 3}}', "no index"),
+        (b'{"weight_map": {"a": "../a.safetensors"}}', "beside the index"),
+        (b'{"weight_map": {"a": "/a.safetensors"}}', "beside the index"),
+        (b'{"weight_map": {"a": "a.pth"}}', "beside the index"),
+    ],
+)
+def test_a_damaged_or_hostile_index_is_refused(tmp_path, content, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    index = folder / "model.safetensors.index.json"
+    index.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(index)
+
+
+def test_shards_of_another_model_are_refused(tmp_path):
+    index = sharded(make("vit", "training").state_dict(), tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"differs from its index in \d+ keys"):
+        load_checkpoint(index, num_heads=3)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged safetensors"):
+        load_checkpoint(index, num_heads=3)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".safetensors.index.json"])
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 344000000\n")
+    with pytest.raises(ValueError, match=r"Git LFS pointer of \d+ bytes.*git lfs pull"):
+        load_checkpoint(path)

@@ -51,6 +51,22 @@ struct Affine {
   }
 };
 
+// Of a row, how many elements float lanes sum before they are added up in double. Vectors of 8 or 16 lanes round no more
+// than PyTorch's over a whole row; the portable level has 4, whose sums would be twice or four times as long.
+constexpr ptrdiff_t kSummedInLanes = REPAVIT_ISA_LEVEL > 0 ? PTRDIFF_MAX : 64;
+
+// visit(part, columns of the part): a row in parts that are summed in lanes.
+template <class T, class Visit>
+REPAVIT_INLINE void for_each_part(const T* x, ptrdiff_t columns, const Visit& visit) {
+  if constexpr (kSummedInLanes == PTRDIFF_MAX) {
+    visit(x, columns);
+  } else {
+    for (ptrdiff_t i = 0; i < columns; i += kSummedInLanes) {
+      visit(x + i, columns - i < kSummedInLanes ? columns - i : kSummedInLanes);
+    }
+  }
+}
+
 // Mean and variance of one row, neither of which is ever a difference of large numbers.
 //
 // 1. The first element goes off before anything is summed: what is left of an offset is exact (Sterbenz), of a constant
@@ -68,19 +84,28 @@ struct RowStatistics {
   RowStatistics(const T* x, ptrdiff_t columns) {
     const V first = columns > 0 ? S::broadcast(first_of(x)) : S::zero();
     const double share = 1.0 / static_cast<double>(columns);
-    V total = S::zero();
-    for_each_vector(x, columns, [&](V v, ptrdiff_t, int n)
-                                    __attribute__((always_inline)) { total += difference(v, first, n); });
-    centre = first + S::broadcast(static_cast<E>(S::sum(total) * share));
-
-    V sum = S::zero(), squares = S::zero();
-    for_each_vector(x, columns, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
-      const V d = difference(v, centre, n);
-      sum += d;
-      squares = S::fma(d, d, squares);
+    double total = 0.0;
+    for_each_part(x, columns, [&](const T* part, ptrdiff_t length) __attribute__((always_inline)) {
+      V lanes = S::zero();
+      for_each_vector(part, length, [&](V v, ptrdiff_t, int n)
+                                        __attribute__((always_inline)) { lanes += difference(v, first, n); });
+      total += S::sum(lanes);
     });
-    offset = S::sum(sum) * share;
-    variance = S::sum(squares) * share - offset * offset;
+    centre = first + S::broadcast(static_cast<E>(total * share));
+
+    double sum = 0.0, squares = 0.0;
+    for_each_part(x, columns, [&](const T* part, ptrdiff_t length) __attribute__((always_inline)) {
+      V lanes = S::zero(), squared = S::zero();
+      for_each_vector(part, length, [&](V v, ptrdiff_t, int n) __attribute__((always_inline)) {
+        const V d = difference(v, centre, n);
+        lanes += d;
+        squared = S::fma(d, d, squared);
+      });
+      sum += S::sum(lanes);
+      squares += S::sum(squared);
+    });
+    offset = sum * share;
+    variance = squares * share - offset * offset;
     if (variance < 0.0) variance = 0.0;  // a NaN stays one
   }
 
@@ -99,6 +124,27 @@ struct RowStatistics {
   }
 };
 
+// A row whose sums in lanes left the range of floats, once more in double; one that is not finite gives NaN here too.
+template <class T, class O, class Finish>
+__attribute__((noinline)) void layer_norm_row_in_double(const T* x, O* out, ptrdiff_t columns, double eps,
+                                                        const Finish& finish) {
+  using S = SimdOf<T>;
+  const auto element = [x](ptrdiff_t i) {
+    Accumulator<T> lanes[S::kLanes];
+    S::store(lanes, S::load(x + i, 1));
+    return static_cast<double>(lanes[0]);
+  };
+  double mean = 0.0, squares = 0.0;
+  for (ptrdiff_t i = 0; i < columns; ++i) mean += element(i);
+  mean /= static_cast<double>(columns);
+  for (ptrdiff_t i = 0; i < columns; ++i) squares += (element(i) - mean) * (element(i) - mean);
+  const double factor = 1.0 / __builtin_sqrt(squares / static_cast<double>(columns) + eps);
+  for (ptrdiff_t i = 0; i < columns; ++i) {
+    const auto core = S::broadcast(static_cast<Accumulator<T>>((element(i) - mean) * factor));
+    store_some<S>(out + i, finish(core, i, 1), 1);
+  }
+}
+
 // One row: x [columns] of T → out [columns] of O; they may be the same.
 template <class T, class O, class Finish = NoAffine<SimdOf<T>>>
 void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Finish& finish = {}) {
@@ -106,6 +152,7 @@ void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Fin
   using V = typename S::V;
   using E = Accumulator<T>;
   const RowStatistics<T> row(x, columns);
+  if (!(row.variance <= __DBL_MAX__ / 4)) return layer_norm_row_in_double<T, O>(x, out, columns, eps, finish);
   const double factor = 1.0 / __builtin_sqrt(row.variance + eps);
   const V scale = S::broadcast(static_cast<E>(factor)), shift = S::broadcast(static_cast<E>(-row.offset * factor));
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {

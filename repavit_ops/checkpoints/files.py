@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .shards import INDEX, read_index, refuse_what_stands_for_a_file
+
 SUFFIXES = (".safetensors", ".pth", ".pt")
 STATES = ("model", "state_dict")
 AVERAGED_STATES = ("model_ema", "state_dict_ema")
@@ -36,20 +38,25 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], *, ema: 
     The prefixes of DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) are removed.
 
     Args:
-        source: a path ending in .safetensors, .pth or .pt, or such a dict.
+        source: a path ending in .safetensors, .pth or .pt, or in .safetensors.index.json with the shards beside it,
+            or such a dict.
         ema: read the averaged weights ("model_ema") instead.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the suffix is unknown, the file is damaged, would have to run code to be read, or holds no state
-            dict.
+        ValueError: the suffix is unknown; the file is damaged, would have to run code to be read, holds no state dict,
+            is one shard of several or stands for a file (Git LFS); a shard is missing.
     """
     if isinstance(source, Mapping):
         return _unpack(source, "the dict", ema, copy=True)
     path = Path(source)
-    _check_suffix(path)
+    _check_suffix(path, (*SUFFIXES, INDEX))
     if not path.is_file():
         raise FileNotFoundError(f"source: got {str(path)!r}, wanted an existing file")
+    refuse_what_stands_for_a_file(path)
+    if path.name.endswith(INDEX):
+        _refuse_average(path, ema)
+        return Checkpoint(_plain_keys(read_index(path), path.name), {}, path.name)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, ema)
     return _unpack(_read_pickle(path), path.name, ema, copy=False)
@@ -81,14 +88,13 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
         unfinished.unlink(missing_ok=True)
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path: got {str(path)!r}, wanted a name ending in {', '.join(SUFFIXES)}")
+def _check_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    if not path.name.endswith(suffixes):
+        raise ValueError(f"path: got {str(path)!r}, wanted a name ending in {', '.join(suffixes)}")
 
 
 def _read_safetensors(path: Path, ema: bool) -> Checkpoint:
-    if ema:
-        raise ValueError(f"ema: got True for {path.name}; a safetensors file holds one state dict, pass ema=False")
+    _refuse_average(path, ema)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -98,6 +104,11 @@ def _read_safetensors(path: Path, ema: bool) -> Checkpoint:
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name}: got a damaged safetensors file ({error})") from error
     return Checkpoint(_plain_keys(state, path.name), config, path.name)
+
+
+def _refuse_average(path: Path, ema: bool) -> None:
+    if ema:
+        raise ValueError(f"ema: got True for {path.name}; a safetensors file holds one state dict, pass ema=False")
 
 
 def _read_pickle(path: Path) -> Any:

@@ -14,6 +14,7 @@ from ..models.patch_embed import pair
 from ..models.swin import SwinTransformer
 from ..models.vit import VisionTransformer
 from ..nn import ChannelIdleFFN, PartialGELUFFN
+from ..nn.given import require_weights, unwrapped
 from . import config_from_shapes, idled_timm
 from .authors_layout import (
     CLASSES,
@@ -52,8 +53,9 @@ def load_checkpoint(
     ``args``). Nothing in a file is ever run.
 
     Args:
-        source: path ending in .safetensors, .pth or .pt, or a dict: a bare state dict, or one under "model" or
-            "state_dict", with DistributedDataParallel's and torch.compile's prefixes or without.
+        source: path ending in .safetensors, .pth or .pt, or in .safetensors.index.json with the shards beside it, or a
+            dict: a bare state dict, or one under "model" or "state_dict", with DistributedDataParallel's and
+            torch.compile's prefixes or without.
         config: the authors' constructor arguments (``{"embed_dim": 192, "num_heads": 3, …}``, unknown ones are
             ignored), or ``{"model": describe(model)}`` for a bare state dict of a model of ours.
         ema: load the averaged weights ("model_ema").
@@ -117,6 +119,8 @@ def save_checkpoint(
             authors' (save before fusing), or in bf16 or fp16 a shortcut that would round w_merged away (save
             ``model.float()``).
     """
+    model = unwrapped(model)
+    require_weights(model, "save")
     if layout == "native":
         description = describe(model)
         state = model.state_dict()

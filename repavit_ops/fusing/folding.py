@@ -77,7 +77,9 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     linears = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (*_projections(parts), parts.proj)
     for part in linears:
         if type(part) is not nn.Linear:
-            return f"a projection is {type(part).__name__}, wanted nn.Linear (merge adapters or dequantise first)"
+            kind = type(part)
+            name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
+            return f"a projection is {name}, wanted nn.Linear (merge adapters or dequantise first)"
     if type(parts.norm) not in (nn.Identity, nn.LayerNorm):
         return f"its norm {type(parts.norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
     if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:

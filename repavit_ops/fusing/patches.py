@@ -14,6 +14,7 @@ from torch import nn
 from .. import reparam
 from ..backends import Backend
 from ..nn import ConvReLU2d, PatchConv2d, PatchProjection
+from ..nn.given import reason_against_weights
 from ..nn.patch_conv import is_patch_conv
 from .rules import projection_of
 
@@ -45,6 +46,8 @@ def fuse_patches(module: nn.Module, backend: Backend) -> nn.Module:
         return module
     projection = projection_of(module)
     if projection is None or any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        return module
+    if reason_against_weights(module) is not None:
         return module
     return projection(module, backend)
 

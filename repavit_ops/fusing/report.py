@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .. import backends, reparam
 from ..nn import PartialGELUFFN, PatchConv2d, PatchProjection
+from ..nn.dropped_weight import DroppedWeight
 from ..nn.foreign_block import BiasedAttention, MaskedAttention, OpenBranch
+from ..nn.given import is_plain, require_unsharded
 from ..nn.packed_weights import PackedWeights
 from ..stack import OneCall
 from ..stack.block_runs import BlockRuns
@@ -81,6 +83,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
     Works on any model, before or after :func:`repavit_ops.fuse`; it reads the modules and keeps no record.
     """
+    require_unsharded(model, "report on")
     modules = dict(model.named_modules())
     told = {name for name, module in modules.items() for name in _told_elsewhere(name, module)}
     entries = [e for name, m in modules.items() if name not in told and (e := _entry(name, m)) is not None]
@@ -159,7 +162,12 @@ def _memory(modules: list[nn.Module]) -> str:
 
 def _mebibytes(tensors: list[Tensor]) -> str:
     """Size of the memory blocks behind tensors, each counted once."""
-    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    blocks: dict[int, int] = {}
+    for t in tensors:
+        if is_plain(t) or isinstance(t, DroppedWeight):
+            blocks[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        else:  # quantised, sharded, …: with no one block of memory behind it
+            blocks[id(t)] = t.nbytes
     return f"{sum(blocks.values()) / 2**20:.1f} MiB"
 
 

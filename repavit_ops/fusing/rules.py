@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from ..backends import Backend
+from ..nn.given import reason_against_weights
 
 T = TypeVar("T")
 FUSED_INSIDE = "what of it can be fused is fused"
@@ -115,6 +116,8 @@ def can_fuse(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is no sub-block that repavit_ops knows"
     if not rule.is_fused and any(map(has_hooks, [module] if rule.keeps_children else module.modules())):
         return "it has hooks, which a fused module would not call; remove them first"
+    if not rule.is_fused and not rule.keeps_children and (reason := reason_against_weights(module)) is not None:
+        return reason
     if (reason := rule.can_fuse(module)) is not None:
         return reason
     replaced = next((m for m in module.modules() if "forward" in vars(m)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from ..nn import (
     TokenBatchNorm,
     recorders,
 )
+from ..nn.given import copied, other_device, reason_against_weights, require_weights, unwrapped
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
 from ..nn.stand_in import stand_in_class
@@ -44,7 +44,8 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     result can be exported, saved in the authors' layout and passed to :func:`fuse`. Merging twice changes nothing.
 
     Args:
-        model: any module; may itself be a training form. Modules that are shared are merged once and stay shared.
+        model: any module; may itself be a training form. Modules that are shared are merged once and stay shared. Out
+            of DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper it comes unwrapped.
         inplace: change ``model`` instead of a copy. Use the return value either way: a root that is itself a training
             form is replaced.
 
@@ -53,10 +54,12 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Raises:
         RuntimeError: some part is in training mode, or branches are joined with α < 1; says where and the fix.
-        ValueError: a merged weight is not finite; names it and what to check.
+        ValueError: a merged weight is not finite; weights are on the meta device or sharded; the model cannot be
+            copied. Names the place and what to do.
     """
-    require_eval(model)
-    return _swap(model if inplace else copy.deepcopy(model), _merged)
+    model, device = _taken(model, inplace, "merge")
+    merged = _swap(model, _merged)
+    return merged if device is None else merged.to(device)
 
 
 def fuse(
@@ -78,7 +81,8 @@ def fuse(
     the classes that were looked at. Fusing twice changes nothing.
 
     Args:
-        model: any module; may itself be fusible. Modules that are shared are fused once and stay shared.
+        model: any module; may itself be fusible. Modules that are shared are fused once and stay shared. Out of
+            DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper it comes unwrapped.
         backend: "auto" takes each device's kernels, and plain PyTorch where there are none and for float64;
             "reference", "cpp" and "triton" are used or raise.
         dtype: cast the whole model (bfloat16, float16, …). Shortcuts folded into a merged matrix are taken out again
@@ -100,7 +104,8 @@ def fuse(
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
             was skipped (each named with its reason).
         UserWarning: nothing was fused; or inference mode is on, in which no parameter that can be trained is made.
-        ValueError: an unknown backend or dtype; a folded weight is not finite.
+        ValueError: an unknown backend or dtype; a folded weight is not finite; weights are on the meta device or
+            sharded; the model cannot be copied.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
@@ -124,14 +129,14 @@ def fuse(
     def merged(module: nn.Module, name: str) -> nn.Module:
         return _merged(module, name) if wanted(module, name) else module
 
-    require_eval(model)
     if torch.is_inference_mode_enabled():
         warnings.warn(
             "repavit_ops.fuse: called inside torch.inference_mode(), so the result can never be trained; fuse outside, "
             "or under torch.no_grad()",
             stacklevel=2,
         )
-    model = _swap(model if inplace else copy.deepcopy(model), merged)
+    model, device = _taken(model, inplace, "fuse")
+    model = _swap(model, merged)
     if strict:
         _require_fusible(model, wanted)
     for module in model.modules():
@@ -141,6 +146,8 @@ def fuse(
     _refuse_saving(model)
     if dtype is not None:
         _cast(model, dtype)
+    if device is not None:
+        model.to(device)
     for module in model.modules():
         if isinstance(module, PackedWeights):
             module.repack()
@@ -149,6 +156,18 @@ def fuse(
     if filter_fn is None and not any(isinstance(module, PackedWeights | ConvReLU2d) for module in model.modules()):
         warnings.warn(f"repavit_ops.fuse: {nothing_fuses(model)}", stacklevel=2)
     return model
+
+
+def _taken(model: nn.Module, inplace: bool, verb: str) -> tuple[nn.Module, torch.device | None]:
+    """The model to change, out of its wrappers, and the device to move it back to, where folds need another."""
+    model = unwrapped(model)
+    require_eval(model)
+    require_weights(model, verb)
+    if not inplace:
+        model = copied(model, verb)
+    if (device := other_device(model)) is not None:
+        model.to("cpu")
+    return model, device
 
 
 def _require_fusible(model: nn.Module, wanted: Callable[[nn.Module, str], bool]) -> None:
@@ -162,6 +181,8 @@ def _require_fusible(model: nn.Module, wanted: Callable[[nn.Module, str], bool])
 
 
 def _merged(module: nn.Module, name: str) -> nn.Module:
+    if reason_against_weights(module) is not None:
+        return module
     if isinstance(module, TRAINING_FORMS):
         return module.fuse()
     if type(module) is Attention and isinstance(module.norm, TokenBatchNorm):
@@ -225,7 +246,7 @@ def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> n
         done[id(module)] = done[id(new)] = new
         keep.append(module)
         for key, child in list(new.named_children()):
-            setattr(new, key, visit(child, f"{name}.{key}" if name else key))
+            setattr(new, key, visit(unwrapped(child), f"{name}.{key}" if name else key))
         return new
 
     keep: list[nn.Module] = []  # so that no id is reused while the walk goes on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN
+from ..nn.given import unwrapped
 from .bar import bar
 from .blocks import in_call_order, open_blocks
 from .distillation import idled_blocks
@@ -62,6 +63,7 @@ def distill_blocks(
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, wanted a number of gradient steps >= 1")
+    student, teacher = unwrapped(student), unwrapped(teacher)
     names = idled_blocks(student, teacher)
     if not names:
         raise ValueError("student: got a model without idled blocks, wanted the result of idle_pretrained")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..models.schedule import per_block
+from ..nn.given import require_weights, unwrapped
 from ..reparam import active_channels
 from .allocation import FITTED, allocated, measure
 from .bar import bar
@@ -107,6 +108,8 @@ def idle_pretrained(
             do not depend on a block.
         TypeError: the loader gives something else than images.
     """
+    model = unwrapped(model)
+    require_weights(model, "idle")
     opened, sites = open_blocks(model)
     ratios = _checked_ratios(idle_ratio, len(sites))
     if steps < 0:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from .given import tell_unfused
+from .packed_weights import PackedWeights
 
 
 class Block(nn.Module):
@@ -18,3 +23,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.attn(x))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if any(isinstance(part, PackedWeights) for part in self.modules()):
+            tell_unfused(self, *args[:2], *args[4:6])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .norm import refuse_conversion
+
 
 class ResidualBranch(nn.Module):
     """Base of a sub-block: ``x + DropPath(ls · f(x)) / λ``, or without ``x +`` when ``residual`` is off.
@@ -27,6 +29,10 @@ class ResidualBranch(nn.Module):
             raise ValueError("skip_lam: got 0, wanted the number that the branch is divided by (1 for none)")
         self.residual, self.skip_lam, self.drop_path = residual, skip_lam, drop_path
         self.ls = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale is not None else None
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        refuse_conversion(name, self._modules.get(name), module)
+        super().add_module(name, module)
 
     def close(self, x: Tensor, y: Tensor) -> Tensor:
         """Finish the branch: scale its output y, drop it by image in training, add the shortcut x."""

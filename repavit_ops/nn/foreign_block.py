@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .block import Block
 from .rep_attention import RepAttention
+from .symbolic import is_proxy, result_of
 
 
 class OpenBranch(nn.Module):
@@ -63,7 +64,7 @@ class MaskedBlock(Block):
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is None and not is_causal:
+        if not is_proxy(x) and attn_mask is None and not is_causal:
             return self.mlp(self.attn(x))
         return self.mlp(self.attn(x, additive_mask(x, attn_mask, is_causal)))
 
@@ -118,6 +119,8 @@ class FixedWindowBlock(Block):
 
 def additive_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
     """timm's two ways to mask as one float mask, 0 where a token attends and -inf where it does not."""
+    if is_proxy(x):
+        return result_of(additive_mask, x, attn_mask, is_causal)
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attn_mask, is_causal: got both, wanted one (attn_mask can hold the causal mask)")

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
+def refuse_conversion(name: str, old: object, new: object) -> None:
+    """Raise TypeError where ``nn.SyncBatchNorm.convert_sync_batchnorm`` puts its own norm in place of one of tokens."""
+    if isinstance(old, TokenBatchNorm) and isinstance(new, nn.SyncBatchNorm):
+        raise TypeError(
+            f"{name}: got nn.SyncBatchNorm in place of {type(old).__name__}, which has its channels last"
+            f"{' and adds alpha x' if isinstance(old, RepBN) else ''}; train with statistics per process, and call "
+            "repavit_ops.recalibrate_bn(model, loader) before merging"
+        )
+
+
 class TokenBatchNorm(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` over the last dimension of [..., C]: statistics over every token of every image."""
 

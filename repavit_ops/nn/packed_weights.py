@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import backends, library
 from .dropped_weight import DroppedWeight, stand_in
+from .given import tell_unfused
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,6 +88,8 @@ class PackedWeights(nn.Module):
         """
         if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
             library.refuse_onnx()
+        if backends.in_transform():
+            return None, self.sources()
         copy = self._copy
         if torch.compiler.is_compiling():
             if copy.alone and torch.compiler.is_exporting():
@@ -171,10 +174,11 @@ class PackedWeights(nn.Module):
         if not self._copy.alone:
             return
         backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
-        if backward or backends.in_forward_mode():
+        if backward or backends.in_forward_mode() or backends.in_transform():
             raise RuntimeError(
-                f"{type(self).__name__} was fused with keep_unpacked=False and has no weights to differentiate; "
-                "fuse with keep_unpacked=True, or ask for no derivatives: torch.no_grad(), no forward mode"
+                f"{type(self).__name__} was fused with keep_unpacked=False and has no weights to differentiate or "
+                "transform; fuse with keep_unpacked=True, or ask for no derivatives: torch.no_grad(), no forward mode, "
+                "no torch.func"
             )
 
     def _packable(self) -> bool:
@@ -208,9 +212,10 @@ class PackedWeights(nn.Module):
         whole._copy = Copy()
         whole._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         dropped = self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args)
+        tell_unfused(self, *args[:2], *args[4:6])
         self._copy = self._copy._replace(stamp=None)
         if dropped:
             self.drop_unpacked()

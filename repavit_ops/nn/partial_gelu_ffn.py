@@ -15,6 +15,7 @@ from ..reparam import MergedFFN, cast
 from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
+from .symbolic import call_of, is_proxy
 
 
 class PartialGELUFFN(PackedWeights):
@@ -126,6 +127,8 @@ class PartialGELUFFN(PackedWeights):
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return call_of(self, x)
         packed, (w_in, w_out, w_merged) = self.current()
         self.check_trainable(x)
         return ops.partial_gelu_ffn(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends import Backend
 from .packed_weights import Copy, PackedWeights
+from .symbolic import call_of, is_proxy
 
 
 class PatchConv2d(PackedWeights, nn.Conv2d):
@@ -39,6 +40,8 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
         return torch.ops.repavit_ops.patch_projection_pack(weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return call_of(self, x)
         packed, (weight,) = self.current()
         self.check_trainable(x)
         y = ops.patch_projection(

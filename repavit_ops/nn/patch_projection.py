@@ -10,6 +10,7 @@ from .. import ops
 from ..backends import Backend
 from .init import linear_init_
 from .packed_weights import PackedWeights
+from .symbolic import call_of, is_proxy
 
 
 class PatchProjection(PackedWeights):
@@ -67,6 +68,8 @@ class PatchProjection(PackedWeights):
         return torch.ops.repavit_ops.patch_projection_pack(*weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return call_of(self, x)
         if self.pad:
             down, across = (1, 2) if self.channels_last else (2, 3)
             bottom, right = -x.shape[down] % self.patch[0], -x.shape[across] % self.patch[1]

@@ -24,4 +24,6 @@ def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
         return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
     if backends.in_forward_mode():
         return "forward-mode derivatives are wanted"
+    if backends.in_transform():
+        return "a transform of torch.func is going on"
     return None

@@ -13,6 +13,7 @@ from ..backends import Backend
 from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
+from .symbolic import call_of, is_proxy
 
 
 class RepAttention(PackedWeights):
@@ -92,6 +93,8 @@ class RepAttention(PackedWeights):
         return torch.ops.repavit_ops.rep_attention_pack(*weights, num_heads=self.num_heads, d_qk=self.d_qk)
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        if is_proxy(x):
+            return call_of(self, x, attn_bias)
         packed, (w_qkv, w_proj) = self.current()
         self.check_trainable(x)
         return ops.rep_attention(

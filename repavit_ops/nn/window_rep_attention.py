@@ -12,6 +12,7 @@ from .. import ops
 from ..backends import Backend
 from ..stack_plan import Step
 from .rep_attention import RepAttention
+from .symbolic import call_of, is_proxy
 
 
 class WindowRepAttention(RepAttention):
@@ -84,6 +85,8 @@ class WindowRepAttention(RepAttention):
 
     def forward(self, x: Tensor, static_shift: bool | None = None) -> Tensor:  # type: ignore[override]
         """``static_shift`` given: for this call in place of the module's own."""
+        if is_proxy(x):
+            return call_of(self, x, static_shift)
         packed, (w_qkv, w_proj) = self.current()
         self.check_trainable(x)
         return ops.window_rep_attention(

@@ -29,6 +29,7 @@ def call(
         or backends.why_unavailable("cpp") is not None
         or torch.is_autocast_enabled("cpu")
         or backends.in_forward_mode()
+        or backends.in_transform()
         or not (norm_eps is None or norm_eps >= 0)
     ):
         return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.plain_call import why_not_plain
+from ..nn.symbolic import is_proxy
 from .block_runs import BlockRuns
 from .route import run_traced
 
@@ -35,6 +36,8 @@ class FusedStack(BlockRuns, nn.Sequential):
         return stack
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return super().forward(x)
         if torch.compiler.is_compiling():
             return super().forward(x) if self.why_apart(x) else run_traced(x, self._segments(x))
         route = self._route(x)

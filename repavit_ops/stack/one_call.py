@@ -17,6 +17,7 @@ from ..nn import PatchConv2d, PatchProjection
 from ..nn.packed_weights import PackedWeights
 from ..nn.plain_call import why_not_plain
 from ..nn.recorders import acts
+from ..nn.symbolic import is_proxy
 from ..stack_plan import Step
 from .block_runs import steps_of
 from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
@@ -64,7 +65,7 @@ class OneCall(Routed):
 
     def route(self, x: Tensor) -> Route | None:
         """How to run on ``x`` in one call; None where it must be part by part."""
-        if not self.in_one_call or torch.compiler.is_compiling():
+        if not self.in_one_call or is_proxy(x) or torch.compiler.is_compiling():
             return None
         if why_not_for(x) is not None or self._why_not_now(x) is not None:
             return None

@@ -127,6 +127,8 @@ def why_not_here(steps: list[Any], x: Tensor) -> str | None:
 
 def why_not_for(x: Tensor) -> str | None:
     """Why no modules go through one call on tensors of this device and dtype."""
+    if backends.in_transform():
+        return "a transform of torch.func is going on"
     if x.device.type != "cpu":
         return f"one call is for the CPU; on {x.device.type} every sub-block is called by itself"
     if x.dtype not in PACKABLE:

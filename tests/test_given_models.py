@@ -1,0 +1,302 @@
+"""Models as people hand them over: wrapped, sharded, quantised, without values, with another's state dict."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from model_helpers import images, randomise, tiny_vit
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
+
+import repavit_ops
+from repavit_ops.models import VisionTransformer
+from repavit_ops.nn import given
+
+SEEN = images(3, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory):
+    """A process group of this process alone."""
+    if dist.is_initialized():
+        yield
+        return
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "DistributedDataParallel": DistributedDataParallel,
+    "DataParallel": DataParallel,
+    "AveragedModel": AveragedModel,
+    "compile": compiled,
+    "two": lambda model: compiled(DistributedDataParallel(model)),
+}
+every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+
+
+def vanilla() -> nn.Module:
+    return tiny_vit(act_channels=None)
+
+
+def mesh():
+    return init_device_mesh("cpu", (1,))
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@every_wrapper
+def test_verbs_take_the_model_out_of_its_wrapper(wrap, tmp_path):
+    model = tiny_vit()
+    wrapped, expected = wrap(model).eval(), model(SEEN)
+    for verb in (repavit_ops.reparameterize, repavit_ops.fuse):
+        changed = verb(wrapped)
+        assert type(changed) is VisionTransformer
+        torch.testing.assert_close(changed(SEEN), expected, rtol=1e-4, atol=1e-5)
+    assert len(repavit_ops.fusion_report(repavit_ops.fuse(wrapped)).fused) == 4
+    repavit_ops.save_checkpoint(wrapped, tmp_path / "file.safetensors")
+    torch.testing.assert_close(repavit_ops.load_checkpoint(tmp_path / "file.safetensors")(SEEN), expected)
+
+
+@torch.no_grad()
+@every_wrapper
+def test_verify_compares_what_is_wrapped(wrap):
+    model = vanilla()
+    for reference, candidate in (
+        (wrap(model).eval(), repavit_ops.fuse(model)),
+        (model, wrap(repavit_ops.fuse(model)).eval()),
+        (wrap(model).eval(), wrap(model).eval()),
+    ):
+        report = repavit_ops.verify(reference, candidate, SEEN)
+        assert report
+        assert report.output.max_abs < 1e-4
+    wrong = copy.deepcopy(model)
+    wrong.norm.weight.mul_(2)
+    assert not repavit_ops.verify(wrap(model).eval(), wrap(wrong).eval(), SEEN)
+
+
+@torch.no_grad()
+def test_a_compiled_block_inside_a_model_is_fused():
+    model = vanilla()
+    expected = model(SEEN)
+    model.blocks[0] = compiled(model.blocks[0])
+    fused = repavit_ops.fuse(model, inplace=True)
+    assert len(repavit_ops.fusion_report(fused).fused) == 4
+    assert not any("_orig_mod" in name for name, _ in fused.named_modules())
+    torch.testing.assert_close(fused(SEEN), expected, rtol=1e-4, atol=1e-5)
+
+
+def verbs(model):
+    yield lambda: repavit_ops.fuse(model)
+    yield lambda: repavit_ops.reparameterize(model)
+    yield lambda: repavit_ops.verify(model, vanilla(), SEEN)
+    yield lambda: repavit_ops.cuda_graph(model)
+    yield lambda: repavit_ops.save_checkpoint(model, "never_written.safetensors")
+    yield lambda: repavit_ops.idle_pretrained(model, [SEEN], progress=False)
+
+
+def test_sharded_models_are_refused_with_how_to_gather_them():
+    flat = FullyShardedDataParallel(vanilla(), device_id=torch.device("cpu")).eval()
+    for verb in (*verbs(flat), lambda: repavit_ops.fusion_report(flat)):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*get_model_state_dict"):
+            verb()
+    each = fully_shard(vanilla(), mesh=mesh())
+    for verb in (repavit_ops.fuse, repavit_ops.reparameterize):
+        with pytest.raises(ValueError, match=r"fully_shard.*get_model_state_dict"):
+            verb(each)
+
+
+# --- weights that cannot be folded ------------------------------------------------------------------------------------
+
+
+class Scaled(Tensor):
+    """A quantised weight as libraries make them: a tensor class of its own, unpacked where it is used."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data: Tensor) -> None:
+        self.stored = data.half()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].stored.float())
+        unpacked = torch.utils._pytree.tree_map_only(cls, lambda t: t.stored.float(), (args, kwargs or {}))
+        return function(*unpacked[0], **unpacked[1])
+
+
+KINDS = {
+    "quantised": lambda w: Scaled(w),
+    "sharded": lambda w: distribute_tensor(w, mesh(), [Shard(0)]),
+    "replicated": lambda w: distribute_tensor(w, mesh(), [Replicate()]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_weights_of_another_class_are_skipped_with_the_reason(kind):
+    model = vanilla()
+    for block in model.blocks:
+        block.mlp.fc1.weight = nn.Parameter(kind(block.mlp.fc1.weight.detach()), requires_grad=False)
+    fused = repavit_ops.fuse(model, inplace=True)
+    report = repavit_ops.fusion_report(fused)
+    assert [entry.kind for entry in report.fused] == ["rep_attention"] * 2
+    assert len(report.skipped) == 2
+    for entry in report.skipped:
+        assert "fc1.weight is a " in entry.note
+        assert "fuse before weights are quantised" in entry.note
+    assert "MiB" in str(report)
+
+
+def test_training_forms_with_such_weights_stay_too():
+    model = tiny_vit()
+    model.blocks[0].mlp.fc1.weight = nn.Parameter(Scaled(model.blocks[0].mlp.fc1.weight.detach()), requires_grad=False)
+    fused = repavit_ops.fuse(model, inplace=True)
+    assert type(fused.blocks[0].mlp) is repavit_ops.nn.ChannelIdleFFN
+    assert type(fused.blocks[1].mlp) is repavit_ops.nn.PartialGELUFFN
+
+
+@torch.no_grad()
+def test_torchao(timm):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=64, num_heads=2, img_size=32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    fused = repavit_ops.fuse(model)
+    torch.testing.assert_close(fused(SEEN), model(SEEN), rtol=1e-4, atol=1e-5)
+    assert all("torchao" in entry.note for entry in repavit_ops.fusion_report(fused).skipped)
+
+
+def test_a_linear_that_is_not_pytorchs_is_told_from_it(timm):
+    """Dynamic quantisation puts classes in place that are called Linear as well."""
+
+    class Linear(nn.Linear):
+        pass
+
+    model = randomise(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, img_size=32))
+    model.blocks[0].mlp.fc1.__class__ = Linear
+    notes = [entry.note for entry in repavit_ops.fusion_report(repavit_ops.fuse(model)).skipped]
+    assert any(f"{Linear.__module__}.Linear, wanted nn.Linear" in note for note in notes)
+
+
+def test_what_cannot_be_copied_says_what_to_do():
+    model = vanilla()
+    prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
+    with torch.enable_grad():
+        model(SEEN)
+    with pytest.raises(ValueError, match=r"cannot be copied.*prune\.remove.*inplace=True"):
+        repavit_ops.fuse(model)
+    prune.remove(model.blocks[0].mlp.fc1, "weight")
+    repavit_ops.fuse(model)
+
+
+@torch.no_grad()
+def test_parametrised_weights_stay():
+    model = vanilla()
+    parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    fused = repavit_ops.fuse(model)
+    torch.testing.assert_close(fused(SEEN), model(SEEN), rtol=1e-4, atol=1e-5)
+    assert len(repavit_ops.fusion_report(fused).skipped) == 1
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_without_values_are_refused():
+    whole = vanilla().to("meta")
+    part = vanilla()
+    part.blocks[1].to("meta")
+    for model in (whole, part):
+        for verb in (v for v in verbs(model) if "cuda_graph" not in v.__code__.co_names):
+            with pytest.raises(ValueError, match=r"on the meta device.*load_state_dict\(state, assign=True\)"):
+                verb()
+    assert len(repavit_ops.fusion_report(whole).skipped) == 4
+
+
+@torch.no_grad()
+def test_folds_leave_devices_that_may_lack_float64(monkeypatch):
+    """No such device is here, so the CPU plays one: the model must go to one that is exact and come back."""
+    moves = []
+    to = nn.Module.to
+    monkeypatch.setattr(given, "EXACT_DEVICES", ("cuda",))
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kw: moves.append(args) or to(self, *args, **kw))
+    model = tiny_vit()
+    for verb in (repavit_ops.fuse, repavit_ops.reparameterize):
+        moves.clear()
+        torch.testing.assert_close(verb(model)(SEEN), model(SEEN), rtol=1e-4, atol=1e-5)
+        assert [str(device) for (device,) in moves] == ["cpu", "cpu"]
+    moves.clear()
+    assert repavit_ops.verify(model, repavit_ops.fuse(model), SEEN)
+    assert moves.count(("cpu",)) == 2
+
+
+# --- what PyTorch does to modules -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_unpacked", [True, False])
+def test_parameters_may_be_swapped(swapping, keep_unpacked):
+    """torch.__future__.set_swap_module_params_on_conversion swaps only what nobody else holds."""
+    fused, other = (repavit_ops.fuse(tiny_vit(seed), keep_unpacked=keep_unpacked) for seed in (0, 1))
+    expected = fused(SEEN)
+    torch.testing.assert_close(fused.double()(SEEN.double()).float(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused.float()(SEEN), expected, rtol=1e-4, atol=1e-5)
+    fused.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fused(SEEN), other(SEEN))
+
+
+@pytest.mark.parametrize("verb", [repavit_ops.fuse, repavit_ops.reparameterize])
+def test_the_state_dict_of_an_unfused_model_is_refused_in_a_sentence(verb):
+    model = tiny_vit()
+    changed = verb(model)
+    with pytest.raises(RuntimeError, match=r"of a model that is neither; load it into the model before") as caught:
+        changed.load_state_dict(model.state_dict())
+    assert len(str(caught.value)) < 350
+    found = changed.load_state_dict(model.state_dict(), strict=False)
+    assert found.missing_keys == [given.UNFUSED]
+    assert not found.unexpected_keys
+    changed.load_state_dict(changed.state_dict())
+    changed.load_state_dict({"head.bias": torch.zeros(10)}, strict=False)
+    for half in (changed.blocks[0].mlp, model.blocks[0].mlp):
+        half.load_state_dict(half.state_dict())
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="merged or fused"):
+        changed.blocks[0].mlp.load_state_dict(model.blocks[0].mlp.state_dict())
+
+
+def test_synchronised_batchnorm_is_refused_by_name():
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    with pytest.raises(TypeError, match=r"norm1: got nn\.SyncBatchNorm in place of TokenBatchNorm.*recalibrate_bn"):
+        convert(tiny_vit())
+    attention = repavit_ops.nn.Attention(8, 2, norm=repavit_ops.nn.RepBN)
+    with pytest.raises(TypeError, match=r"in place of RepBN, which has its channels last and adds alpha x"):
+        convert(attention)
+    joined = repavit_ops.create_model(
+        "joined_vit_tiny_4", img_size=32, num_classes=3, norm="batchnorm", embed_dim=48, depth=1
+    )
+    with pytest.raises(TypeError, match=r"in place of TokenBatchNorm"):
+        convert(joined)
+    assert isinstance(convert(nn.Sequential(nn.BatchNorm2d(3)))[0], nn.SyncBatchNorm)
