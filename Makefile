@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 WORKERS ?= 2
-FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0'
+FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0' 'peft==0.21.2' 'accelerate==1.15.0'
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
