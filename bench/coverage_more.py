@@ -257,7 +257,13 @@ FFN_ROWS = {
         skipped=("normalises queries and keys",),
     ),
     "GroupViT": made(
-        *("GroupViTVisionModel", "GroupViTVisionConfig", _side_64(side=32), FFN, (CROSS, "mixes tokens", "no operator")),
+        *(
+            "GroupViTVisionModel",
+            "GroupViTVisionConfig",
+            _side_64(side=32),
+            FFN,
+            (CROSS, "mixes tokens", "no operator"),
+        ),
         hidden_size=48,
         intermediate_size=96,
         depths=[2, 1, 1],
