@@ -11,7 +11,7 @@ VENV ?= .venv
 
 WORKERS ?= 2
 EXAMPLES ?= 2000
-FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0'
+FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0' 'peft==0.21.2' 'accelerate==1.15.0'
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

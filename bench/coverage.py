@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from coverage_models import ROWS, Row, tensors_of
+from coverage_models import Row, tensors_of
+from coverage_more import ROWS
 from torch import Tensor, nn
 
 import repavit_ops
@@ -79,6 +80,7 @@ def run(model: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype) -> list
     def cast(value):
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
+    torch.manual_seed(0)  # ViLT picks patches at random
     return tensors_of(model(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()}))
 
 

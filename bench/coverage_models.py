@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# "whole": every block in both halves; "ffn": the FFNs, attention is skipped with a reason
-WHOLE, FFN = "whole", "ffn"
+# "whole": every block in both halves; "ffn": one half of each, the other is skipped with a reason; "nothing"
+WHOLE, FFN, NOTHING = "whole", "ffn", "nothing"
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 BASE = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
 SMALL_SWIN = {"image_size": 56, "patch_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
@@ -26,7 +26,7 @@ class Row:
     """One model.
 
     Args:
-        library: its package.  fuses: WHOLE or FFN.
+        library: its package.  fuses: WHOLE, FFN or NOTHING.
         build: (published size) → the model, freshly initialised.
         inputs: (published size) → arguments of its forward.
         skipped: words of the reasons for what is left.
@@ -371,8 +371,6 @@ OTHERS = {
     "torch.nn.TransformerEncoder": Row("torch", _torch_encoder(True), _tokens(True)),
     "torch.nn.TransformerEncoder, sequence first": Row("torch", _torch_encoder(False), _tokens(False)),
 }
-
-ROWS: dict[str, Row] = {**TRANSFORMERS, **OTHERS}
 
 
 def tensors_of(output: Any) -> list[Tensor]:

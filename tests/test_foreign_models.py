@@ -1,6 +1,6 @@
 """Models of transformers, torchvision, open_clip and PyTorch, small: what fuses, and that outputs are equal.
 
-The rows are those of docs/coverage.md (bench/coverage_models.py), which ``make coverage`` makes at published sizes.
+The rows are those of docs/coverage.md (bench/coverage_more.py), which ``make coverage`` makes at published sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import pickle
 import pytest
 import torch
 from coverage import outcome, randomise, run
-from coverage_models import FFN, ROWS, WHOLE
+from coverage_models import FFN, NOTHING, WHOLE
+from coverage_more import ROWS
 from model_helpers import Recorder
 from torch import nn
 
@@ -32,16 +33,17 @@ def libraries(request, torchvision_stub):
         pytest.importorskip(ROWS[name].library)
 
 
+@pytest.mark.filterwarnings("ignore:repavit_ops.fuse. nothing fuses")
 @pytest.mark.parametrize("name", ROWS)
 def test_fused_equals_the_original_and_the_report_names_the_rest(name):
     row = ROWS[name]
     result = outcome(row, published=False)
     assert result.passed, result.errors
-    assert result.fused > 0
+    assert (result.fused == 0) == (row.fuses == NOTHING)
     if row.fuses == WHOLE:
         assert not result.skipped, result.reasons
     else:
-        assert row.fuses == FFN
+        assert row.fuses in (FFN, NOTHING)
         assert result.skipped > 0
     assert all(any(word in reason for reason in result.reasons) for word in row.skipped), result.reasons
     assert all(any(word in reason for word in row.skipped) for reason in result.reasons), result.reasons
@@ -55,14 +57,15 @@ def built(name, dtype=torch.float64):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.fuses != NOTHING])
 def test_folds_are_exact_and_fused_models_copy_pickle_and_fuse_again(name):
     model, args, kwargs = built(name)
     expected = run(model, args, kwargs, torch.float64)
     fused = repavit_ops.fuse(model)
     ours = run(fused, args, kwargs, torch.float64)
     for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        close = 1e-6 if name == "GIT" else 1e-10  # GIT's own softmax is in float32 always
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
     again = [copy.deepcopy(fused), repavit_ops.fuse(fused)]
     if not any(m._forward_hooks for m in fused.modules()):  # recorders of transformers cannot be pickled
         again.append(pickle.loads(pickle.dumps(fused)))

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from coverage import randomise
-from coverage_models import ROWS
+from coverage_more import ROWS
 from model_helpers import Recorder, images, relative
 
 import repavit_ops

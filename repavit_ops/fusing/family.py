@@ -73,7 +73,7 @@ class Described:
         inside: of children that no rule of their own describes the dotted name of the class and what it holds.
         unless: a reason against a module that holds what it should, in one line; None if there is none.
         keeps_class: the fused block is an instance of the class that it replaces, too, with its plain attributes.
-        alone: what a fused attention or FFN becomes that is called under a signature of its own.
+        alone: (fused, original) → what a fused attention or FFN becomes that is called under a signature of its own.
     """
 
     parts: Callable[[Any], Any]
@@ -83,7 +83,7 @@ class Described:
     inside: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     unless: Callable[[Any], str | None] = lambda module: None
     keeps_class: bool = False
-    alone: Callable[[Any], nn.Module] = lambda fused: fused
+    alone: Callable[[Any, Any], nn.Module] = lambda fused, original: fused
 
     def closed(self, block: nn.Module, made: nn.Module) -> nn.Module:
         """What takes a block's place."""
@@ -135,7 +135,8 @@ class Family:
         ffns_apart: names of fc1, the activation and fc2 in classes whose forward has an FFN spread over modules; fc1's
             and fc2's own modules become the fused FFN and the identity.
         refused: classes that are attentions or FFNs which no operator computes, and why not.
-        resembling: matches the names of classes that look like one; they are refused where nothing else knows them.
+        resembling: whether a class looks like one; such are refused where nothing else knows them.
+        why_unknown: of a module of such a class, what is in the way; None where it does not say.
         meanings: norms, activations, scales and no-ops as PyTorch's own.
         loops: name of the list of blocks that forward loops over, calling each with what the one before returned and
             looking at nothing in between.
@@ -154,7 +155,8 @@ class Family:
     window_blocks: Mapping[str, Described] = field(default_factory=dict)
     ffns_apart: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    resembling: re.Pattern[str] | None = None
+    resembling: Callable[[type[nn.Module]], bool] = lambda cls: False
+    why_unknown: Callable[[nn.Module], str | None] = lambda module: None
     loops: Mapping[str, str] = field(default_factory=dict)
     resets: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
@@ -224,8 +226,8 @@ class Family:
         described_inside = {path for block in self.window_blocks.values() for path, _ in block.inside.values()}
         if any(_named(path) is cls for path in described_inside):
             return None  # the block around it has the rule
-        if self.resembling is not None and self.resembling.search(cls.__name__):
-            return refusing("repavit_ops has no operator for what it computes")
+        if self.resembling(cls):
+            return refusing(lambda module: self.why_unknown(module) or UNKNOWN)
         return None
 
     def _body_rule(self, kind: str, described: Described) -> Rule:
@@ -234,9 +236,8 @@ class Family:
 
         def fold(module: nn.Module, backend: Backend) -> nn.Module:
             parts: AttentionParts | FFNParts = described.parts(module)
-            return described.alone(
-                fold_ffn(parts, backend) if isinstance(parts, FFNParts) else fold_attention(parts, backend)
-            )
+            fused = fold_ffn(parts, backend) if isinstance(parts, FFNParts) else fold_attention(parts, backend)
+            return described.alone(fused, module)
 
         return Rule(kind, reason, fold, parts=described.parts)
 
@@ -254,21 +255,25 @@ class Family:
         return Rule(kind, reason, fold, keeps_children=True)
 
     def _apart_rule(self, first: str, act: str, second: str) -> Rule:
-        """``first`` and ``second`` are Linears inside modules of their own, between which only ``act`` stands."""
+        """Between ``first`` and ``second`` only ``act`` stands; both are Linears in modules of their own, or all three
+        are the layer's own children."""
+        own = "." not in first
+        whole, rest = (first, (act, second)) if own else (first.rpartition(".")[0], (second.rpartition(".")[0],))
 
         def parts(layer: nn.Module) -> FFNParts:
             fc1, middle, fc2 = (plain(layer.get_submodule(name)) for name in (first, act, second))
             return FFNParts(fc1, middle, fc2)
 
         def reason(layer: nn.Module) -> str | None:
-            if isinstance(layer.get_submodule(first.rpartition(".")[0]), PartialGELUFFN):
+            if isinstance(layer.get_submodule(whole), PartialGELUFFN):
                 return FUSED_INSIDE
             return reason_against(parts(layer))
 
         def fold(layer: nn.Module, backend: Backend) -> nn.Module:
             fused = fold_ffn(parts(layer), backend)
-            layer.set_submodule(first.rpartition(".")[0], fused)
-            layer.set_submodule(second.rpartition(".")[0], nn.Identity())
+            layer.set_submodule(whole, fused)
+            for name in rest:
+                layer.set_submodule(name, nn.Identity())
             return layer
 
         return Rule("partial_gelu_ffn", reason, fold)
@@ -306,13 +311,19 @@ class Family:
         return Rule(kind, reason, fold)
 
 
-def refusing(reason: str) -> Rule:
+UNKNOWN = "repavit_ops has no operator for what it computes"
+
+
+def refusing(reason: str | Callable[[nn.Module], str]) -> Rule:
     """The rule for a class that no operator computes."""
 
-    def fold(module: nn.Module, backend: Backend) -> nn.Module:
-        raise TypeError(f"{type(module).__name__} cannot be fused: {reason}")
+    def why(module: nn.Module) -> str:
+        return reason if isinstance(reason, str) else reason(module)
 
-    return Rule("unsupported", lambda _: reason, fold)
+    def fold(module: nn.Module, backend: Backend) -> nn.Module:
+        raise TypeError(f"{type(module).__name__} cannot be fused: {why(module)}")
+
+    return Rule("unsupported", why, fold)
 
 
 def _release(library: str) -> str:

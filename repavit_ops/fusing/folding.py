@@ -77,9 +77,7 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     linears = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (*_projections(parts), parts.proj)
     for part in linears:
         if type(part) is not nn.Linear:
-            kind = type(part)
-            name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
-            return f"a projection is {name}, wanted nn.Linear (merge adapters or dequantise first)"
+            return f"a projection is {_named(type(part))}, wanted nn.Linear (merge adapters or dequantise first)"
     if type(parts.norm) not in (nn.Identity, nn.LayerNorm):
         return f"its norm {type(parts.norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
     if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:
@@ -90,6 +88,11 @@ def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None
     if dim.in_features != dim_out.out_features and (parts.residual or isinstance(parts, FFNParts)):
         return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
     return None
+
+
+def _named(cls: type) -> str:
+    """A class with its library where the name alone would mislead: peft's adapters are called Linear too."""
+    return f"{cls.__module__}.{cls.__name__}" if cls.__name__ == "Linear" else cls.__name__
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -102,6 +102,9 @@ def _told_elsewhere(name: str, module: nn.Module) -> list[str]:
     if isinstance(module, OpenBranch):
         return [f"{name}.body"] if can_fuse(module.body) is not None else []
     rule = rule_of(module)
+    if rule is not None and rule.kind == "unsupported":  # of an attention around an attention, the inner one speaks
+        inner = (rule_of(part) for part in module.modules() if part is not module)
+        return [name] if any(part is not None and part.kind == "unsupported" for part in inner) else []
     if rule is None or not rule.keeps_children:
         return []
     closes = rule.can_fuse(module) is None

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from ..backends import Backend
+from ..nn import recorders
 from ..nn.given import reason_against_weights
 
 T = TypeVar("T")
@@ -120,12 +121,26 @@ def can_fuse(module: nn.Module) -> str | None:
         return reason
     if (reason := rule.can_fuse(module)) is not None:
         return reason
-    replaced = next((m for m in module.modules() if "forward" in vars(m)), None)
-    if replaced is not None and not rule.keeps_children:
-        return f"the forward of its {type(replaced).__name__} was replaced on the instance; a fused module has its own"
-    return None
+    within = [module] if rule.keeps_children else module.modules()
+    replaced = next((m for m in within if _has_forward_of_its_own(m)), None)
+    if replaced is None or rule.is_fused:
+        return None
+    by = type(replaced).__name__
+    fix = (
+        "; accelerate.hooks.remove_hook_from_module(model, recurse=True) first" if "_hf_hook" in vars(replaced) else ""
+    )
+    return f"the forward of its {by} was replaced on the instance; a fused module has its own{fix}"
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of any kind are registered on the module itself."""
-    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    """Whether hooks of any kind are registered on the module itself, other than those that :mod:`recorders` knows."""
+    if recorders.acts(module._forward_hooks):
+        return True
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward_pre", "backward", "backward_pre"))
+
+
+def _has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether a forward stands on the instance that is not its class's, which accelerate leaves there."""
+    found = vars(module).get("forward")
+    own = getattr(found, "__func__", None) is type(module).forward and getattr(found, "__self__", None) is module
+    return found is not None and not own

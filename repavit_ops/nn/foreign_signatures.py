@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .foreign_block import OpenBranch
+from .foreign_block import MaskedAttention, OpenBranch
 from .patch_projection import PatchProjection
 from .recorders import recording
 from .rep_attention import RepAttention
@@ -76,20 +76,59 @@ class TransformersLayer(SignatureBlock):
     ) -> Tensor:
         if not isinstance(self.attn, RepAttention):
             return self.mlp(self.attn(hidden_states, attention_mask, **kwargs))
-        if vars(self)["gives_maps"]() and (kwargs.get("output_attentions") or recording("attentions")):
-            raise RuntimeError(
-                f"output_attentions: {type(self).__name__} is fused and has no attention maps; ask the model for them "
-                "before fusing, or fuse it as loaded with attn_implementation='eager': its attention then stays"
-            )
-        mask = sdpa_mask(hidden_states, attention_mask, kwargs.get("is_causal"))
-        if (bias := kwargs.get("position_bias")) is not None:
-            mask = bias if mask is None else mask + bias
-        return self.mlp(self.attn(hidden_states) if mask is None else self.attn(hidden_states, mask))
+        refuse_maps(self, kwargs)
+        return self.mlp(attend(self.attn, hidden_states, attention_mask, kwargs))
 
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        asked = (*args, *(kwargs.get(name) for name in ("attention_mask", "is_causal", "position_bias")))
+        named = ("attention_mask", "is_causal", "position_bias", "cu_seqlens")
+        asked = (*args, *(kwargs.get(name) for name in named))
         maps = kwargs.get("output_attentions")
         return None if maps or any(value is not None and value is not False for value in asked) else x
+
+
+class TransformersAttention(MaskedAttention):
+    """``forward(hidden_states, attention_mask=None, **kwargs)``: attention alone, as a layer that stays calls it.
+
+    Shapes:
+        hidden_states   [B, T, C]
+        attention_mask  broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
+        returns         ([B, T, C], None): what SDPA returns in place of attention maps
+
+    Raises:
+        RuntimeError: attention maps are asked for of a model that would return them; says what to do.
+    """
+
+    def __init__(self, attention: RepAttention, gives_maps: EagerAttention | Always) -> None:
+        super().__init__(attention)
+        vars(self)["gives_maps"] = gives_maps
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        refuse_maps(self, kwargs)
+        return attend(self.attention, hidden_states, attention_mask, kwargs), None
+
+
+def refuse_maps(module: nn.Module, asked: dict[str, Any]) -> None:
+    """Raise where a caller of a fused module wants attention maps that it would have returned before."""
+    if vars(module)["gives_maps"]() and (asked.get("output_attentions") or recording("attentions")):
+        raise RuntimeError(
+            f"output_attentions: {type(module).__name__} is fused and has no attention maps; ask the model for them "
+            "before fusing, or fuse it as loaded with attn_implementation='eager': its attention then stays"
+        )
+
+
+def attend(attention: nn.Module, x: Tensor, attn_mask: Tensor | None, asked: dict[str, Any]) -> Tensor:
+    """Attention under what transformers passes beside the tokens: a mask, ``is_causal``, a position bias, the places
+    where each of several images in one sequence begins (``cu_seqlens`` [n + 1], the last of which is T)."""
+    if (begins := asked.get("cu_seqlens")) is not None:
+        image = torch.bucketize(torch.arange(x.shape[1], device=x.device), begins[1:].long(), right=True)
+        attn_mask = image[:, None] == image
+    mask = sdpa_mask(x, attn_mask, asked.get("is_causal"))
+    if (bias := asked.get("position_bias")) is not None:
+        mask = bias if mask is None else mask + bias
+    out: Tensor = attention(x) if mask is None else attention(x, mask)
+    return out
 
 
 class TransformersBeitLayer(TransformersLayer):
@@ -161,9 +200,17 @@ def sdpa_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool | None) -> Te
     """The arguments of PyTorch's SDPA as one float mask: True attends; a mask given is causal already."""
     if attn_mask is None:
         return causal_mask(x) if is_causal and x.shape[1] > 1 else None
-    if attn_mask.dtype is not torch.bool:
+    if attn_mask.dtype is x.dtype:
         return attn_mask
-    return torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, float("-inf"))
+    for dim in range(attn_mask.dim()):
+        if attn_mask.stride(dim) == 0:  # expanded, over heads say: one copy will do
+            attn_mask = attn_mask.narrow(dim, 0, 1)
+    if attn_mask.dtype is torch.bool:
+        return torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, float("-inf"))
+    limits = torch.finfo(x.dtype)  # SDPA takes masks in float32 too; what is finite there must stay so
+    if torch.finfo(attn_mask.dtype).max > limits.max:
+        attn_mask = torch.where(attn_mask.isinf(), attn_mask, attn_mask.clamp(limits.min, limits.max))
+    return attn_mask.to(x.dtype)
 
 
 def causal_mask(x: Tensor) -> Tensor:

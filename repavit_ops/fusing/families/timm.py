@@ -41,7 +41,7 @@ ATTENTION = Described(
         "norm": "a norm stands between attention and its projection",
         "gate": "a gate multiplies the attention output",
     },
-    alone=MaskedAttention,
+    alone=lambda fused, _: MaskedAttention(fused),
 )
 
 
@@ -174,6 +174,8 @@ TIMM = Family(
         "timm.layers.DiffAttention": "differential attention subtracts a second softmax",
         "timm.layers.AttentionPoolLatent": POOLING,
         "timm.layers.AttentionPoolPrr": POOLING,
+        "timm.models.cait.TalkingHeadAttn": "talking heads: its heads are mixed before and after the softmax",
+        "timm.models.cait.ClassAttn": "class attention: the class token alone asks",
         "timm.layers.GluMlp": GATED,
         "timm.layers.SwiGLU": GATED,
         "timm.layers.GatedMlp": GATED,
@@ -186,7 +188,7 @@ TIMM = Family(
         "timm.models.vision_transformer.ParallelScalingBlock": PARALLEL,
         "timm.models.vision_transformer.DiffParallelScalingBlock": PARALLEL,
     },
-    resembling=re.compile(r"Attention|Attn|Mlp$|FFN$"),
+    resembling=lambda cls: re.search(r"Attention|Attn|Mlp$|FFN$", cls.__name__) is not None,
     meanings={
         "timm.layers.activations.GELU": lambda _: nn.GELU(),
         "timm.layers.activations.GELUTanh": lambda _: nn.GELU("tanh"),
