@@ -5,6 +5,10 @@
 // gives better messages; the checks here are the last line of defence for callers of torch.ops.
 #include "bindings_packed.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace {
 
 using namespace repavit_bindings;
@@ -156,6 +160,12 @@ int64_t cpu_isa() { return repavit::isa_level(); }
 
 int64_t scratch_bytes() { return static_cast<int64_t>(repavit::arena_bytes()); }
 
+void release_freed_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
@@ -169,4 +179,5 @@ STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("scratch_bytes", TORCH_BOX(&scratch_bytes));
+  m.impl("release_freed_memory", TORCH_BOX(&release_freed_memory));
 }

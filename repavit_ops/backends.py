@@ -94,6 +94,12 @@ def cpu_isa() -> str:
     return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
 
 
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, which the C library keeps for later otherwise."""
+    if _cpp_failure is None:
+        torch.ops.repavit_ops.release_freed_memory()
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is going on (``torch.func.jvp``, ``forward_ad.dual_level``).
 

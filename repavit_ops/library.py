@@ -123,6 +123,8 @@ CPU_TOOLS = (
     "cpu_isa() -> int",
     # scratch that the kernels of all threads hold now, kept from call to call
     "scratch_bytes() -> int",
+    # back to the system, where the C library can
+    "release_freed_memory() -> ()",
 )
 
 

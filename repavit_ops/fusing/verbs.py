@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import reparam
+from .. import backends, reparam
 from ..backends import BACKENDS, Backend, why_unavailable
 from ..nn import (
     Attention,
@@ -135,6 +136,18 @@ def fuse(
             "or under torch.no_grad()",
             stacklevel=2,
         )
+
+    def finished(module: nn.Module) -> None:
+        """Cast and pack a module as soon as it stands, so that no more than one block has its weights twice."""
+        if not isinstance(module, PackedWeights) or device is not None:
+            return
+        if dtype is not None:
+            _cast(module, dtype)
+        module.current()
+        if not keep_unpacked:
+            module.drop_unpacked()
+        backends.release_freed_memory()
+
     model, device = _taken(model, inplace, "fuse")
     model = _swap(model, merged)
     if strict:
@@ -142,17 +155,12 @@ def fuse(
     for module in model.modules():
         recorders.forget(module)
         reset(module)
-    model = _swap(_swap(_swap(model, fused), patches), _stacked)
+    model = _swap(_swap(_swap(model, fused, finished), patches, finished), _stacked)
     _refuse_saving(model)
     if dtype is not None:
         _cast(model, dtype)
     if device is not None:
         model.to(device)
-    for module in model.modules():
-        if isinstance(module, PackedWeights):
-            module.repack()
-            if not keep_unpacked:
-                module.drop_unpacked()
     if filter_fn is None and not any(isinstance(module, PackedWeights | ConvReLU2d) for module in model.modules()):
         warnings.warn(f"repavit_ops.fuse: {nothing_fuses(model)}", stacklevel=2)
     return model
@@ -233,37 +241,57 @@ def _looped(owner: nn.Module, name: str) -> nn.Module:
     return owner
 
 
-def _swap(model: nn.Module, replace: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
-    """Replace modules from the root down; what replaced a module is looked at inside too, each module once."""
-    done: dict[int, nn.Module] = {}
+def _swap(
+    model: nn.Module,
+    replace: Callable[[nn.Module, str], nn.Module],
+    finished: Callable[[nn.Module], None] = lambda module: None,
+) -> nn.Module:
+    """Replace modules from the root down; what replaced a module is looked at inside too, each module once.
+
+    ``finished`` is called with every module behind all that it contains. What was replaced is held by nothing here.
+    """
+    done: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
     def visit(module: nn.Module, name: str) -> nn.Module:
-        if id(module) in done:
-            return done[id(module)]
+        known = done[module]() if module in done else None
+        if known is not None:
+            return known
         new = replace(module, name)
         if new is not module and not any(p.requires_grad for p in module.parameters()):
             new.requires_grad_(False)
-        done[id(module)] = done[id(new)] = new
-        keep.append(module)
-        for key, child in list(new.named_children()):
-            setattr(new, key, visit(unwrapped(child), f"{name}.{key}" if name else key))
+        done[module] = done[new] = weakref.ref(new)
+        for key in [key for key, child in new._modules.items() if child is not None]:
+            setattr(new, key, visit(unwrapped(new.get_submodule(key)), f"{name}.{key}" if name else key))
+        finished(new)
         return new
 
-    keep: list[nn.Module] = []  # so that no id is reused while the walk goes on
     with torch.no_grad():
         return visit(model, "").eval()
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the model, first taking folded shortcuts out of merged matrices where that loses less to rounding."""
-    for module in model.modules():
-        if not isinstance(module, PartialGELUFFN) or (folded := module.w_merged) is None:
-            continue
-        if not module.residual and module.norm_eps is None and _shortcut_rounds_better_apart(folded, dtype):
-            apart = reparam.unfold_identity(folded.detach())
-            module.w_merged = nn.Parameter(apart.to(folded.dtype), folded.requires_grad)
-            module.residual = True
-    model.to(dtype)
+    if not any(isinstance(module, PackedWeights) for module in model.modules()):
+        model.to(dtype)
+    elif isinstance(model, PackedWeights):
+        if getattr(model, model.packed_names[0]).dtype == dtype:
+            return  # moving it would pack it again
+        if isinstance(model, PartialGELUFFN):
+            _take_out_shortcut(model, dtype)
+        model.to(dtype)
+    else:
+        for child in model.children():
+            _cast(child, dtype)
+        nn.Module._apply(model, lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)  # its own
+
+
+def _take_out_shortcut(module: PartialGELUFFN, dtype: torch.dtype) -> None:
+    if (folded := module.w_merged) is None or module.residual or module.norm_eps is not None:
+        return
+    if _shortcut_rounds_better_apart(folded, dtype):
+        apart = reparam.unfold_identity(folded.detach())
+        module.w_merged = nn.Parameter(apart.to(folded.dtype), folded.requires_grad)
+        module.residual = True
 
 
 def _shortcut_rounds_better_apart(w_merged: nn.Parameter, dtype: torch.dtype) -> bool:
