@@ -1,4 +1,4 @@
-"""Resident memory of ``fuse`` at its peak, over the weights: ``python bench/fuse_memory.py [--models vanilla_vit_large]``.
+"""Resident memory of ``fuse`` at its peak, over the weights: ``python bench/fuse_memory.py [--models NAME …]``.
 
 A process for each way of calling, measured by the high-water mark of Linux, less what one with the libraries loaded and
 another model run holds.
