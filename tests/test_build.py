@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import pytest
 from repavit_ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "repavit_ops", "kernels", "csrc")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "repavit_ops", "kernels", "csrc")
 LIBRARY = ROOT / "repavit_ops/_C.so"
 
 
@@ -71,10 +72,104 @@ def test_without_a_compiler_the_build_says_how_to_get_the_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
     (line,) = {line.strip() for line in (done.stdout + done.stderr).splitlines() if "without C++ kernels" in line}
     assert "no C++ compiler" in line
-    assert "pip install --no-build-isolation ." in line
+    assert "pip install -v --force-reinstall --no-deps ." in line
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")  # nothing compiled is in it
     done = build_wheel(sources, **nothing, REPAVIT_BUILD_CPU="1")
     assert done.returncode != 0
     assert "REPAVIT_BUILD_CPU=1, but no C++ compiler" in done.stdout + done.stderr
+
+
+def test_a_source_distribution_holds_what_builds_and_what_tests(tmp_path):
+    """pip builds it without the tree around it, without torch: nothing that a source includes may be missing."""
+    command = [sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')"]
+    sources = copy_sources(tmp_path / "src")
+    for folder in ("tests", "docs", "bench", "examples"):
+        shutil.copytree(ROOT / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for file in ("Makefile", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / file, sources / file)
+    done = subprocess.run(command, cwd=sources, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    tracked = [path.relative_to(sources) for path in sources.rglob("*") if path.is_file()]
+    kept = {p.as_posix() for p in tracked if p.parts[0] != "dist" and "egg-info" not in p.as_posix()}
+    assert kept - names == set()
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for source in (unpacked / "csrc").glob("*.cpp"):
+        checked = subprocess.run(
+            ["g++", "-std=c++17", "-fsyntax-only", source], capture_output=True, text=True, timeout=120
+        )
+        assert checked.returncode == 0, checked.stderr
+
+
+def test_the_kernels_are_built_without_anything_of_torch():
+    """So that an isolated build, which sees no torch, has them, and one binary serves every torch from 2.10 on."""
+    for source in [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cpu").iterdir()]:
+        assert not re.search(r"#include <(torch|ATen|c10)/", source.read_text()), source.name
+    text = (ROOT / "setup.py").read_text()
+    assert "import torch" not in text
+    assert 'find_spec("torch")' not in text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("built", [0b0011, 0b1101])
+def test_levels_that_were_left_out_are_never_chosen(tmp_path, built):
+    """REPAVIT_CPU_LEVELS builds some: the dispatcher takes the best of these up to what the processor has."""
+    stubs = "".join(f"namespace {level} {{ void install(Kernels&) {{ }} }}\n" for level in backends.CPU_ISA)
+    program = f"""
+        #include "cpu/dispatch.h"
+        #include <cstdio>
+        #include <initializer_list>
+        namespace repavit {{ {stubs} }}
+        int main() {{
+          for (const char* name : {{"scalar", "avx2", "avx512", "avx512_bf16"}})
+            std::printf("%d ", repavit::lowered_level(name));
+          std::printf("%d", repavit::supported_level());
+        }}
+    """
+    (tmp_path / "main.cpp").write_text(program)
+    command = ["g++", "-std=c++17", f"-DREPAVIT_BUILT_LEVELS={built}", "-I", ROOT / "csrc", "-o", tmp_path / "main"]
+    subprocess.run([*command, tmp_path / "main.cpp", ROOT / "csrc/cpu/dispatch.cpp"], check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True)
+    levels = [int(word) for word in done.stdout.split()]
+    assert all(built >> level & 1 for level in levels)
+    assert levels[0] == 0
+    assert levels == [*sorted(levels[:4]), levels[3]]
+
+
+def test_an_unknown_level_to_build_is_named(tmp_path):
+    sources = copy_sources(tmp_path / "src")
+    done = build_wheel(sources, REPAVIT_CPU_LEVELS="sse4")
+    assert done.returncode != 0
+    assert "REPAVIT_CPU_LEVELS: got sse4, wanted native or some of scalar, avx2" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not LIBRARY.exists() or shutil.which("objdump") is None, reason="needs the built library, objdump")
+def test_the_library_runs_on_systems_of_2018():
+    """manylinux_2_28: glibc 2.28 and the libstdc++ of gcc 8, whatever built it."""
+    symbols = subprocess.run(["objdump", "-T", LIBRARY], capture_output=True, text=True, check=True).stdout
+    for name, newest in (("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 25)), ("CXXABI", (1, 3, 11))):
+        versions = {tuple(map(int, v.split("."))) for v in re.findall(rf"\b{name}_([0-9.]+)", symbols)}
+        assert versions
+        assert max(versions) <= newest, name
+
+
+def test_an_installation_without_kernels_says_so_once_when_a_model_is_fused():
+    """pip shows no line of a build; so the first fuse does, with the command."""
+    program = (
+        "import warnings, repavit_ops; from repavit_ops import backends; backends._cpp_failure = backends.REBUILD\n"
+        "model = repavit_ops.create_model('vanilla_vit_tiny', img_size=32).eval()\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always'); repavit_ops.fuse(model); repavit_ops.fuse(model)\n"
+        "print(*[w.message for w in seen], sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.strip().splitlines()
+    assert "runs in plain PyTorch" in line
+    assert "pip install -v --force-reinstall --no-deps ." in line
 
 
 def test_no_flag_ties_the_library_to_the_build_machine():

@@ -9,8 +9,22 @@
 #include <cpuid.h>
 #endif
 
+// One bit for each level of which the library holds the code; setup.py leaves some out where it is told so. The portable
+// one is always there.
+#if !defined(__x86_64__)
+#define REPAVIT_BUILT_LEVELS 1
+#elif !defined(REPAVIT_BUILT_LEVELS)
+#define REPAVIT_BUILT_LEVELS 15
+#endif
+
 namespace repavit {
 namespace {
+
+// The best level up to this one of which there is code.
+int built_level(int level) {
+  while (level > 0 && (REPAVIT_BUILT_LEVELS >> level & 1) == 0) --level;
+  return level;
+}
 
 constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 
@@ -41,7 +55,9 @@ unsigned xcr0() {
 
 const char* isa_name(int level) { return kNames[level]; }
 
-int supported_level() {
+namespace {
+
+int level_of_the_processor() {
 #if defined(__x86_64__)
   constexpr unsigned kOsxsave = 1u << 27, kAvx = 1u << 28, kFma = 1u << 12, kF16c = 1u << 29;
   constexpr unsigned kAvx2Bit = 1u << 5, kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
@@ -59,11 +75,15 @@ int supported_level() {
 #endif
 }
 
+}  // namespace
+
+int supported_level() { return built_level(level_of_the_processor()); }
+
 int lowered_level(const char* wanted) {
   const int supported = supported_level();
   if (wanted == nullptr || *wanted == '\0') return supported;
   for (int level = 0; level < kIsaLevels; ++level) {
-    if (std::strcmp(wanted, kNames[level]) == 0) return level < supported ? level : supported;
+    if (std::strcmp(wanted, kNames[level]) == 0) return built_level(level < supported ? level : supported);
   }
   throw std::runtime_error(std::string("REPAVIT_CPU_ISA: got '") + wanted +
                            "', wanted one of scalar, avx2, avx512, avx512_bf16 (it only ever lowers the level)");
@@ -77,13 +97,16 @@ int isa_level() {
 Kernels kernels_at(int level) {
   Kernels table{};
   scalar::install(table);
-#if defined(__x86_64__)
+#if REPAVIT_BUILT_LEVELS >> 1 & 1
   if (level >= kAvx2) avx2::install(table);
-  if (level >= kAvx512) avx512::install(table);
-  if (level >= kAvx512Bf16) avx512_bf16::install(table);
-#else
-  (void)level;
 #endif
+#if REPAVIT_BUILT_LEVELS >> 2 & 1
+  if (level >= kAvx512) avx512::install(table);
+#endif
+#if REPAVIT_BUILT_LEVELS >> 3 & 1
+  if (level >= kAvx512Bf16) avx512_bf16::install(table);
+#endif
+  (void)level;
   return table;
 }
 
