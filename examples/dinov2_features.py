@@ -1,6 +1,6 @@
 """Patch features of a pretrained DINOv2 ViT-S/14 before and after fusing, as a picture.
 
-    pip install --no-build-isolation '.[pretrained]' scikit-image matplotlib
+    pip install '.[pretrained]' scikit-image matplotlib
     python examples/dinov2_features.py docs/dinov2_features.png
 
 Three photos; for each the first three principal components of its patch features as red, green and blue: from the

@@ -24,7 +24,9 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
 
 CPU_ISA = ("scalar", "avx2", "avx512", "avx512_bf16")  # level → name, as csrc/cpu/dispatch.h counts them
-REBUILD = "pip install --no-build-isolation . (after torch, with a C++ compiler)"
+REBUILD = (
+    "install a C++17 compiler and run: pip install -v --force-reinstall --no-deps . (or take a wheel that has them)"
+)
 
 _cpp_failure: str | None = "not loaded yet"
 
@@ -133,9 +135,7 @@ def select(backend: str, x: torch.Tensor, operator: str) -> None:
         return
     kind = x.device.type
     if backend == "auto":
-        kernels = KERNELS_OF.get(kind)
-        if kernels is not None and (reason := why_unavailable(kernels)) is not None:
-            _warn_once(kernels, reason)
+        warn_without_kernels(kind)
         return
     reason = why_unavailable(backend)
     if KERNELS_OF.get(kind) != backend:
@@ -148,6 +148,13 @@ def select(backend: str, x: torch.Tensor, operator: str) -> None:
             raise RuntimeError(f"backend 'triton' has no kernel for {operator}; use backend='auto'")
         if x.dtype == torch.float64:
             raise ValueError("x: got float64, which backend='triton' does not compute; use backend='auto' or a cast")
+
+
+def warn_without_kernels(device_type: str) -> None:
+    """Say once in a process that a device's kernels are missing, why, and how to get them."""
+    kernels = KERNELS_OF.get(device_type)
+    if kernels is not None and (reason := why_unavailable(kernels)) is not None:
+        _warn_once(kernels, reason)
 
 
 @functools.cache

@@ -45,6 +45,71 @@ def trained(tmp_path):
 LOAD = ("--idle-ratio", "0.75", "--num-heads", "3")
 
 
+# --- version, models --------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_printed_alone(call):
+    assert call("--version") == (OK, f"repavit-ops {info.__version__}\n", "")
+
+
+def test_models_are_listed_with_their_sizes_and_filtered_by_words(call):
+    status, out, _ = call("models", "joined", "tiny", "--json")
+    assert status == OK
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == [f"joined_vit_tiny_{depth}" for depth in (6, 4, 3)]
+    assert all(row["params"] == 5717416 and 1.0e9 < row["macs"] < 1.2e9 for row in rows)
+    status, out, _ = call("models", "joined", "tiny_4")
+    assert (status, out.split()[:3]) == (OK, ["joined_vit_tiny_4", "5.72", "M"])
+    status, _, err = call("models", "resnet")
+    assert status == USAGE
+    assert "no model's name holds resnet; repavit-ops models lists all" in err
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_export_merges_writes_runs_and_compares(call, trained, tmp_path, precision):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    target = tmp_path / "model.onnx"
+    status, out, err = call("export", trained, target, "--precision", precision, "--batch", "0", *LOAD)
+    assert (status, err) == (OK, "")
+    assert runtime.__version__ in out
+    session = runtime.InferenceSession(str(target))
+    merged = reparameterize(load_checkpoint(trained, idle_ratio=0.75, num_heads=3))
+    x = images(3)
+    ours = session.run(None, {"images": x.half().numpy() if precision == "fp16" else x.numpy()})[0]
+    close = 1e-2 if precision == "fp16" else 1e-5
+    torch.testing.assert_close(torch.from_numpy(ours).float(), merged(x).detach(), rtol=close, atol=close)
+
+
+def test_export_fails_where_the_file_computes_something_else(call, trained, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from repavit_ops import exporting
+
+    run = exporting._run_onnx
+    monkeypatch.setattr(exporting, "_run_onnx", lambda path, x: (run(path, x)[0], run(path, x)[1] * (1 + 1e-4)))
+    status, _, err = call("export", trained, tmp_path / "model.onnx", *LOAD)
+    assert status == FAILED
+    assert "FAILED: the file computes something else" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("vanilla_vit_tiny", "model.bin"), "OUT: got model.bin, wanted a name that ends in .onnx"),
+        (("vanilla_vit_teeny", "model.onnx"), "MODEL: vanilla_vit_teeny is no file, and no name that"),
+        (("vanilla_vit_tiny", "model.onnx", "--batch", "-1"), "batch: got -1"),
+    ],
+)
+def test_mistakes_of_export_are_one_line(call, arguments, words):
+    status, _, err = call("export", *arguments)
+    assert status == USAGE
+    assert words in err
+
+
 # --- info -------------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("stack",),
     ("models",),
     ("fusing",),
-    ("checkpoints",),
+    ("checkpoints", "exporting"),
     ("verification", "cuda_graphs", "info", "moved"),
     ("idling", "demo"),  # extras: the core never imports them
     ("cli",),

@@ -1,6 +1,6 @@
 """The protocol of protocol.json on DINOv2 ViT-S/14: block by block, distilled, speed; one JSON per split and θ.
 
-    pip install --no-build-isolation '.[pretrained]' scikit-image scikit-learn matplotlib
+    pip install '.[pretrained]' scikit-image scikit-learn matplotlib
     python examples/idle/photos.py fetch FOLDER
     python examples/idle/run.py --extras FOLDER                    # block by block: 3 splits x 3 ratios
     python examples/idle/run.py --extras FOLDER --distill          # block by block again, on other crops, after it

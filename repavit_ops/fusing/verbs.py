@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import backends, reparam
-from ..backends import BACKENDS, Backend, why_unavailable
+from ..backends import BACKENDS, Backend, warn_without_kernels, why_unavailable
 from ..nn import (
     Attention,
     Block,
@@ -161,6 +161,9 @@ def fuse(
         _cast(model, dtype)
     if device is not None:
         model.to(device)
+    if backend == "auto":
+        for kind in {p.device.type for p in model.parameters()}:
+            warn_without_kernels(kind)
     if filter_fn is None and not any(isinstance(module, PackedWeights | ConvReLU2d) for module in model.modules()):
         warnings.warn(f"repavit_ops.fuse: {nothing_fuses(model)}", stacklevel=2)
     return model
