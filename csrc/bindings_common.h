@@ -11,6 +11,13 @@
 #include "bindings_check.h"
 #include "cpu/arena.h"
 
+// As in older_libraries.cpp: the wait of gcc 12 is the one of gcc 4.4 under a newer name.
+#if defined(__gnu_linux__)
+__asm__(
+    ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
+    "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
+#endif
+
 namespace repavit_bindings {
 
 class Reading;  // bindings_packed.h

@@ -323,6 +323,13 @@ inline Tensor contiguous(const Tensor& tensor) {
   return detail::Crossing<Tensor>::in(stack[0]);
 }
 
+inline Tensor flatten(const Tensor& tensor, int64_t first, int64_t last) {
+  StableIValue stack[] = {detail::Crossing<Tensor>::out(tensor), detail::Crossing<int64_t>::out(first),
+                          detail::Crossing<int64_t>::out(last)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::flatten", "using_ints", stack, detail::kAbiVersion));
+  return detail::Crossing<Tensor>::in(stack[0]);
+}
+
 inline uint32_t get_num_threads() {
   uint32_t threads = 1;
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
