@@ -1,7 +1,7 @@
 """What the fuzzers draw: operators with all of their arguments, tensors in any layout, and arguments that fit nothing.
 
-REPAVIT_FUZZ is the number of examples of each property: some tens by default, thousands under ``make fuzz``. Contents of
-tensors come from one seed per example, so that hypothesis shrinks shapes, layouts and options.
+REPAVIT_FUZZ is the number of examples of each property: some tens by default, thousands under ``make fuzz``. The
+contents of tensors come from one seed per example, so that hypothesis shrinks shapes, layouts and options.
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ class Call:
 
 def _is_dense(t: Any) -> bool:
     return isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta
+
+
+def require_message(error: BaseException) -> None:
+    """Raise AssertionError for an error that says nothing."""
+    if not str(error):
+        raise AssertionError(f"{type(error).__name__} without a message") from error
 
 
 class Numbers:
