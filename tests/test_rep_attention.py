@@ -241,3 +241,12 @@ def test_residual_needs_equal_channels():
     tensors, static = operands(2, 5, 8, 2, 4, 4, c_out=9)
     with pytest.raises(ValueError, match="residual: x has 8 channels but w_proj gives 9"):
         ops.rep_attention(*tensors, residual=True, **static)
+
+
+@pytest.mark.parametrize("tokens", [530, 600])
+def test_a_bias_of_a_row_alone_shifts_no_weight(tokens):
+    """One number for all keys of a query, of which there are more than one block: the softmax does not see it."""
+    tensors, static = operands(1, tokens, 16, 2, 8, 8)
+    tensors = cast(tensors, torch.float32)
+    bias = randn(tokens, 1).float() * 3
+    torch.testing.assert_close(op(*tensors, bias, **static), op(*tensors, None, **static), rtol=1e-4, atol=1e-5)

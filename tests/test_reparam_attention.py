@@ -288,3 +288,14 @@ def test_folds_refuse_shapes():
         merge_attention_bypass(weights, torch.ones(24, 23))
     with pytest.raises(ValueError, match=r"scale: got shape \[23\]"):
         fold_attention_output_scale(weights, torch.ones(23))
+
+
+def test_the_width_of_a_value_head_is_read_from_the_columns_of_proj():
+    weights = attention_weights(torch.zeros(2 * (4 + 4 + 3), 5), None, torch.zeros(10, 6), None, 2, 4)
+    assert weights.d_v == 3
+
+
+def test_attention_without_room_for_keys_has_heads_of_one():
+    """Rows that are all values: the width of a key is then guessed, and the shapes are refused by name."""
+    with pytest.raises(ValueError, match="w_qkv"):
+        attention_weights(torch.zeros(4, 5), None, torch.zeros(5, 4), None, 2)
