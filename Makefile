@@ -25,7 +25,8 @@ ALL_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot fuzz build wheels clean
+.PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot \
+        fuzz long-runs mutants build wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -68,6 +69,14 @@ aot: $(VENV)/.dev ## compile every tile of every Triton kernel for sm_80 to sm_1
 fuzz: $(VENV)/.dev ## operators, modules, files and packed buffers on thousands of drawn inputs, at every CPU level; an hour
 	$(PIP) install -c $(VENV)/constraints.txt -e '.[fuzz]' --no-build-isolation
 	tests/fuzz/levels.sh $(BIN)/python $(EXAMPLES) $$($(BIN)/python -c "$(ALL_LEVELS)")
+
+long-runs: $(VENV)/.dev ## thousands of forwards, fuse and drop, threads, workers, interrupts: memory and results; 20 minutes
+	$(BIN)/python bench/long_runs.py
+
+mutants: $(VENV)/.dev ## do the tests notice: mutants of the folds by cosmic-ray, of the C++ kernels by hand; hours
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[fuzz]' --no-build-isolation
+	tests/mutation/python.sh $(abspath $(BIN)/python)
+	$(BIN)/python tests/mutation/kernels.py
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -215,3 +215,15 @@ def test_folds_are_exact_in_float64(data):
         for verb in (repavit_ops.reparameterize, repavit_ops.fuse):
             error = (verb(module)(x) - truth).abs().max().item()
             assert error <= 1e-9 * (1 + truth.abs().max().item())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_module_without_plain_weights_before_its_first_call(copied):
+    module = randomise(PartialGELUFFN(8, 16)).requires_grad_(False)
+    state, x = copy.deepcopy(module.state_dict()), torch.ones(2, 8)
+    module.drop_unpacked()
+    for name, value in copied(module).state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with pytest.raises(RuntimeError, match="keep_unpacked=False"):
+        copied(module)(x.clone().requires_grad_())
+    assert torch.equal(copied(module)(x), module(x))

@@ -548,3 +548,15 @@ def test_a_kept_plan_does_not_read_the_header_again():
     packed.copy_(altered(packed, "partial_gelu_ffn", merged=1))
     assert torch.equal(OP.fused_blocks_kept(x, kept), expected)
     OP.fused_blocks_drop(kept)
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+@pytest.mark.parametrize("hidden", [0, 2])
+@pytest.mark.parametrize("merged", [True, False])
+def test_packed_weights_of_no_channels_or_none_hidden(channels, hidden, merged):
+    """Of no channels w_merged has no element, and a copy of it is one of nothing."""
+    x, w_in, w_out = torch.ones(4, channels), torch.ones(hidden, channels), torch.ones(channels, hidden)
+    w_merged = torch.ones(channels, channels) if merged else None
+    packed = OP.partial_gelu_ffn_pack(w_in, w_out, w_merged)
+    y = ops.partial_gelu_ffn(x, w_in, None, w_out, w_merged, None, packed=packed, backend="cpp")
+    torch.testing.assert_close(y, ops.partial_gelu_ffn(x, w_in, None, w_out, w_merged, None, backend="reference"))

@@ -148,15 +148,14 @@ def test_what_is_not_finite_stays_in_its_row(bad, way):
 @every_way
 @pytest.mark.parametrize("number", [1e19, 1e36, 3e38])
 def test_sums_and_squares_beyond_all_floats(way, number):
-    """PyTorch's variance is +inf there, and what it divides by the root of that is nothing."""
+    """PyTorch's variance is +inf there, or its mean, and nothing or NaN comes out."""
     apart = torch.full((3, 768), number)
     apart[1:, ::2] = -number
     first, last = torch.zeros(2, 768), normal(2, 768).float()
     first[:, 0], last[:, -1] = number, -number
     for x in (apart, first, last):
-        ours, _, _ = errors(way, x)
-        assert ours < 1e-5
-        assert torch.count_nonzero(F.layer_norm(x[1:], (768,), eps=EPS)) == 0
+        ours, _, largest = errors(way, x)
+        assert ours <= 1e-5 * largest
 
 
 def test_a_block_around_100_keeps_its_digits():

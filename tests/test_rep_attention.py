@@ -241,3 +241,24 @@ def test_residual_needs_equal_channels():
     tensors, static = operands(2, 5, 8, 2, 4, 4, c_out=9)
     with pytest.raises(ValueError, match="residual: x has 8 channels but w_proj gives 9"):
         ops.rep_attention(*tensors, residual=True, **static)
+
+
+@pytest.mark.parametrize("tokens", [530, 600])
+def test_a_bias_of_a_row_alone_shifts_no_weight(tokens):
+    """One number for all keys of a query, of which there are more than one block: the softmax does not see it."""
+    tensors, static = operands(1, tokens, 16, 2, 8, 8)
+    tensors = cast(tensors, torch.float32)
+    bias = randn(tokens, 1).float() * 3
+    torch.testing.assert_close(op(*tensors, bias, **static), op(*tensors, None, **static), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("tokens", [1, 3, 6, 17])
+def test_a_scale_that_is_not_positive(tokens, scale):
+    """Keys that only fill up a vector must not weigh, though their scores would be the greatest."""
+    tensors, static = operands(2, tokens, 8, 2, 4, 4)
+    static["scale"] = scale
+    truth = op(*tensors, None, **static, backend="reference")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        y = op(*cast(tensors, dtype), None, **static, backend="cpp")
+        torch.testing.assert_close(y.double(), truth, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-4)

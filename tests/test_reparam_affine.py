@@ -194,3 +194,19 @@ def test_cast_refuses_what_was_not_finite():
 def test_cast_refuses_integers():
     with pytest.raises(ValueError, match=r"bias: got dtype torch.int8"):
         cast(torch.ones(3), torch.int8, "bias")
+
+
+def test_a_variance_that_cancels_eps_is_refused():
+    with pytest.raises(ValueError, match="running_var"):
+        batchnorm_affine(None, None, torch.zeros(2), torch.tensor([1.0, -0.5]), eps=0.5)
+
+
+@pytest.mark.parametrize("dim", [None, 3])
+def test_layernorm_affine_of_a_bias_alone(dim):
+    scale, shift = layernorm_affine(None, torch.arange(3.0), dim)
+    assert torch.equal(scale, torch.ones(3).double())
+    assert torch.equal(shift, torch.arange(3.0).double())
+
+
+def test_layernorm_affine_of_no_channels():
+    assert [t.shape for t in layernorm_affine(None, None, 0)] == [(0,), (0,)]

@@ -18,6 +18,7 @@ from reparam_helpers import (
 )
 
 from repavit_ops.reparam import (
+    Affine,
     attention_weights,
     cast,
     drop_k_bias,
@@ -288,3 +289,20 @@ def test_folds_refuse_shapes():
         merge_attention_bypass(weights, torch.ones(24, 23))
     with pytest.raises(ValueError, match=r"scale: got shape \[23\]"):
         fold_attention_output_scale(weights, torch.ones(23))
+
+
+def test_the_width_of_a_value_head_is_read_from_the_columns_of_proj():
+    weights = attention_weights(torch.zeros(2 * (4 + 4 + 3), 5), None, torch.zeros(10, 6), None, 2, 4)
+    assert weights.d_v == 3
+
+
+@pytest.mark.parametrize("d_qk", [None, 0])
+def test_attention_without_keys_is_refused(d_qk):
+    with pytest.raises(ValueError, match="w_qkv"):
+        attention_weights(torch.zeros(4, 5), None, torch.zeros(5, 4), None, 2, d_qk)
+
+
+def test_an_output_affine_has_as_many_channels_as_come_out():
+    weights = attention_weights(torch.zeros(2 * (4 + 4 + 3), 5), None, torch.ones(10, 6), None, 2, 4)
+    folded = fold_output_affine(weights, Affine(torch.full((10,), 2.0), torch.ones(10)))
+    assert torch.equal(folded.w_proj, torch.full((10, 6), 2.0).double())

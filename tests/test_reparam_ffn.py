@@ -269,3 +269,18 @@ def test_bypass_and_identity_refuse_shapes():
         merge_ffn_bypass(merged, torch.ones(24, 24), torch.ones(5))
     with pytest.raises(ValueError, match=r"w_merged: got shape \[24, 25\]"):
         fold_identity(torch.ones(24, 25))
+
+
+def test_a_merge_adds_its_input_unless_told_otherwise():
+    draw = Draw(3)
+    w1, w2, x = draw.weight(6, 4), draw.weight(4, 6), draw.normal(5, 4)
+    merged = merge_channel_idle_ffn(w1, None, w2, None, 2)
+    assert not merged.residual
+    assert relative_error(merged_ffn(x, merged), partial_gelu(x @ w1.T, 2) @ w2.T + x) <= EXACT
+    assert not type(merged)(*merged[:5]).residual
+
+
+def test_the_plain_ffn_of_many_channels():
+    """m and hidden are equal numbers, not one object."""
+    merged = merge_channel_idle_ffn(torch.ones(1000, 2), None, torch.ones(2, 1000), None, int("1000"))
+    assert merged.w_merged is None
