@@ -1,15 +1,15 @@
 """Two checkouts of this library in turns: ``python bench/two_builds.py OTHER [--models deit_tiny …] [--batches 1 8]``.
 
-What a change costs or gains a whole model, in one run: a process for each checkout, of which one at a time is asked to
-time its model. OTHER is another checkout whose kernels are built in place. Printed is this one's time over the other's
-(below 1: this one is faster), the median over the rounds and the spread that two halves of the rounds have.
+What a change costs or gains a whole model, in one run: a process for each checkout, with the packages of the Python at
+hand, of which one at a time is asked to time its model. OTHER is another checkout whose kernels are built in place
+(``python setup.py build_ext --inplace``). Where a process has its memory is worth half a percent, so both are started
+anew several times: printed is the mean over the starts of this one's time over the other's, and its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,7 +19,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 
 WORKER = """
-import json, sys, time, torch, repavit_ops
+import json, sys, time, torch
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.path.insert(0, sys.argv[2])
+import repavit_ops
 name, form, batch, dtype, threads, seconds = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
@@ -42,9 +45,8 @@ with torch.inference_mode():
 
 
 def start(checkout: Path, case: list[Any]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-c", WORKER, json.dumps(case)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", WORKER, json.dumps(case), str(checkout)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def answer(process: subprocess.Popen[str]) -> Any:
@@ -93,19 +95,22 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    parser.add_argument("--starts", type=int, default=12, help="of both processes")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each, for every start")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn")
     given = parser.parse_args()
     for name in given.models:
         for form in given.forms:
             for batch in given.batches:
                 for dtype in given.dtypes:
                     case = [name, form, batch, dtype, given.threads, given.seconds]
-                    found, seconds = ratios(given.other.resolve(), case, given.rounds)
-                    halves = [statistics.median(found[i::2]) for i in range(2)]
+                    starts = [ratios(given.other.resolve(), case, given.rounds) for _ in range(given.starts)]
+                    each = [statistics.median(found) for found, _ in starts]
+                    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
+                    seconds = statistics.median(time for _, time in starts)
                     print(
-                        f"{name} {form} batch {batch} {dtype}: {statistics.median(found):.4f} of the other's time "
-                        f"(halves {halves[0]:.4f}, {halves[1]:.4f}), {seconds * 1e3:.2f} ms",
+                        f"{name} {form} batch {batch} {dtype}: {statistics.mean(each):.4f} ± {error:.4f} of the other's "
+                        f"time, {seconds * 1e3:.2f} ms",
                         flush=True,
                     )
 

@@ -96,16 +96,31 @@ class Run {
     for (int64_t i = 1; i < x.dim(); ++i) {
       if (x.size(i) != sizes_[static_cast<size_t>(i)]) return false;
     }
-    for (const Source& source : sources_) {
-      if (!source.holds()) return false;
-    }
-    return true;
+    // One question to all tensors after the other: behind a model none is in the caches, and the shorter a step of such a
+    // loop is, the more of them the processor waits for at once. It takes half the time of one loop with all questions.
+    bool same = true;
+    for (const Source& source : sources_) same &= source.tensor.numel() == source.elements;
+    for (const Source& source : sources_) same &= source.tensor.const_data_ptr() == source.data;
+    for (const Source& source : sources_) same &= source.tensor.scalar_type() == source.type;
+    for (const Source& source : sources_) same &= source.tensor.is_contiguous();
+    return same;
   }
 
   // Whether the packed copies hold the weights; asked where holds(), while no call writes any.
   bool packed_holds() const {
+    for (const Found& weight : places_) {  // each in a page of its own: they come together
+      for (const char* place : weight.at) {
+        __builtin_prefetch(place);
+        __builtin_prefetch(place + Fingerprint::kLineBytes);
+      }
+    }
+    const Found* places = places_.data();
     for (const Copy& copy : packed_) {
-      if (!copy.holds()) return false;
+      Fingerprint now;
+      for (int i = 0; i < copy.found; ++i) now.add((places++)->at);
+      for (const WeightView& w : copy.others) now.add(w);
+      const uint64_t known = fingerprint_in(copy.packed);
+      if (known != now.value() && known != Fingerprint::kOfNothing) return false;
     }
     return true;
   }
@@ -136,24 +151,16 @@ class Run {
 
     explicit Source(const Tensor& t)
         : tensor(t), data(t.const_data_ptr()), elements(t.numel()), type(t.scalar_type()) {}
-    bool holds() const {
-      return tensor.const_data_ptr() == data && tensor.numel() == elements && tensor.scalar_type() == type &&
-             tensor.is_contiguous();
-    }
   };
 
-  // A packed copy and the weights that it must be of.
+  // A packed copy and the weights that it must be of: so many of places_, or views of them all.
   struct Copy {
     const void* packed;
-    std::vector<WeightView> weights;
-
-    bool holds() const {
-      const uint64_t known = fingerprint_in(packed);
-      if (known == Fingerprint::kOfNothing) return true;
-      Fingerprint now;
-      for (const WeightView& w : weights) now.add(w);
-      return known == now.value();
-    }
+    int found;
+    std::vector<WeightView> others;
+  };
+  struct Found {
+    const char* at[Fingerprint::kPlaces];
   };
 
   void read_from(std::initializer_list<MaybeTensor> vectors, std::initializer_list<MaybeTensor> weights,
@@ -161,11 +168,19 @@ class Run {
     if (!packed || packed->const_data_ptr() != used) copied_ = true;
     for (const MaybeTensor& t : vectors) note(t);
     note(packed);
-    Copy copy{used, {}};
+    Copy copy{used, 0, {}};
+    std::vector<Found> found;
     for (const MaybeTensor& w : weights) {
       if (!w) continue;
       note(w);
-      copy.weights.push_back(view_of(*w));
+      copy.others.push_back(view_of(*w));
+      Found places{};
+      if (Fingerprint::find(copy.others.back(), places.at)) found.push_back(places);
+    }
+    if (found.size() == copy.others.size()) {
+      places_.insert(places_.end(), found.begin(), found.end());
+      copy.found = static_cast<int>(found.size());
+      copy.others.clear();
     }
     packed_.push_back(std::move(copy));
   }
@@ -182,6 +197,7 @@ class Run {
   std::deque<repavit::WindowGrid> grids_;  // does not move them
   std::vector<Source> sources_;
   std::vector<Copy> packed_;
+  std::vector<Found> places_;
   bool copied_ = false;
 };
 

@@ -38,7 +38,7 @@ inline void test_fingerprint() {
       other[at] = -other[at];
       expect(now != fingerprint_of(other, rows, columns), "the first or the last number changed", where);
     }
-    const int64_t part = (rows + 6) / 7 + 1;  // a range of rows that is longer than from one line to the next
+    const int64_t part = (rows + 2) / 3 + 1;  // a range of rows that is longer than from one place to the next
     for (int64_t first = 0; first + part <= rows; first += part) {
       std::vector<float> other = w;
       for (int64_t i = first * columns; i < (first + part) * columns; ++i) other[static_cast<size_t>(i)] += 1.0f;

@@ -34,6 +34,7 @@ from .nothing import nothing_fuses
 from .patches import fuse_patches
 from .rules import FUSED_INSIDE, can_fuse, loop_of, reset, rule_of
 
+LARGE = 2**22  # bytes of a module's weights from which on freed ones are worth a system call
 TRAINING_FORMS = (ChannelIdleFFN, DeployedShapeFFN, JoinedBranchFFN, JoinedBranchAttention)
 
 
@@ -146,7 +147,8 @@ def fuse(
         module.current()
         if not keep_unpacked:
             module.drop_unpacked()
-        backends.release_freed_memory()
+        if (packed := module.packed_copy) is not None and packed.nbytes >= LARGE:
+            backends.release_freed_memory()
 
     model, device = _taken(model, inplace, "fuse")
     model = _swap(model, merged)

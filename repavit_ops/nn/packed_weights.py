@@ -43,7 +43,7 @@ class PackedWeights(nn.Module):
     - Where another tensor or other memory stands in a weight's place, or its version counter has been raised (edits in
       place do that), a new copy is made before the call. Compiled and exported programs do not look.
     - Many writers raise no counter: ``.data``, numpy, optimizers of PyTorch that are fused, collectives, other
-      processes. So the copy carries a fingerprint of the weights, some dozens to hundreds of numbers of each, that
+      processes. So the copy carries a fingerprint of the weights, 128 numbers of each in fp32, 256 in bf16, that
       every call compares, compiled, exported or not; where it differs the kernel writes the copy anew. A change of
       single numbers that raises no counter may pass unseen: then :meth:`repack`.
 
