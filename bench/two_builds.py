@@ -108,11 +108,8 @@ def main() -> None:
                     each = [statistics.median(found) for found, _ in starts]
                     error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
                     seconds = statistics.median(time for _, time in starts)
-                    print(
-                        f"{name} {form} batch {batch} {dtype}: {statistics.mean(each):.4f} ± {error:.4f} of the other's "
-                        f"time, {seconds * 1e3:.2f} ms",
-                        flush=True,
-                    )
+                    ratio = f"{statistics.mean(each):.4f} ± {error:.4f} of the other's time"
+                    print(f"{name} {form} batch {batch} {dtype}: {ratio}, {seconds * 1e3:.2f} ms", flush=True)
 
 
 if __name__ == "__main__":

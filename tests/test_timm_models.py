@@ -58,7 +58,7 @@ FAMILIES = {
     "aimv2_large_patch14_224": (VIT, 32, 2, ("RmsNorm", GATED)),
     "samvit_base_patch16": ({**VIT, "img_size": 64, "window_size": 4}, 64, 2, (POSITION,)),
     "cait_xxs24_224": ({**VIT, "num_heads": 4}, 32, 4, ("talking heads", "class attention")),
-    "xcit_nano_12_p16_224": (XCIT, 64, 4, ("no operator",)),
+    "xcit_nano_12_p16_224": (XCIT, 64, 4, ("class attention",)),
     "swin_tiny_patch4_window7_224": ({**SWIN, "img_size": 56}, 56, 8, ()),
     "swinv2_tiny_window8_256": ({**SWIN, "img_size": 64, "window_size": 4}, 64, 4, ("cosine",)),
     "swinv2_cr_tiny_224": ({**SWIN, "img_size": 64, "window_size": 4}, 64, 4, ("cosine", "ReLU")),

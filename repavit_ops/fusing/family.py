@@ -21,7 +21,7 @@ from torch import nn
 from ..backends import Backend
 from ..nn import Block, PartialGELUFFN
 from ..nn.foreign_block import OpenBranch
-from ..nn.stand_in import standing_in
+from ..nn.stand_in import is_stand_in, standing_in
 from .folding import (
     AttentionParts,
     FFNParts,
@@ -226,7 +226,7 @@ class Family:
         described_inside = {path for block in self.window_blocks.values() for path, _ in block.inside.values()}
         if any(_named(path) is cls for path in described_inside):
             return None  # the block around it has the rule
-        if self.resembling(cls):
+        if self.resembling(cls) and not is_stand_in(cls):  # what stands in for one is made of what fused
             return refusing(lambda module: self.why_unknown(module) or UNKNOWN)
         return None
 

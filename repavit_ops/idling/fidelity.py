@@ -110,7 +110,8 @@ def speed(original: nn.Module, idled: nn.Module, images: Tensor, rounds: int = 5
     Args:
         original, idled: in evaluation mode. images: one batch [B, 3, H, W]. rounds: how often each is timed.
     """
-    models = [fuse(model) for model in (original, idled)]
+    with torch.inference_mode(False), torch.no_grad():
+        models = [fuse(model) for model in (original, idled)]
     seconds: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
         for model, times in zip(models, seconds, strict=True):

@@ -49,6 +49,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if pair is None else pair[0]
 
 
+def is_stand_in(cls: type) -> bool:
+    """Whether :func:`stand_in_class` made a class."""
+    return "_stands_in" in cls.__dict__
+
+
 def _reduce(self: nn.Module, _protocol: int) -> tuple[Any, ...]:
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _bare, type(self).__dict__["_stands_in"], state
