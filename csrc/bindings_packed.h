@@ -64,6 +64,28 @@ class Gate {
   bool writing_ = false;
 };
 
+// Whether memory may be written; what was mapped for reading alone may not. A system call that copies a byte onto itself
+// says so, and raises no signal.
+class Probe {
+ public:
+  Probe() = default;
+  ~Probe() {
+    if (ends_[0] < 0) return;
+    close(ends_[0]);
+    close(ends_[1]);
+  }
+  Probe(const Probe&) = delete;
+  Probe& operator=(const Probe&) = delete;
+
+  bool is_writable(void* memory) {
+    if (ends_[0] < 0 && pipe(ends_) != 0) return false;
+    return write(ends_[1], memory, 1) == 1 && read(ends_[0], memory, 1) == 1;
+  }
+
+ private:
+  int ends_[2] = {-1, -1};
+};
+
 // As long as one lives, no packed copy is written by another call. At most one in a thread, and whoever holds one waits for
 // no other lock.
 class Reading {
@@ -84,6 +106,7 @@ class Reading {
     write();
   }
 
+  Probe probe;
   bool written = false;  // whether a copy was written, so that ones met before may have been meanwhile
   bool anew = false;     // to pack whatever is met: one of the weights of a model was written, so others may be
 };
@@ -124,17 +147,6 @@ inline void set_fingerprint(const Tensor& packed, uint64_t value) {
   std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + kFingerprintAt, &value, sizeof(value));
 }
 
-// Whether the memory may be written; what was mapped for reading alone may not. No system call reports less than that, and
-// the one that copies a byte onto itself raises no signal.
-inline bool is_writable(void* memory) {
-  int ends[2];
-  if (pipe(ends) != 0) return false;
-  const bool copied = write(ends[1], memory, 1) == 1 && read(ends[0], memory, 1) == 1;
-  close(ends[0]);
-  close(ends[1]);
-  return copied;
-}
-
 // Packs into `packed`; `write` is handed its memory. The fingerprint is that of before, and it is set when all is done: of
 // weights that change meanwhile a later call makes another copy.
 template <class Write>
@@ -156,7 +168,7 @@ Tensor up_to_date(Reading& reading, const Tensor& packed, Weights weights, const
   bool writable = true;
   reading.pause([&] {
     if (holds()) return;
-    writable = is_writable(packed.mutable_data_ptr());
+    writable = reading.probe.is_writable(packed.mutable_data_ptr());
     if (writable) pack_into(packed, weights, write);
   });
   if (writable) return packed;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import subprocess
 import sys
 import threading
@@ -272,6 +273,20 @@ def test_single_numbers_are_followed_where_counters_are_raised():
             if name.endswith(("w_in", "w_out", "w_merged", "w_qkv", "w_proj")):
                 p[p.shape[0] // 2, p.shape[1] // 3] += 50
                 assert relative(fused(x), plain_of(fused)(x)) < 1e-4, name
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_a_packed_copy_in_memory_that_is_read_only(tmp_path):
+    module, x = repavit_ops.nn.PartialGELUFFN(48, 40, norm_eps=1e-6), torch.randn(5, 48)
+    (tmp_path / "packed").write_bytes(module.current()[0].numpy().tobytes())
+    with open(tmp_path / "packed", "rb") as file:
+        packed = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+    for factor in (1, 2):
+        module.w_in.mul_(factor)
+        weights = (module.w_in, module.b_in, module.w_out, module.w_merged, module.bias)
+        y = ops.partial_gelu_ffn(x, *weights, norm_eps=1e-6, packed=packed)
+        assert torch.equal(y, module(x))
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------
