@@ -44,16 +44,10 @@ def test_packed_copies_stay_within_bounds(name, dtype):
 
 @needs_cpp
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no high-water mark of memory to reset")
-@pytest.mark.parametrize(
-    ("options", "bound"),
-    [({"inplace": True, "keep_unpacked": False}, 1.5), ({}, 3.5)],
-    ids=["lean in place", "default"],
-)
-def test_fusing_holds_few_copies_at_a_time(options, bound):
-    """Of ViT-L, where a block is less of the whole, bench/fuse_memory.py finds 1.1 and 3.0."""
-    weights, peak, after = fuse_memory.measured("vanilla_deit_base", options)
-    assert peak <= bound * weights
-    assert after <= peak
+def test_fusing_in_place_holds_few_copies_at_a_time():
+    """Of ViT-L, where a block is less of the whole, bench/fuse_memory.py finds 1.14."""
+    weights, peak, after = fuse_memory.measured("vanilla_deit_base", {"inplace": True, "keep_unpacked": False})
+    assert after <= peak <= 1.5 * weights
 
 
 SCRATCH = """
