@@ -100,12 +100,12 @@ namespace repavit_bindings {
 
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
-                                     const repavit::AttentionShape& shape, std::optional<double> norm_eps,
-                                     bool residual, Reading& reading, std::vector<Tensor>& copies) {
+                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual,
+                                     Reading& reading, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
                   shape.channels, "]");
   check_input("x", x);  // names x, before another tensor of the same dtype is blamed
-  check_norm(norm_eps);
+  check_norm("norm_eps", norm.eps);
   check_same_kind("w_qkv", w_qkv, x);
   check_same_kind("w_proj", w_proj, x);
   check_optional("b_qkv", b_qkv, x, w_qkv.size(0));
@@ -118,8 +118,8 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
   args.packed = copies.back().const_data_ptr();
   args.b_qkv = ordered_data(b_qkv, copies);
   args.b_proj = ordered_data(b_proj, copies);
-  args.norm_eps = norm_eps.value_or(0.0);
-  args.normalize = norm_eps.has_value();
+  args.norm_eps = norm.value();
+  args.norm = norm.norm();
   args.residual = residual;
   return args;
 }
@@ -210,14 +210,15 @@ void set_attn_bias(const MaybeTensor& attn_bias, const Tensor& x, std::vector<Te
 
 Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv, const Tensor& w_proj,
                      const MaybeTensor& b_proj, const MaybeTensor& attn_bias, const MaybeTensor& packed,
-                     int64_t num_heads, double scale, int64_t d_qk, std::optional<double> norm_eps, bool residual) {
+                     int64_t num_heads, double scale, int64_t d_qk, std::optional<double> norm_eps, bool residual,
+                     std::string norm) {
   STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
   std::vector<Tensor> copies;
   Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, reading, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, reading, copies);
   args.scale = scale;
   set_attn_bias(attn_bias, x, copies, args);
   return run(args, x, shape.channels_out);
@@ -227,13 +228,13 @@ Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTen
                             const MaybeTensor& b_proj, const Tensor& rel_bias, const MaybeTensor& pad_kv,
                             const MaybeTensor& packed, int64_t num_heads, double scale, std::vector<int64_t> window,
                             std::vector<int64_t> shift, std::optional<double> norm_eps, bool residual,
-                            bool roll_first) {
+                            bool roll_first, std::string norm) {
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, std::nullopt);
   std::vector<Tensor> copies;
   repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
   Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_eps, residual, reading, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, reading, copies);
   check_optional("pad_kv", pad_kv, x, padding_elements(shape));
   grid.padding = ordered_data(pad_kv, copies);
   args.windows = &grid;

@@ -81,8 +81,22 @@ inline void check_same_kind(const char* name, const Tensor& t, const Tensor& x) 
   check_memory(name, t);
 }
 
-inline void check_norm(std::optional<double> eps) {
-  STD_TORCH_CHECK(!eps || *eps >= 0.0, "norm_eps: got ", *eps, ", wanted None (no norm) or a number >= 0 such as 1e-6");
+inline void check_norm(const char* name, std::optional<double> eps) {
+  STD_TORCH_CHECK(!eps || *eps >= 0.0, name, ": got ", *eps, ", wanted None (no norm) or a number >= 0 such as 1e-6");
+}
+
+// A norm as an operator is told it: which it would be, and its eps if there is one.
+struct NormArgs {
+  repavit::Norm kind;
+  std::optional<double> eps;
+
+  repavit::Norm norm() const { return eps ? kind : repavit::kNoNorm; }
+  double value() const { return eps.value_or(0.0); }
+};
+
+inline NormArgs norm_args(std::optional<double> eps, const std::string& norm) {
+  STD_TORCH_CHECK(norm == "layer" || norm == "rms", "norm: got '", norm, "', wanted 'layer' (LayerNorm) or 'rms' (RMSNorm)");
+  return {norm == "rms" ? repavit::kRmsNorm : repavit::kLayerNorm, eps};
 }
 
 // The product of some sizes, for an argument that wants one; `what` says of what.

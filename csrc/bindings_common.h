@@ -150,10 +150,20 @@ struct RowView {
 // ---- Arguments of one operator, all but x, y and their sizes: what a call of its own and a stack of blocks share. They
 // check every tensor against x and bring the packed copy up to date; `copies` keeps alive what the result points to.
 
-// bindings.cpp
-repavit::PartialGeluFfnArgs ffn_args(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
-                                     const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
-                                     std::optional<double> norm_eps, bool residual, repavit::GeluForm gelu,
+// bindings_ffn.cpp
+struct FfnWeightTensors {  // and biases: of a plain FFN w_in and b_in stand where a gated one has w_gate and b_gate
+  const Tensor& w_in;
+  const MaybeTensor& b_in;
+  const Tensor* w_up;  // null: a plain FFN
+  const MaybeTensor& b_up;
+  const Tensor& w_out;
+  const MaybeTensor &w_merged, &bias, &packed;
+};
+repavit::PartialGeluFfnArgs partial_gelu_ffn_args(const Tensor& x, const FfnWeightTensors& weights, const NormArgs& norm,
+                                                  bool residual, repavit::Activation gelu, Reading& reading,
+                                                  std::vector<Tensor>& copies);
+repavit::GatedFfnArgs gated_ffn_args(const Tensor& x, const FfnWeightTensors& weights, const NormArgs& norm,
+                                     std::optional<double> inner_norm_eps, bool residual, repavit::Activation activation,
                                      Reading& reading, std::vector<Tensor>& copies);
 
 // bindings_attention.cpp. Head widths from both weights; without a d_qk it is what the rows of w_qkv leave.
@@ -164,8 +174,8 @@ inline int64_t padding_elements(const repavit::AttentionShape& shape) {  // k | 
 }
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
-                                     const repavit::AttentionShape& shape, std::optional<double> norm_eps,
-                                     bool residual, Reading& reading, std::vector<Tensor>& copies);
+                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual,
+                                     Reading& reading, std::vector<Tensor>& copies);
 repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
                                 const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
                                 std::vector<Tensor>& copies);

@@ -16,8 +16,8 @@ using namespace repavit_bindings;
 
 // One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
 struct Step {
-  static constexpr size_t kTensors = 7, kIntegers = 9, kScalars = 2;
-  enum Kind : int64_t { kFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
+  static constexpr size_t kTensors = 8, kIntegers = 10, kScalars = 3;
+  enum Kind : int64_t { kFfn, kGatedFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
   const MaybeTensor* tensors;
   const int64_t* integers;
   const double* scalars;
@@ -25,10 +25,11 @@ struct Step {
   int64_t kind() const { return integers[0]; }
   bool in_block() const { return kind() >= kFfn && kind() <= kWindowAttention; }
   bool residual() const { return integers[1] != 0; }
-  repavit::GeluForm gelu() const {
-    STD_TORCH_CHECK(0 <= integers[2] && integers[2] < repavit::kGeluForms, "plan: got a GELU of form ", integers[2],
-                    ", wanted 0 to ", repavit::kGeluForms - 1);
-    return static_cast<repavit::GeluForm>(integers[2]);
+  repavit::Activation activation() const {
+    const int64_t forms = kind() == kFfn ? repavit::kGeluForms : repavit::kActivations;
+    STD_TORCH_CHECK(0 <= integers[2] && integers[2] < forms, "plan: got an activation of form ", integers[2],
+                    ", wanted 0 to ", forms - 1);
+    return static_cast<repavit::Activation>(integers[2]);
   }
   // Of windows roll first, of patches channels last, of tokens as a map.
   bool flag() const { return integers[2] != 0; }
@@ -40,7 +41,13 @@ struct Step {
   int64_t first() const { return integers[3]; }
   int64_t count() const { return integers[4]; }
   double scale() const { return scalars[0]; }
-  std::optional<double> norm_eps() const { return scalars[1] < 0 ? std::nullopt : std::optional<double>(scalars[1]); }
+  static std::optional<double> eps(double scalar) { return scalar < 0 ? std::nullopt : std::optional<double>(scalar); }
+  std::optional<double> norm_eps() const { return eps(scalars[1]); }
+  std::optional<double> inner_norm_eps() const { return eps(scalars[2]); }
+  NormArgs norm() const {
+    STD_TORCH_CHECK(integers[9] == 0 || integers[9] == 1, "plan: got a norm of form ", integers[9], ", wanted 0 or 1");
+    return {integers[9] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, norm_eps()};
+  }
 
   const Tensor& tensor(int i, const char* name) const {
     STD_TORCH_CHECK(tensors[i].has_value(), "weights: a step of fused_blocks has no ", name);
@@ -55,12 +62,22 @@ class Run {
 
   void add(const Step& step, const Tensor& x, Reading& reading) {
     repavit::StackStep to{};
+    const MaybeTensor* t = step.tensors;
     if (step.kind() == Step::kFfn) {
-      to.ffn = ffn_args(x, step.tensor(0, "w_in"), step.tensors[1], step.tensor(2, "w_out"), step.tensors[3],
-                        step.tensors[4], step.tensors[5], step.norm_eps(), step.residual(), step.gelu(), reading, copies_);
+      const FfnWeightTensors weights{step.tensor(0, "w_in"), t[1], nullptr, std::nullopt, step.tensor(2, "w_out"),
+                                     t[3], t[4], t[5]};
+      to.ffn = partial_gelu_ffn_args(x, weights, step.norm(), step.residual(), step.activation(), reading, copies_);
       list_.push_back(to);
-      read_from({step.tensors[1], step.tensors[4]}, {step.tensors[0], step.tensors[2], step.tensors[3]}, step.tensors[5],
-                to.ffn.packed);
+      read_from({t[1], t[4]}, {t[0], t[2], t[3]}, t[5], to.ffn.packed);
+      return;
+    }
+    if (step.kind() == Step::kGatedFfn) {
+      const FfnWeightTensors weights{step.tensor(0, "w_gate"), t[1], &step.tensor(2, "w_up"), t[3],
+                                     step.tensor(4, "w_out"), t[5], t[6], t[7]};
+      to.gated = gated_ffn_args(x, weights, step.norm(), step.inner_norm_eps(), step.residual(), step.activation(),
+                                reading, copies_);
+      list_.push_back(to);
+      read_from({t[1], t[3], t[6]}, {t[0], t[2], t[4], t[5]}, t[7], to.gated.packed);
       return;
     }
     const bool windowed = step.kind() == Step::kWindowAttention;
@@ -72,7 +89,7 @@ class Run {
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
     to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
-                              step.norm_eps(), step.residual(), reading, copies_);
+                              step.norm(), step.residual(), reading, copies_);
     to.attention.scale = step.scale();
     if (windowed) {
       grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
@@ -213,7 +230,7 @@ Tensor run_alone(const Step& step, const Tensor& x) {
     case Step::kHead:
       return pooled_head(x, t[0], t[1], t[2], t[3], step.first(), step.count(), step.norm_eps());
     default:
-      STD_TORCH_CHECK(false, "plan: got a step of kind ", step.kind(), ", wanted 0 to 5");
+      STD_TORCH_CHECK(false, "plan: got a step of kind ", step.kind(), ", wanted 0 to 6");
   }
 }
 

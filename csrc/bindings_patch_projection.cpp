@@ -119,7 +119,7 @@ namespace repavit_bindings {
 
 Tensor patch_projection(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
                         std::vector<int64_t> patch, bool channels_last, std::optional<double> norm_eps) {
-  check_norm(norm_eps);
+  check_norm("norm_eps", norm_eps);
   Patches patches(x, weight, bias, packed, patch, channels_last);
   repavit::PatchProjectionArgs& args = patches.args;
   const int64_t sizes[4] = {args.batch, args.grid[0], args.grid[1], args.outputs};
@@ -138,7 +138,7 @@ Tensor token_embedding(const Tensor& x, const Tensor& weight, const MaybeTensor&
                        std::optional<double> norm_eps) {
   const Tensor matrix = weight.dim() > 2 ? torch::stable::flatten(weight, 1, -1) : weight;
   Patches patches(x, matrix, bias, packed, patch, false);
-  check_norm(norm_eps);
+  check_norm("norm_eps", norm_eps);
   const int64_t channels = patches.args.outputs, rows = patches.patches_each();
   STD_TORCH_CHECK(rows > 0 && channels > 0, "x, patch: got shape ", shape_of(x), ", which holds no patch of ", patch[0],
                   "x", patch[1]);

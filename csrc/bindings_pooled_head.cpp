@@ -7,7 +7,7 @@ Tensor pooled_head(const Tensor& x, const MaybeTensor& weight, const MaybeTensor
                    const MaybeTensor& norm_bias, int64_t first, int64_t count, std::optional<double> norm_eps) {
   STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "x: got shape ", shape_of(x), ", wanted [B, T, C] or [B, H, W, C]");
   const DType dtype = check_input("x", x);
-  check_norm(norm_eps);
+  check_norm("norm_eps", norm_eps);
   repavit::PooledHeadArgs args{};
   args.batch = x.size(0);
   args.channels = x.size(x.dim() - 1);

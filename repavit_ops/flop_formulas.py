@@ -35,6 +35,13 @@ def partial_gelu_ffn(x: Shape, w_in: Shape, b_in: Any, w_out: Shape, w_merged: S
     return sum(_linear(rows, w) for w in (w_in, w_out, w_merged) if w is not None)
 
 
+def gated_ffn(
+    x: Shape, w_gate: Shape, b_gate: Any, w_up: Shape, b_up: Any, w_out: Shape, w_merged: Shape | None, *_: Any, **__: Any
+) -> int:
+    rows = math.prod(x[:-1])
+    return sum(_linear(rows, w) for w in (w_gate, w_up, w_out, w_merged) if w is not None)
+
+
 def _attention(sequences: int, tokens: int, width: int, out: int) -> int:
     """q kᵀ and softmax(...) v of all heads: 2 d_qk + d_v = width and d_v = out, summed over the heads."""
     return sequences * 2 * tokens * tokens * ((width - out) // 2 + out)
@@ -72,6 +79,7 @@ def pooled_head(x: Shape, weight: Shape | None, *_: Any, **__: Any) -> int:
 
 STEPS: dict[str, Callable[..., int]] = {
     "partial_gelu_ffn": partial_gelu_ffn,
+    "gated_ffn": gated_ffn,
     "rep_attention": rep_attention,
     "window_rep_attention": window_rep_attention,
     "patch_projection": patch_projection,

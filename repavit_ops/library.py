@@ -71,14 +71,23 @@ OPERATORS = (
     Operator(
         "partial_gelu_ffn",
         "Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? w_merged, Tensor? bias, Tensor? packed=None, *, "
-        "float? norm_eps=None, bool residual=False, str approximate='none'",
+        "float? norm_eps=None, bool residual=False, str approximate='none', str norm='layer'",
         reference.partial_gelu_ffn,
+        _same_shape,
+    ),
+    Operator(
+        "gated_ffn",
+        "Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, Tensor w_out, Tensor? w_merged, "
+        "Tensor? bias, Tensor? packed=None, *, str activation, float? norm_eps=None, float? inner_norm_eps=None, "
+        "bool residual=False, str norm='layer'",
+        reference.gated_ffn,
         _same_shape,
     ),
     Operator(
         "rep_attention",
         "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor? attn_bias=None, "
-        "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False",
+        "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False, "
+        "str norm='layer'",
         reference.rep_attention,
         _projected_shape,
     ),
@@ -86,7 +95,7 @@ OPERATORS = (
         "window_rep_attention",
         "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor rel_bias, "
         "Tensor? pad_kv=None, Tensor? packed=None, *, int num_heads, float scale, int[2] window, int[2] shift, "
-        "float? norm_eps=None, bool residual=False, bool roll_first=False",
+        "float? norm_eps=None, bool residual=False, bool roll_first=False, str norm='layer'",
         reference.window_rep_attention,
         _projected_shape,
     ),
@@ -103,6 +112,8 @@ OPERATORS = (
 CPU_TOOLS = (
     "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged) -> Tensor",
     "partial_gelu_ffn_unpack(Tensor packed) -> Tensor[]",
+    "gated_ffn_pack(Tensor w_gate, Tensor w_up, Tensor w_out, Tensor? w_merged) -> Tensor",
+    "gated_ffn_unpack(Tensor packed) -> Tensor[]",
     "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk) -> Tensor",
     "rep_attention_unpack(Tensor packed) -> Tensor[]",
     "patch_projection_pack(Tensor weight) -> Tensor",

@@ -24,6 +24,18 @@ def layer_norm_core(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
+def rms_norm_core(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension without weight: ``x / sqrt(mean(x²) + eps)``."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def normed(x: Tensor, norm_eps: float | None, norm: str = "layer") -> Tensor:
+    """What stands in front of a sub-block: x itself, or its core under the norm of this form."""
+    if norm_eps is None:
+        return x
+    return rms_norm_core(x, norm_eps) if norm == "rms" else layer_norm_core(x, norm_eps)
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """``x Φ(x)``, its approximation by tanh, or "quick": ``x sigmoid(1.702 x)``.
 
@@ -43,6 +55,13 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return (wide * 0.5 * torch.erfc(wide * -math.sqrt(0.5))).to(x.dtype)
 
 
+def gate(x: Tensor, activation: str) -> Tensor:
+    """What a gated FFN multiplies by: a form of GELU, or SiLU, ``x sigmoid(x)``."""
+    if activation == "silu":
+        return F.silu(x)
+    return gelu(x, {"gelu": "none", "gelu_tanh": "tanh", "gelu_quick": "quick"}[activation])
+
+
 def partial_gelu_ffn(
     x: Tensor,
     w_in: Tensor,
@@ -54,10 +73,38 @@ def partial_gelu_ffn(
     norm_eps: float | None = None,
     residual: bool = False,
     approximate: str = "none",
+    norm: str = "layer",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd."""
-    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    z = normed(x, norm_eps, norm)
     y = F.linear(gelu(F.linear(z, w_in, b_in), approximate), w_out, bias)
+    if w_merged is not None:
+        y = y + F.linear(z, w_merged)
+    if residual:
+        y = y + x
+    return y.contiguous()
+
+
+def gated_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    norm_eps: float | None = None,
+    inner_norm_eps: float | None = None,
+    residual: bool = False,
+    norm: str = "layer",
+) -> Tensor:
+    """Reference of :func:`repavit_ops.ops.gated_ffn`, differentiable by plain autograd."""
+    z = normed(x, norm_eps, norm)
+    h = gate(F.linear(z, w_gate, b_gate), activation) * F.linear(z, w_up, b_up)
+    y = F.linear(normed(h, inner_norm_eps), w_out, bias)
     if w_merged is not None:
         y = y + F.linear(z, w_merged)
     if residual:
@@ -78,9 +125,10 @@ def rep_attention(
     d_qk: int,
     norm_eps: float | None = None,
     residual: bool = False,
+    norm: str = "layer",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd."""
-    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    z = normed(x, norm_eps, norm)
     o = attention_core(F.linear(z, w_qkv, b_qkv), attn_bias, num_heads, d_qk, scale)
     y = F.linear(o, w_proj, b_proj)
     if residual:
@@ -104,10 +152,11 @@ def window_rep_attention(
     norm_eps: float | None = None,
     residual: bool = False,
     roll_first: bool = False,
+    norm: str = "layer",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.window_rep_attention`, differentiable by plain autograd."""
     d_qk = (w_qkv.shape[0] - w_proj.shape[1]) // (2 * num_heads)
-    z = x if norm_eps is None else layer_norm_core(x, norm_eps)
+    z = normed(x, norm_eps, norm)
     qkv = F.linear(z, w_qkv, b_qkv)
     padding = b_qkv if pad_kv is None else F.pad(pad_kv, (num_heads * d_qk, 0))  # its q is never read
     o = window_attention_core(qkv, rel_bias, padding, num_heads, d_qk, scale, window, shift, roll_first)
@@ -214,6 +263,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         partial_gelu_ffn,
+        gated_ffn,
         rep_attention,
         window_rep_attention,
         patch_projection,

@@ -4,14 +4,15 @@ A step is an operator with all its arguments but x: a sub-block, or what stands 
 behind them. Every step has the same number of each, absent tensors None:
 
     tensors   partial_gelu_ffn      w_in, b_in, w_out, w_merged, bias, packed
+              gated_ffn             w_gate, b_gate, w_up, b_up, w_out, w_merged, bias, packed
               rep_attention         w_qkv, b_qkv, w_proj, b_proj, packed
               window_rep_attention  w_qkv, b_qkv, w_proj, b_proj, packed, rel_bias, pad_kv
               patch_projection      weight, bias, packed
               token_embedding       weight, bias, packed, prefix, position, norm_weight, norm_bias
               pooled_head           weight, bias, norm_weight, norm_bias
-    integers  0 kind   1 residual   2 form of GELU | roll first | channels last | as map   3 num_heads | first
-              4 d_qk | count   5-6 window | patch   7-8 shift
-    scalars   0 scale   1 norm_eps, -1 for no norm
+    integers  0 kind   1 residual   2 form of activation | roll first | channels last | as map   3 num_heads | first
+              4 d_qk | count   5-6 window | patch   7-8 shift   9 form of norm
+    scalars   0 scale   1 norm_eps, -1 for no norm   2 inner_norm_eps, -1 for no inner norm
 
 csrc/bindings_fused_blocks.cpp reads the same table.
 """
@@ -24,11 +25,14 @@ from typing import Any
 
 from torch import Tensor
 
-TENSORS, INTEGERS, SCALARS = 7, 9, 2
-IN_BLOCKS = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
+TENSORS, INTEGERS, SCALARS = 8, 10, 3
+IN_BLOCKS = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 NO_NORM = -1.0
-GELU_FORMS = ("none", "tanh", "quick")  # values of ``approximate``; a plan has the index, as csrc/cpu/kernels.h
+# Values of ``approximate``, ``activation`` and ``norm``; a plan has the index, as csrc/cpu/kernels.h.
+GELU_FORMS = ("none", "tanh", "quick")
+GATES = ("gelu", "gelu_tanh", "gelu_quick", "silu")
+NORMS = ("layer", "rms")
 
 Plan = tuple[list[Tensor | None], list[int], list[float]]
 
@@ -52,19 +56,27 @@ class _Form:
     flags: dict[int, str] = field(default_factory=dict)
     numbers: dict[int, str] = field(default_factory=dict)
     pairs: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     scaled: bool = False
-    gelu: int | None = None
+    inner: bool = False
 
+
+# Arguments whose values are names, and which there are; a plan has the index of one.
+_NAMES = {"approximate": GELU_FORMS, "activation": GATES, "norm": NORMS}
 
 _FORMS = {
-    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, gelu=2),
-    "rep_attention": _Form(5, 4, flags={1: "residual"}, numbers={3: "num_heads", 4: "d_qk"}, scaled=True),
+    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm"}),
+    "gated_ffn": _Form(8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm"}, inner=True),
+    "rep_attention": _Form(
+        5, 4, flags={1: "residual"}, numbers={3: "num_heads", 4: "d_qk"}, names={9: "norm"}, scaled=True
+    ),
     "window_rep_attention": _Form(
         7,
         4,
         flags={1: "residual", 2: "roll_first"},
         numbers={3: "num_heads"},
         pairs={5: "window", 7: "shift"},
+        names={9: "norm"},
         scaled=True,
     ),
     "patch_projection": _Form(3, 2, flags={2: "channels_last"}, pairs={5: "patch"}),
@@ -91,11 +103,11 @@ def encode(steps: Iterable[Step]) -> Plan:
             integers[i] = static[name]
         for i, name in form.pairs.items():
             integers[i : i + 2] = static[name]
-        if form.gelu is not None:
-            integers[form.gelu] = GELU_FORMS.index(static["approximate"])
+        for i, name in form.names.items():
+            integers[i] = _NAMES[name].index(static[name])
         plan += integers
-        eps = static["norm_eps"]
-        scalars += [static["scale"] if form.scaled else 1.0, NO_NORM if eps is None else eps]
+        eps = (static["norm_eps"], static["inner_norm_eps"] if form.inner else None)
+        scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
     return weights, plan, scalars
 
 
@@ -103,7 +115,7 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
     """Inverse of :func:`encode`."""
     for n in range(len(plan) // INTEGERS):
         integers = plan[n * INTEGERS : (n + 1) * INTEGERS]
-        scale, eps = scalars[n * SCALARS : (n + 1) * SCALARS]
+        scale, eps, inner = scalars[n * SCALARS : (n + 1) * SCALARS]
         operator = KINDS[integers[0]]
         form = _FORMS[operator]
         tensors = list(weights[n * TENSORS : n * TENSORS + form.tensors])
@@ -111,18 +123,21 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
         static: dict[str, Any] = {"norm_eps": None if eps < 0 else eps}
         if form.scaled:
             static["scale"] = scale
+        if form.inner:
+            static["inner_norm_eps"] = None if inner < 0 else inner
         for i, name in form.flags.items():
             static[name] = bool(integers[i])
         for i, name in form.numbers.items():
             static[name] = integers[i]
         for i, name in form.pairs.items():
             static[name] = tuple(integers[i : i + 2])
-        if form.gelu is not None:
-            static["approximate"] = _gelu_form(integers[form.gelu])
+        for i, name in form.names.items():
+            static[name] = _named(name, integers[i])
         yield Step(operator, tuple(tensors), static, packed)
 
 
-def _gelu_form(index: int) -> str:
-    if not 0 <= index < len(GELU_FORMS):
-        raise ValueError(f"plan: got a GELU of form {index}, wanted 0 to {len(GELU_FORMS) - 1}")
-    return GELU_FORMS[index]
+def _named(argument: str, index: int) -> str:
+    names = _NAMES[argument]
+    if not 0 <= index < len(names):
+        raise ValueError(f"plan: got a form {index} of {argument}, wanted 0 to {len(names) - 1}")
+    return names[index]

@@ -134,7 +134,7 @@ Tokens<T> locate(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t row
   return {rows, {x.data, x_stride, tokens + row}, {y.data, y_stride, tokens + row}};
 }
 
-// z = the rows, or their LayerNorm core; zeros for padded tokens.
+// z = the rows through their norm; zeros for padded tokens.
 template <class T>
 void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>* z) {
   const ptrdiff_t channels = plan.layout.channels;
@@ -142,11 +142,7 @@ void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>*
     const T* x = at.x[r];
     for (ptrdiff_t k = x != nullptr ? channels : 0; k < channels || k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
     if (x == nullptr) continue;
-    if (plan.args.normalize) {
-      layer_norm_row(x, z, channels, plan.args.norm_eps);
-    } else {
-      convert_row(x, z, channels);
-    }
+    norm_row(x, z, channels, plan.args.norm, plan.args.norm_eps);
   }
 }
 

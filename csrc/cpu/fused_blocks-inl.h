@@ -7,6 +7,7 @@
 // 3. Windows do not follow rows: with them the rest goes step by step.
 #pragma once
 
+#include "gated_ffn-inl.h"
 #include "partial_gelu_ffn-inl.h"
 #include "rep_attention-inl.h"
 
@@ -29,14 +30,34 @@ struct Stack {
     place(step, image * args.tokens, to);
     return to;
   }
-  PartialGeluFfnArgs ffn(int64_t step, int64_t row, int64_t rows) const {
-    PartialGeluFfnArgs to = args.steps[step].ffn;
+  void run_ffn(int64_t step, int64_t row, int64_t rows, const Pool& pool) const {
+    const StackStep& of = args.steps[step];
+    if (of.ffn.packed != nullptr) {
+      partial_gelu_ffn<T>(ffn(of.ffn, step, row, rows), pool);
+    } else {
+      gated_ffn<T>(ffn(of.gated, step, row, rows), pool);
+    }
+  }
+  // Elements of a step's weights.
+  double weights(int64_t step) const {
+    const StackStep& of = args.steps[step];
+    const int64_t bytes = attends(step)              ? AttentionLayout<T>(of.attention.shape).bytes()
+                          : of.ffn.packed != nullptr ? ffn_bytes<FfnKind::kPlain>(of.ffn)
+                                                     : ffn_bytes<FfnKind::kGated>(of.gated);
+    return static_cast<double>(bytes) / sizeof(T);
+  }
+
+ private:
+  template <FfnKind kKind>
+  static int64_t ffn_bytes(const FfnArgs& ffn) {
+    return FfnLayout<T, kKind>(ffn.channels, ffn.active, ffn.has_merged).bytes();
+  }
+  template <class Args>
+  Args ffn(Args to, int64_t step, int64_t row, int64_t rows) const {
     to.rows = rows;
     place(step, row, to);
     return to;
   }
-
- private:
   template <class Args>
   void place(int64_t step, int64_t row, Args& to) const {
     T* y = static_cast<T*>(args.y) + row * args.channels;
@@ -53,7 +74,7 @@ void step_by_step(const Stack<T>& stack, int64_t image, int64_t images, const Po
     if (stack.attends(i)) {
       rep_attention<T>(stack.attention(i, image, images), pool);
     } else {
-      partial_gelu_ffn<T>(stack.ffn(i, image * tokens, images * tokens), pool);
+      stack.run_ffn(i, image * tokens, images * tokens, pool);
     }
   }
 }
@@ -94,7 +115,7 @@ struct RowPhase {
     const ptrdiff_t row = row_begin<Operand<T>>(tokens, blocks, block);
     const ptrdiff_t rows = row_begin<Operand<T>>(tokens, blocks, block + 1) - row;
     for (int64_t step = begin + (ready ? 1 : 0); step < end; ++step) {
-      partial_gelu_ffn<T>(stack.ffn(step, (image + index) * tokens + row, rows), kSerial);
+      stack.run_ffn(step, (image + index) * tokens + row, rows, kSerial);
     }
     if (end == stack.args.count) return;
     attention(end, next, [&](const AttentionPlan<T>& plan, AttentionScratch<T>& scratch) {
@@ -118,17 +139,12 @@ struct RowPhase {
 // Threads that a fork pays for, by the products with the weights between two of them.
 template <class T>
 ptrdiff_t row_owners(const Stack<T>& stack, int64_t images, int threads) {
-  double forks = 1.0, bytes = 0.0;
+  double forks = 1.0, weights = 0.0;
   for (int64_t i = 0; i < stack.args.count; ++i) {
-    if (stack.attends(i)) {
-      forks += 1.0;
-      bytes += static_cast<double>(AttentionLayout<T>(stack.args.steps[i].attention.shape).bytes());
-    } else {
-      const PartialGeluFfnArgs& ffn = stack.args.steps[i].ffn;
-      bytes += static_cast<double>(FfnLayout<T>(ffn.channels, ffn.active, ffn.has_merged).bytes());
-    }
+    if (stack.attends(i)) forks += 1.0;
+    weights += stack.weights(i);
   }
-  const double weights = bytes / sizeof(T), rows = static_cast<double>(images * stack.args.tokens);
+  const double rows = static_cast<double>(images * stack.args.tokens);
   return useful_threads(2.0 * rows * weights / forks, threads);
 }
 

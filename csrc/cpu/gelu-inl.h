@@ -1,4 +1,4 @@
-// GELU on registers: x Φ(x) by erf within 1e-7 · max(1, |x|) of the truth, the tanh approximation, and QuickGELU.
+// GELU on registers: x Φ(x) by erf within 1e-7 · max(1, |x|) of the truth, the tanh approximation, and QuickGELU; and SiLU.
 //
 // As the formula has it: NaN gives NaN, -0 gives -0, +Inf gives +Inf, -Inf gives NaN (-Inf · 0). PyTorch's CPU kernels
 // agree in fp64, in tanh and in x * sigmoid(1.702 * x); their vectorised erf turns +Inf into NaN too, which no caller can want.
@@ -96,6 +96,12 @@ struct Gelu<float> {
     using S = Simd<float>;
     return x / (S::broadcast(1.0f) + exp2(x * S::broadcast(-1.702f * kLog2E)));
   }
+
+  // x sigmoid(x)
+  static REPAVIT_INLINE V silu(V x) {
+    using S = Simd<float>;
+    return x / (S::broadcast(1.0f) + exp2(x * S::broadcast(-kLog2E)));
+  }
 };
 
 #if REPAVIT_ISA_LEVEL == 0
@@ -119,15 +125,20 @@ struct Gelu<double> {
     for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] /= 1.0 + __builtin_exp(-1.702 * x[i]);
     return x;
   }
+  static REPAVIT_INLINE V silu(V x) {
+    for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] /= 1.0 + __builtin_exp(-x[i]);
+    return x;
+  }
 };
 
 #endif
 
-// The form of GELU that a kernel was compiled for.
-template <class E, GeluForm kForm>
-REPAVIT_INLINE typename Simd<E>::V gelu(typename Simd<E>::V x) {
+// The activation that a kernel was compiled for.
+template <class E, Activation kForm>
+REPAVIT_INLINE typename Simd<E>::V activate(typename Simd<E>::V x) {
   if constexpr (kForm == kGeluTanh) return Gelu<E>::tanh(x);
   else if constexpr (kForm == kGeluQuick) return Gelu<E>::quick(x);
+  else if constexpr (kForm == kSilu) return Gelu<E>::silu(x);
   else return Gelu<E>::erf(x);
 }
 

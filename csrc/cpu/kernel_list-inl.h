@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "fused_blocks-inl.h"
+#include "gated_ffn-inl.h"
 #include "partial_gelu_ffn-inl.h"
 #include "patch_projection-inl.h"
 #include "peak-inl.h"
@@ -20,6 +21,7 @@ template <class T>
 void install_one(Kernels& table) {
   constexpr DType kType = kDTypeOf<T>;
   table.fused_blocks[kType] = fused_blocks<T>;
+  table.gated_ffn[kType] = gated_ffn<T>;
   table.partial_gelu_ffn[kType] = partial_gelu_ffn<T>;
   table.patch_projection[kType] = patch_projection<T>;
   table.pooled_head[kType] = pooled_head<T>;
@@ -32,9 +34,12 @@ void install_one(Kernels& table) {
 template <class T>
 void install_packing_of(Kernels& table) {
   constexpr DType kType = kDTypeOf<T>;
-  table.partial_gelu_ffn_packed_bytes[kType] = partial_gelu_ffn_packed_bytes<T>;
-  table.partial_gelu_ffn_pack[kType] = partial_gelu_ffn_pack<T>;
-  table.partial_gelu_ffn_unpack[kType] = partial_gelu_ffn_unpack<T>;
+  table.partial_gelu_ffn_packed_bytes[kType] = ffn_packed_bytes<T, FfnKind::kPlain>;
+  table.partial_gelu_ffn_pack[kType] = ffn_pack<T, FfnKind::kPlain>;
+  table.partial_gelu_ffn_unpack[kType] = ffn_unpack<T, FfnKind::kPlain>;
+  table.gated_ffn_packed_bytes[kType] = ffn_packed_bytes<T, FfnKind::kGated>;
+  table.gated_ffn_pack[kType] = ffn_pack<T, FfnKind::kGated>;
+  table.gated_ffn_unpack[kType] = ffn_unpack<T, FfnKind::kGated>;
   table.matrix_packed_bytes[kType] = matrix_packed_bytes<T>;
   table.matrix_pack[kType] = matrix_pack<T>;
   table.matrix_unpack[kType] = matrix_unpack<T>;

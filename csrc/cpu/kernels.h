@@ -54,9 +54,10 @@ template <>
 constexpr int kInterleave<bf16> = 2;
 
 // First 64 bytes of a packed FFN. Panels of w_in (N = m, K = C) follow at once, then the output panels (N = C), in which
-// w_out (K = m) stands on top of w_merged (K = C): one accumulation over [H | Z] gives both terms.
+// w_out (K = m) stands on top of w_merged (K = C): one accumulation over [H | Z] gives both terms. A gated FFN has two
+// input matrices, w_gate and w_up: a panel has 16 columns of each, a run of kGateRun of the one after a run of the other.
 struct PackedFfnHeader {
-  char magic[8];  // kPackedFfnMagic, version included
+  char magic[8];  // kPackedFfnMagic or kPackedGatedFfnMagic, version included
   int32_t dtype;  // DType
   int32_t has_merged;
   int64_t channels;  // C
@@ -67,37 +68,64 @@ struct PackedFfnHeader {
 };
 static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
 constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
+constexpr char kPackedGatedFfnMagic[8] = {'r', 'v', 'g', 'f', 'n', '0', '0', '1'};
 
-// ---- partial_gelu_ffn -----------------------------------------------------------------------------------------------
-// x Φ(x) by erf, its approximation by tanh, x sigmoid(1.702 x): in the order of GELU_FORMS in repavit_ops/stack_plan.py.
-enum GeluForm : int32_t { kGeluErf, kGeluTanh, kGeluQuick, kGeluForms };
+// Columns of w_gate, and then of w_up, that stand side by side: as many as the narrowest vector has lanes, so that every
+// level finds gates and their partners in the same tile.
+template <class T>
+constexpr int kGateRun = 4;
+template <>
+constexpr int kGateRun<double> = 2;
 
-// y = gelu(z W_inᵀ + b_in) W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x],  z = x or its LayerNorm core.
-struct PartialGeluFfnArgs {
+// ---- Norms in front of a sub-block: z = x, (x - mean) / sqrt(var + eps), x / sqrt(mean(x²) + eps); in the order of NORMS in
+// repavit_ops/stack_plan.py, behind none.
+enum Norm : int32_t { kNoNorm, kLayerNorm, kRmsNorm, kNorms };
+
+// ---- partial_gelu_ffn, gated_ffn -------------------------------------------------------------------------------------
+// x Φ(x) by erf, its approximation by tanh, x sigmoid(1.702 x), and x sigmoid(x): in the order of GATES in
+// repavit_ops/stack_plan.py, the first three of GELU_FORMS.
+enum Activation : int32_t { kGeluErf, kGeluTanh, kGeluQuick, kSilu, kActivations, kGeluForms = kSilu };
+
+// What both FFNs have: y = H W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x],  z = norm(x).
+struct FfnArgs {
   int64_t rows, channels, active;  // M, C, m; any may be 0
   const void* x;                   // [M, C] of T, row r at x + r * x_stride
   int64_t x_stride;                // elements, any value
   const void* packed;              // PackedFfnHeader and panels, of the same T, C and m
-  const void* b_in;                // [m] of T, or null
   const void* bias;                // [C] of T, or null
   void* y;                         // [M, C] of T, contiguous; every element is written
-  double norm_eps;                 // read when normalize
+  double norm_eps;                 // read unless norm is none
+  Norm norm;
   bool has_merged;                 // what the header of `packed` says: it is checked once and not read again
-  bool normalize;                  // z = core(x, norm_eps)
   bool residual;                   // add x, in the accumulator's precision
-  GeluForm gelu;
+  Activation activation;
 };
 
-// Weights in nn.Linear layout, contiguous: w_in [m, C], w_out [C, m], w_merged [C, C] or null.
-struct PartialGeluFfnWeights {
+// H = gelu(z W_inᵀ + b_in), of one of the first kGeluForms forms.
+struct PartialGeluFfnArgs : FfnArgs {
+  const void* b_in;  // [m] of T, or null
+};
+
+// H = activation(z W_gateᵀ + b_gate) (z W_upᵀ + b_up), elementwise, or its LayerNorm core.
+struct GatedFfnArgs : FfnArgs {
+  const void *b_gate, *b_up;  // [m] of T, or null
+  double inner_norm_eps;      // read when inner_norm
+  bool inner_norm;            // H = core(H, inner_norm_eps)
+};
+
+// Weights in nn.Linear layout, contiguous: w_in [m, C], w_out [C, m], w_merged [C, C] or null. Of a gated FFN w_in is
+// w_gate, w_up [m, C].
+struct FfnWeights {
   int64_t channels, active;
   const void* w_in;
+  const void* w_up;  // read of a gated FFN
   const void* w_out;
   const void* w_merged;
 };
 
-struct PartialGeluFfnMutableWeights {
+struct FfnMutableWeights {
   void* w_in;
+  void* w_up;
   void* w_out;
   void* w_merged;  // null unless the header says has_merged
 };
@@ -200,8 +228,7 @@ struct WindowGrid {
   const void* padding;  // k | v of a padded token [h d_qk + h d_v] of T; null: those of a zero row of z (or of qkv)
 };
 
-// y = softmax(scale · q kᵀ + bias) v per head, projected [+ x], with q, k, v = z W_qkvᵀ + b_qkv and z = x or its
-// LayerNorm core. Without packed weights only the attention itself: x holds q | k | v, y receives o.
+// y = softmax(scale · q kᵀ + bias) v per head, projected [+ x], with q, k, v = z W_qkvᵀ + b_qkv and z = norm(x). Without packed weights only the attention itself: x holds q | k | v, y receives o.
 struct RepAttentionArgs {
   int64_t batch, tokens;         // B, T; any may be 0
   AttentionShape shape;
@@ -215,16 +242,17 @@ struct RepAttentionArgs {
   const WindowGrid* windows;     // null: every token attends to its whole image
   void* y;                       // [B T, C_out] of T ([B T, h d_v] without weights), contiguous; wholly written
   double scale;
-  double norm_eps;               // read when normalize
-  bool normalize;                // z = core(x, norm_eps)
+  double norm_eps;               // read unless norm is none
+  Norm norm;
   bool residual;                 // add x, in the accumulator's precision
 };
 
 // ---- fused_blocks ----------------------------------------------------------------------------------------------------
-// One half of a block: exactly one of the two is set. Its x, y, rows and batch are filled in by the stack.
+// One half of a block: exactly one of the three is set. Its x, y, rows and batch are filled in by the stack.
 struct StackStep {
   RepAttentionArgs attention;  // packed null: this is an FFN
-  PartialGeluFfnArgs ffn;
+  PartialGeluFfnArgs ffn;      // packed null: it is a gated one
+  GatedFfnArgs gated;
 };
 
 // Steps one after the other, each from and to [B, T, C] of T.
@@ -244,8 +272,13 @@ struct Kernels {
   // header can be held against the buffer that it stands in.
   int64_t (*partial_gelu_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);
   // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
-  void (*partial_gelu_ffn_pack[kDTypes])(const PartialGeluFfnWeights&, void* destination, const Pool&);
-  void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const PartialGeluFfnMutableWeights&, const Pool&);
+  void (*partial_gelu_ffn_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
+  void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
+
+  void (*gated_ffn[kDTypes])(const GatedFfnArgs&, const Pool&);
+  int64_t (*gated_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);  // as above
+  void (*gated_ffn_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
+  void (*gated_ffn_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
 
   int64_t (*product_peak[kDTypes])(int64_t iterations, const Pool&);  // see peak-inl.h
 

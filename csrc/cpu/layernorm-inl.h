@@ -1,5 +1,5 @@
-// Rows converted as they are, or through LayerNorm, out = (x - mean) / sqrt(var + eps) [· weight + bias], in passes over
-// a row that stays in L1. On their way into scratch rows get the core alone: the affine part is in the weights.
+// Rows converted as they are, or through LayerNorm, out = (x - mean) / sqrt(var + eps) [· weight + bias], or RMSNorm,
+// out = x / sqrt(mean(x²) + eps), in passes over a row that stays in L1. On their way into scratch rows get the core alone: the affine part is in the weights.
 #pragma once
 
 #include "simd-inl.h"
@@ -158,6 +158,45 @@ void layer_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Fin
   for_each_vector(x, columns, [&](V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
     store_some<S>(out + i, finish(S::fma(v - row.centre, scale, shift), i, n), n);
   });
+}
+
+// Mean of the squares of a row; in double where floats would not hold it.
+template <class T>
+double mean_square(const T* x, ptrdiff_t columns) {
+  using S = SimdOf<T>;
+  using V = typename S::V;
+  double squares = 0.0;
+  for_each_part(x, columns, [&](const T* part, ptrdiff_t length) __attribute__((always_inline)) {
+    V lanes = S::zero();
+    for_each_vector(part, length, [&](V v, ptrdiff_t, int) __attribute__((always_inline)) { lanes = S::fma(v, v, lanes); });
+    squares += S::sum(lanes);
+  });
+  if (!(squares <= __DBL_MAX__)) {
+    squares = 0.0;
+    for (ptrdiff_t i = 0; i < columns; ++i) {
+      Accumulator<T> lanes[S::kLanes];
+      S::store(lanes, S::load(x + i, 1));
+      squares += static_cast<double>(lanes[0]) * static_cast<double>(lanes[0]);
+    }
+  }
+  return squares / static_cast<double>(columns);
+}
+
+// One row through RMSNorm's core, as layer_norm_row.
+template <class T, class O>
+void rms_norm_row(const T* x, O* out, ptrdiff_t columns, double eps) {
+  using S = SimdOf<T>;
+  const auto factor = S::broadcast(static_cast<Accumulator<T>>(1.0 / __builtin_sqrt(mean_square(x, columns) + eps)));
+  for_each_vector(x, columns, [&](typename S::V v, ptrdiff_t i, int n)
+                                  __attribute__((always_inline)) { store_some<S>(out + i, v * factor, n); });
+}
+
+// One row through the norm in front of a sub-block.
+template <class T, class O>
+void norm_row(const T* x, O* out, ptrdiff_t columns, Norm norm, double eps) {
+  if (norm == kLayerNorm) return layer_norm_row(x, out, columns, eps);
+  if (norm == kRmsNorm) return rms_norm_row(x, out, columns, eps);
+  convert_row(x, out, columns);
 }
 
 }  // namespace REPAVIT_ISA

@@ -49,6 +49,13 @@ struct Simd<float> {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
   }
 
+  // Of runs of four lanes a0 b0 a1 b1, over two vectors: all a, all b.
+  static REPAVIT_INLINE void unzip_runs(V& a, V& b) {
+    const V first = a;
+    a = _mm256_permute2f128_ps(first, b, 0x20);
+    b = _mm256_permute2f128_ps(first, b, 0x31);
+  }
+
   static REPAVIT_INLINE float sum(V a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -59,6 +59,13 @@ struct Simd<float> {
     return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
   }
 
+  // Of runs of four lanes a0 b0 a1 b1 …, over two vectors: all a, all b.
+  static REPAVIT_INLINE void unzip_runs(V& a, V& b) {
+    const V first = a;
+    a = _mm512_shuffle_f32x4(first, b, 0x88);
+    b = _mm512_shuffle_f32x4(first, b, 0xdd);
+  }
+
   static REPAVIT_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
   static REPAVIT_INLINE float max(V a) { return _mm512_reduce_max_ps(a); }
 

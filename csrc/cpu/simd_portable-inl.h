@@ -33,6 +33,8 @@ struct PortableSimd {
   static REPAVIT_INLINE V abs(V a) { return (V)((U)a & ~kSign); }
   static REPAVIT_INLINE V select_negative(V x, V a, V b) { return ((U)x & kSign) != U{} ? a : b; }
 
+  static REPAVIT_INLINE void unzip_runs(V&, V&) {}  // a run is a vector
+
   static REPAVIT_INLINE E sum(V a) {
     E total = a[0];
     for (int i = 1; i < kLanes; ++i) total += a[i];

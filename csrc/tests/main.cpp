@@ -6,11 +6,11 @@
 
 #include "test_checked_sizes.h"
 #include "test_fetch_rows.h"
+#include "test_ffns.h"
 #include "test_fingerprint.h"
 #include "test_fused_blocks.h"
 #include "test_layernorm.h"
 #include "test_model_ends.h"
-#include "test_partial_gelu_ffn.h"
 #include "test_patch_projection.h"
 #include "test_rep_attention.h"
 #include "test_softmax.h"
@@ -38,7 +38,7 @@ template <class T>
 void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const char* level, bool thorough) {
   driver::test_packed_sizes(kernels, dtype, level);
   driver::test_layer_norm<T>(kernels, dtype, level);
-  driver::test_ffn<T>(kernels, dtype, level, thorough);
+  driver::test_ffns<T>(kernels, dtype, level, thorough);
   driver::test_attention<T>(kernels, dtype, level, thorough);
   driver::test_softmax<T>(kernels, dtype, level);
   driver::test_patches<T>(kernels, dtype, level);

@@ -11,13 +11,15 @@ namespace reference {
 
 struct Ffn {
   int64_t rows, channels, active;
-  std::vector<double> x, w_in, b_in, w_out, w_merged, bias;  // nn.Linear layout; empty b_in, w_merged, bias: None
-  bool normalize = false, residual = false;
-  repavit::GeluForm gelu = repavit::kGeluErf;
+  std::vector<double> x, w_in, b_in, w_up, b_up, w_out, w_merged, bias;  // nn.Linear layout; empty: None
+  bool gated = false, inner_norm = false, residual = false;              // gated: w_in and b_in are those of the gate
+  repavit::Norm norm = repavit::kNoNorm;
+  repavit::Activation activation = repavit::kGeluErf;
   double norm_eps = 0.0;
 };
 
-inline double gelu(double x, repavit::GeluForm form) {
+inline double activate(double x, repavit::Activation form) {
+  if (form == repavit::kSilu) return x / (1.0 + std::exp(-x));
   if (form == repavit::kGeluQuick) return x / (1.0 + std::exp(-1.702 * x));
   if (form == repavit::kGeluTanh) return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
   return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
@@ -32,22 +34,37 @@ inline std::vector<double> core(const double* x, int64_t n, double eps) {
   return z;
 }
 
+inline std::vector<double> normed(const double* x, int64_t n, repavit::Norm norm, double eps) {
+  if (norm == repavit::kLayerNorm) return core(x, n, eps);
+  std::vector<double> z(x, x + n);
+  if (norm == repavit::kNoNorm) return z;
+  double square = 0.0;
+  for (const double v : z) square += v * v / static_cast<double>(n);
+  for (double& v : z) v /= std::sqrt(square + eps);
+  return z;
+}
+
 inline double dot(const double* a, const double* b, int64_t n) {
   double total = 0.0;
   for (int64_t i = 0; i < n; ++i) total += a[i] * b[i];
   return total;
 }
 
-inline std::vector<double> partial_gelu_ffn(const Ffn& p) {
+inline std::vector<double> ffn(const Ffn& p) {
   const int64_t c = p.channels, m = p.active;
   std::vector<double> y, h(static_cast<size_t>(m));
+  const auto linear = [&](const std::vector<double>& w, const std::vector<double>& b, const double* z, int64_t j) {
+    return dot(z, w.data() + j * c, c) + (b.empty() ? 0.0 : b[static_cast<size_t>(j)]);
+  };
   for (int64_t r = 0; r < p.rows; ++r) {
     const double* x = p.x.data() + r * c;
-    const std::vector<double> z = p.normalize ? core(x, c, p.norm_eps) : std::vector<double>(x, x + c);
+    const std::vector<double> z = normed(x, c, p.norm, p.norm_eps);
     for (int64_t j = 0; j < m; ++j) {
-      const double bias = p.b_in.empty() ? 0.0 : p.b_in[static_cast<size_t>(j)];
-      h[static_cast<size_t>(j)] = gelu(dot(z.data(), p.w_in.data() + j * c, c) + bias, p.gelu);
+      double& value = h[static_cast<size_t>(j)];
+      value = activate(linear(p.w_in, p.b_in, z.data(), j), p.activation);
+      if (p.gated) value *= linear(p.w_up, p.b_up, z.data(), j);
     }
+    if (p.inner_norm) h = core(h.data(), m, p.norm_eps);
     for (int64_t j = 0; j < c; ++j) {
       double v = dot(h.data(), p.w_out.data() + j * m, m);
       if (!p.w_merged.empty()) v += dot(z.data(), p.w_merged.data() + j * c, c);

@@ -14,7 +14,8 @@ struct Attention {
   int64_t batch, tokens, channels, channels_out, heads, d_qk, d_v;
   std::vector<double> x, w_qkv, b_qkv, w_proj, b_proj, bias;  // bias [B, h, T, T]; empty biases: None
   double scale = 1.0, norm_eps = 0.0;
-  bool normalize = false, residual = false;
+  bool residual = false;
+  repavit::Norm norm = repavit::kNoNorm;
   const repavit::WindowGrid* windows = nullptr;
   std::vector<double> rel_bias, padding;  // of the windows; empty padding: None
 };
@@ -23,9 +24,7 @@ struct Attention {
 inline std::vector<double> qkv_row(const Attention& p, const double* x) {
   const int64_t width = p.heads * (2 * p.d_qk + p.d_v), q_width = p.heads * p.d_qk;
   const std::vector<double> nothing(static_cast<size_t>(p.channels), 0.0);
-  std::vector<double> z = x == nullptr ? nothing
-                          : p.normalize ? core(x, p.channels, p.norm_eps)
-                                        : std::vector<double>(x, x + p.channels);
+  std::vector<double> z = x == nullptr ? nothing : normed(x, p.channels, p.norm, p.norm_eps);
   std::vector<double> row(static_cast<size_t>(width));
   for (int64_t j = 0; j < width; ++j) {
     const size_t i = static_cast<size_t>(j);

@@ -27,6 +27,8 @@ inline void test_packed_sizes(const repavit::Kernels& kernels, repavit::DType dt
     const int64_t other = huge < 0 ? 1 : huge;
     expect(kernels.partial_gelu_ffn_packed_bytes[dtype](huge, other, true) == kNoSize, "FFN too large", level);
     expect(kernels.partial_gelu_ffn_packed_bytes[dtype](other, huge, false) == kNoSize, "FFN too large", level);
+    expect(kernels.gated_ffn_packed_bytes[dtype](huge, other, true) == kNoSize, "gated FFN too large", level);
+    expect(kernels.gated_ffn_packed_bytes[dtype](other, huge, false) == kNoSize, "gated FFN too large", level);
     expect(kernels.matrix_packed_bytes[dtype](huge, other) == kNoSize, "matrix too large", level);
     expect(kernels.matrix_packed_bytes[dtype](other, huge) == kNoSize, "matrix too large", level);
     for (int i = 0; i < 5; ++i) {

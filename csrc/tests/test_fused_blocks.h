@@ -4,7 +4,7 @@
 #include <string>
 
 #include "driver.h"
-#include "test_partial_gelu_ffn.h"
+#include "test_ffns.h"
 
 namespace driver {
 
@@ -28,18 +28,18 @@ void test_stack_case(const repavit::Kernels& kernels, repavit::DType dtype, int6
   kernels.rep_attention_pack[dtype]({shape, w_qkv.data(), w_proj.data()}, attention.data(), kSerial);
   const int64_t ffn_bytes = kernels.partial_gelu_ffn_packed_bytes[dtype](kChannels, kActive, false);
   Guarded<T> ffn(static_cast<size_t>(ffn_bytes) / sizeof(T));
-  kernels.partial_gelu_ffn_pack[dtype]({kChannels, kActive, w_in.data(), w_out.data(), nullptr}, ffn.data(), kSerial);
+  kernels.partial_gelu_ffn_pack[dtype]({kChannels, kActive, w_in.data(), nullptr, w_out.data(), nullptr}, ffn.data(), kSerial);
 
   repavit::StackStep steps[4]{};
   for (const int i : {0, 2}) {
     repavit::RepAttentionArgs& args = steps[i + ffn_first].attention;
     args.shape = shape, args.packed = attention.data();
-    args.scale = i == 0 ? -0.3 : 0.3, args.norm_eps = 1e-6, args.normalize = args.residual = true;
+    args.scale = i == 0 ? -0.3 : 0.3, args.norm_eps = 1e-6, args.norm = repavit::kLayerNorm, args.residual = true;
   }
   for (const int i : {1, 3}) {
     repavit::PartialGeluFfnArgs& args = steps[i - ffn_first].ffn;
     args.channels = kChannels, args.active = kActive, args.packed = ffn.data();
-    args.norm_eps = 1e-6, args.normalize = args.residual = true;
+    args.norm_eps = 1e-6, args.norm = repavit::kLayerNorm, args.residual = true;
   }
 
   Guarded<T> wanted(size);

@@ -6,7 +6,7 @@
 
 #include "driver.h"
 #include "reference.h"
-#include "test_partial_gelu_ffn.h"
+#include "test_ffns.h"
 
 namespace driver {
 

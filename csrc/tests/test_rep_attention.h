@@ -6,7 +6,7 @@
 
 #include "driver.h"
 #include "reference_attention.h"
-#include "test_partial_gelu_ffn.h"
+#include "test_ffns.h"
 
 namespace driver {
 
@@ -16,6 +16,9 @@ struct AttentionCase {
   const repavit::WindowGrid* windows;  // its bias and padding are drawn here; tokens is then that of the map
   bool padding;
 
+  repavit::Norm norm() const {
+    return !normalize ? repavit::kNoNorm : tokens % 3 == 0 ? repavit::kRmsNorm : repavit::kLayerNorm;
+  }
   std::string name(const char* level) const {
     std::string text(level);
     for (const auto& [key, value] : {std::pair(" B=", batch), {" T=", tokens}, {" C=", channels},
@@ -43,7 +46,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   truth.batch = t.batch, truth.tokens = t.tokens, truth.channels = t.channels, truth.channels_out = t.channels_out;
   truth.heads = t.heads, truth.d_qk = t.d_qk, truth.d_v = t.d_v;
   truth.scale = 1.0 / std::sqrt(static_cast<double>(t.d_qk));
-  truth.norm_eps = 1e-6, truth.normalize = t.normalize, truth.residual = t.residual;
+  truth.norm_eps = 1e-6, truth.norm = t.norm(), truth.residual = t.residual;
 
   std::vector<double> unused;
   const double fan_in = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(t.channels, 1)));
@@ -92,7 +95,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   std::copy(strides, strides + 4, args.attn_bias_strides);
   args.windows = truth.windows, args.y = y.data();
   args.scale = truth.scale, args.norm_eps = truth.norm_eps;
-  args.normalize = t.normalize, args.residual = t.residual;
+  args.norm = t.norm(), args.residual = t.residual;
   kernels.rep_attention[dtype](args, kThreaded);
   expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
   args.y = again.data();

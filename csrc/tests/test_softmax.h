@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <string>
 
-#include "test_partial_gelu_ffn.h"
+#include "test_ffns.h"
 
 namespace driver {
 

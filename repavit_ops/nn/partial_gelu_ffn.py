@@ -21,7 +21,7 @@ from .symbolic import call_of, is_proxy
 class PartialGELUFFN(PackedWeights):
     """Deployed channel-idle FFN: ``gelu(z W_inᵀ + b_in) W_outᵀ + z W_mergedᵀ + bias`` (RePaViT, eq. 6).
 
-    z is x, or its LayerNorm core when ``norm_eps`` is given. Also a vanilla FFN (``merged=False``, ``norm_eps``,
+    z is x, or its LayerNorm or RMSNorm core when ``norm_eps`` is given. Also a vanilla FFN (``merged=False``, ``norm_eps``,
     ``residual=True``) and, with ``act_channels=0``, the purely linear layer of θ = 1. With ``backend="reference"`` it
     is plain PyTorch, which is what :func:`repavit_ops.reparameterize` returns; :func:`repavit_ops.fuse` sets kernels.
 
@@ -39,6 +39,7 @@ class PartialGELUFFN(PackedWeights):
         merged: whether w_merged, the idle path, exists.
         norm_eps: variance offset of the LayerNorm core in front; None for no norm.
         residual: add x (when the shortcut is not folded into w_merged).
+        norm: "layer" or "rms" (RMSNorm): the core that ``norm_eps`` asks for.
         approximate: form of GELU: "none" (erf), "tanh" or "quick" (``x sigmoid(1.702 x)``).
         backend: "auto", "reference", "cpp" or "triton".
 
@@ -47,6 +48,7 @@ class PartialGELUFFN(PackedWeights):
     """
 
     operator = "partial_gelu_ffn"
+    norm = "layer"  # of older pickles
     packed_names = ("w_in", "w_out", "w_merged")
 
     def __init__(
@@ -59,6 +61,7 @@ class PartialGELUFFN(PackedWeights):
         residual: bool = False,
         approximate: str = "none",
         *,
+        norm: str = "layer",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,8 +70,9 @@ class PartialGELUFFN(PackedWeights):
         if dim < 0 or act_channels < 0:
             raise ValueError(f"dim, act_channels: got {dim}, {act_channels}, wanted numbers >= 0")
         _check.gelu_form(approximate)
+        _check.norm(norm_eps, norm)
         self.dim, self.act_channels = dim, act_channels
-        self.norm_eps, self.residual, self.approximate = norm_eps, residual, approximate
+        self.norm_eps, self.residual, self.approximate, self.norm = norm_eps, residual, approximate, norm
         self.backend = backend
         self.hidden: int | None = None  # ρC of the training form it was merged from, where that is known
 
@@ -96,6 +100,7 @@ class PartialGELUFFN(PackedWeights):
         *,
         dtype: torch.dtype,
         norm_eps: float | None = None,
+        norm: str = "layer",
         approximate: str = "none",
         hidden: int | None = None,
         backend: Backend = "reference",
@@ -112,6 +117,7 @@ class PartialGELUFFN(PackedWeights):
             merged.w_in.shape[0],
             merged=merged.w_merged is not None,
             norm_eps=norm_eps,
+            norm=norm,
             residual=merged.residual,
             approximate=approximate,
             backend=backend,
@@ -149,7 +155,12 @@ class PartialGELUFFN(PackedWeights):
         return Step(self.operator, (w_in, self.b_in, w_out, w_merged, self.bias), self._static(), packed)
 
     def _static(self) -> dict[str, Any]:
-        return {"norm_eps": self.norm_eps, "residual": self.residual, "approximate": self.approximate}
+        return {
+            "norm_eps": self.norm_eps,
+            "residual": self.residual,
+            "approximate": self.approximate,
+            "norm": self.norm,
+        }
 
     def extra_repr(self) -> str:
         return (

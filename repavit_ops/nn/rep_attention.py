@@ -19,7 +19,7 @@ from .symbolic import call_of, is_proxy
 class RepAttention(PackedWeights):
     """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
 
-    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm core when ``norm_eps`` is given. The folds of
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core when ``norm_eps`` is given. The folds of
     :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
 
     Shapes:
@@ -38,6 +38,7 @@ class RepAttention(PackedWeights):
         scale: factor of q kᵀ; default 1/√d_qk, 1.0 when it is folded into W_q.
         norm_eps: variance offset of the LayerNorm core in front; None for no norm.
         residual: add x.
+        norm: "layer" or "rms" (RMSNorm): the core that ``norm_eps`` asks for.
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -45,6 +46,7 @@ class RepAttention(PackedWeights):
     """
 
     operator = "rep_attention"
+    norm = "layer"  # of older pickles
     packed_names = ("w_qkv", "w_proj")
 
     def __init__(
@@ -59,6 +61,7 @@ class RepAttention(PackedWeights):
         scale: float | None = None,
         norm_eps: float | None = None,
         residual: bool = False,
+        norm: str = "layer",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,7 +73,7 @@ class RepAttention(PackedWeights):
         self.d_qk = dim // num_heads if d_qk is None else d_qk
         self.d_v = dim // num_heads if d_v is None else d_v
         self.scale = self.d_qk**-0.5 if scale is None else scale
-        self.norm_eps, self.residual = norm_eps, residual
+        self.norm_eps, self.residual, self.norm = norm_eps, residual, norm
         self.backend = backend
         dim_out = dim if dim_out is None else dim_out
         width = num_heads * (2 * self.d_qk + self.d_v)
@@ -121,6 +124,7 @@ class RepAttention(PackedWeights):
             "d_qk": self.d_qk,
             "norm_eps": self.norm_eps,
             "residual": self.residual,
+            "norm": self.norm,
         }
 
     def extra_repr(self) -> str:

@@ -53,6 +53,7 @@ class WindowRepAttention(RepAttention):
         scale: float | None = None,
         norm_eps: float | None = None,
         residual: bool = False,
+        norm: str = "layer",
         padding: bool = False,
         roll_first: bool = False,
         static_shift: bool = False,
@@ -71,6 +72,7 @@ class WindowRepAttention(RepAttention):
             scale=scale,
             norm_eps=norm_eps,
             residual=residual,
+            norm=norm,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -117,6 +119,7 @@ class WindowRepAttention(RepAttention):
             "shift": self.shift if static else effective_shift(size, self.window, self.shift, self._by_axis()),
             "norm_eps": self.norm_eps,
             "residual": self.residual,
+            "norm": self.norm,
             "roll_first": self.roll_first,
         }
 

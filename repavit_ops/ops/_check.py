@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..stack_plan import GELU_FORMS
+from ..stack_plan import GATES, GELU_FORMS, NORMS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,10 +52,18 @@ def _autocast_casts(device_type: str) -> bool:
     return backends.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def norm(norm_eps: float | None) -> None:
-    """Raise ValueError unless ``norm_eps`` is None or a variance offset."""
+def norm(norm_eps: float | None, form: str = "layer", name: str = "norm_eps") -> None:
+    """Raise ValueError unless ``norm_eps`` is None or a variance offset and ``form`` names a norm."""
     if norm_eps is not None and not norm_eps >= 0:
-        raise ValueError(f"norm_eps: got {norm_eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
+        raise ValueError(f"{name}: got {norm_eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
+    if form not in NORMS:
+        raise ValueError(f"norm: got {form!r}, wanted 'layer' (LayerNorm) or 'rms' (RMSNorm)")
+
+
+def gate_form(activation: str) -> None:
+    """Raise ValueError unless ``activation`` names what a gated FFN can multiply by."""
+    if activation not in GATES:
+        raise ValueError(f"activation: got {activation!r}, wanted 'silu', 'gelu' (erf), 'gelu_tanh' or 'gelu_quick'")
 
 
 def gelu_form(approximate: str) -> None:

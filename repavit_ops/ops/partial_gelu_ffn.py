@@ -23,12 +23,13 @@ def partial_gelu_ffn(
     norm_eps: float | None = None,
     residual: bool = False,
     approximate: str = "none",
+    norm: str = "layer",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Deployed channel-idle FFN: ``gelu(z W_inᵀ + b_in) W_outᵀ + z W_mergedᵀ + bias`` (RePaViT, eq. 6).
 
-    z is x, or its LayerNorm core (no affine) when ``norm_eps`` is given.
+    z is x, or its LayerNorm or RMSNorm core (no affine) when ``norm_eps`` is given.
 
     Shapes:
         x         [..., C]     fp32 | bf16 | fp16 | fp64; any strides, any batch dimensions
@@ -42,6 +43,7 @@ def partial_gelu_ffn(
         residual: add x itself, in the fp32 epilogue (when the shortcut is not folded into w_merged).
         approximate: "none" (erf), "tanh", or "quick": ``x sigmoid(1.702 x)``, which OpenAI trained CLIP with. In every
             form +inf gives +inf and -inf gives NaN (-inf · 0), as the formula has it.
+        norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         packed: the weights packed by :meth:`PartialGELUFFN.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -51,7 +53,7 @@ def partial_gelu_ffn(
     """
     weights = (w_in, b_in, w_out, w_merged, bias)
     operator = torch.ops.repavit_ops.partial_gelu_ffn
-    static: dict[str, Any] = {"residual": residual, "approximate": approximate}
+    static: dict[str, Any] = {"residual": residual, "approximate": approximate, "norm": norm}
     if (y := _direct.call(operator, backend, norm_eps, (x, *weights, packed), **static)) is not None:
         return y
     if x.dim() < 1 or w_in.dim() != 2:
@@ -67,7 +69,7 @@ def partial_gelu_ffn(
     if bias is not None:
         _check.shape("bias", bias, c)
     _check.gelu_form(approximate)
-    _check.norm(norm_eps)
+    _check.norm(norm_eps, norm)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 

@@ -25,12 +25,14 @@ def rep_attention(
     attn_bias: Tensor | None = None,
     norm_eps: float | None = None,
     residual: bool = False,
+    norm: str = "layer",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
 
-    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm core (no affine) when ``norm_eps`` is given.
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core (no affine) when
+    ``norm_eps`` is given.
     Norm affine, scale, K and V bias, LayerScale and 1/λ are folded into the weights beforehand
     (:mod:`repavit_ops.reparam.attention`).
 
@@ -53,6 +55,7 @@ def rep_attention(
         scale: factor of q kᵀ (1/√d of the source model, or 1.0 when folded into W_q).
         d_qk: width of one query or key head; may differ from d_v.
         residual: add x (needs C_out = C).
+        norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         packed: the weights packed by :meth:`RepAttention.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -62,7 +65,13 @@ def rep_attention(
     """
     tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias)
     operator = torch.ops.repavit_ops.rep_attention
-    static: dict[str, Any] = {"num_heads": num_heads, "scale": scale, "d_qk": d_qk, "residual": residual}
+    static: dict[str, Any] = {
+        "num_heads": num_heads,
+        "scale": scale,
+        "d_qk": d_qk,
+        "residual": residual,
+        "norm": norm,
+    }
     if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
         return y
     d_v = _check.heads(num_heads, d_qk, w_qkv, w_proj)
@@ -75,7 +84,7 @@ def rep_attention(
         raise ValueError(f"residual: x has {x.shape[2]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     if attn_bias is not None:
         _check_bias(attn_bias, (x.shape[0], num_heads, x.shape[1], x.shape[1]))
-    _check.norm(norm_eps)
+    _check.norm(norm_eps, norm)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
     _check.packed(x, packed)
 

@@ -27,6 +27,7 @@ def window_rep_attention(
     pad_kv: Tensor | None = None,
     norm_eps: float | None = None,
     residual: bool = False,
+    norm: str = "layer",
     roll_first: bool = False,
     packed: Tensor | None = None,
     backend: Backend = "auto",
@@ -51,6 +52,7 @@ def window_rep_attention(
         window, shift: tokens, one number or (height, width); 0 ≤ shift < window.
         pad_kv: needed when a norm's affine is folded into w_qkv, b_qkv: see ``reparam.attention.pad_kv_vector``.
         residual: add x (needs C_out = C).
+        norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         roll_first: roll before padding, as timm does; False pads first, as Swin's detection code does.
         packed: the weights packed by :meth:`WindowRepAttention.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
@@ -67,6 +69,7 @@ def window_rep_attention(
         "window": list(window),
         "shift": list(shift),
         "residual": residual,
+        "norm": norm,
         "roll_first": roll_first,
     }
     operator = torch.ops.repavit_ops.window_rep_attention
@@ -91,7 +94,7 @@ def window_rep_attention(
         _check.shape("pad_kv", pad_kv, num_heads * (d_qk + d_v))
     if residual and w_proj.shape[0] != x.shape[3]:
         raise ValueError(f"residual: x has {x.shape[3]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
-    _check.norm(norm_eps)
+    _check.norm(norm_eps, norm)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
     _check.packed(x, packed)
 
