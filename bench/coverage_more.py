@@ -113,6 +113,8 @@ WHOLE_ROWS = {
         time_stride=10,
         patch_size=16,
     ),
+    "AIMv2": hf("Aimv2VisionModel", "Aimv2VisionConfig"),
+    "DINOv2 giant's FFN": hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
     "ViViT": hf(
         "VivitModel", inputs=_video, num_frames=4, without=("patch_size",), tubelet_size=lambda p: [2, *_patch_pair(p)]
     ),
@@ -274,7 +276,6 @@ FFN_ROWS = {
         patch_size=8,
     ),
     "MLCD": hf("MLCDVisionModel", "MLCDVisionConfig", num_attention_heads=4, fuses=FFN, skipped=(ROPE,)),
-    "AIMv2": hf("Aimv2VisionModel", "Aimv2VisionConfig", fuses=FFN, skipped=(GATED,)),
     "MGP-STR": hf("MgpstrModel", image_size=_pairs, fuses=FFN, skipped=("attention maps",), **MLP_RATIO),
     "Llama 4 vision": hf(
         *("Llama4VisionModel", "Llama4VisionConfig"),
@@ -285,6 +286,18 @@ FFN_ROWS = {
         projector_output_dim=48,
         fuses=FFN,
         skipped=(ROPE, "no operator"),
+    ),
+    "Qwen2.5-VL": made(
+        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+        *("qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig", _flat_patches(14), FFN, (ROPE,)),
+        **{"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64},
+        fullatt_block_indexes=[1],
+    ),
+    "Pixtral": hf(
+        *("PixtralVisionModel", "PixtralVisionConfig"),
+        inputs=lambda p: ((seeded(1, 3, _side(p), _side(p)),), {"image_sizes": torch.tensor([[_side(p)] * 2])}),
+        fuses=FFN,
+        skipped=(ROPE,),
     ),
     "Qwen2-VL": made(
         "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
@@ -359,18 +372,6 @@ FFN_ROWS = {
 NOTHING_ROWS = {
     "SegFormer": made(*("SegformerModel", "SegformerConfig", _side_64(), NOTHING, (REDUCED, CONVOLUTION)), **STAGES),
     "PVTv2": made(*("PvtV2Model", "PvtV2Config", _side_64(), NOTHING, (REDUCED, CONVOLUTION)), image_size=64, **STAGES),
-    "Qwen2.5-VL": made(
-        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
-        *("qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig", _flat_patches(14), NOTHING, (ROPE, GATED)),
-        **{"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64},
-        fullatt_block_indexes=[1],
-    ),
-    "Pixtral": hf(
-        *("PixtralVisionModel", "PixtralVisionConfig"),
-        inputs=lambda p: ((seeded(1, 3, _side(p), _side(p)),), {"image_sizes": torch.tensor([[_side(p)] * 2])}),
-        fuses=NOTHING,
-        skipped=(ROPE, GATED),
-    ),
 }
 
 

@@ -36,7 +36,15 @@ def partial_gelu_ffn(x: Shape, w_in: Shape, b_in: Any, w_out: Shape, w_merged: S
 
 
 def gated_ffn(
-    x: Shape, w_gate: Shape, b_gate: Any, w_up: Shape, b_up: Any, w_out: Shape, w_merged: Shape | None, *_: Any, **__: Any
+    x: Shape,
+    w_gate: Shape,
+    b_gate: Any,
+    w_up: Shape,
+    b_up: Any,
+    w_out: Shape,
+    w_merged: Shape | None,
+    *_: Any,
+    **__: Any,
 ) -> int:
     rows = math.prod(x[:-1])
     return sum(_linear(rows, w) for w in (w_gate, w_up, w_out, w_merged) if w is not None)

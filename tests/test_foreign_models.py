@@ -25,6 +25,10 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
+# whose own softmax (GIT) or RMSNorm is in float32 always
+FLOAT32_INSIDE = ("GIT", "AIMv2", "Qwen2.5-VL")
+
+
 @pytest.fixture(autouse=True)
 def libraries(request, torchvision_stub):
     """The library of a test's row, or a visible skip."""
@@ -64,7 +68,7 @@ def test_folds_are_exact_and_fused_models_copy_pickle_and_fuse_again(name):
     fused = repavit_ops.fuse(model)
     ours = run(fused, args, kwargs, torch.float64)
     for a, b in zip(ours, expected, strict=True):
-        close = 1e-6 if name == "GIT" else 1e-10  # GIT's own softmax is in float32 always
+        close = 2e-6 if name in FLOAT32_INSIDE else 1e-10
         torch.testing.assert_close(a, b, rtol=close, atol=close)
     again = [copy.deepcopy(fused), repavit_ops.fuse(fused)]
     if not any(m._forward_hooks for m in fused.modules()):  # recorders of transformers cannot be pickled

@@ -21,6 +21,7 @@ from ..nn import (
     Block,
     ChannelIdleFFN,
     DeployedShapeFFN,
+    GatedFFN,
     JoinedBranchAttention,
     JoinedBranchFFN,
     PartialGELUFFN,
@@ -38,7 +39,7 @@ from ..nn.joined_branch_attention import BypassedAttention
 
 Arguments = dict[str, Any]
 BRANCH = ("residual", "skip_lam", "drop_path")  # attributes that are arguments of every ResidualBranch
-FUSED_ATTENTION = ("dim", "num_heads", "d_qk", "d_v", "scale", "norm_eps", "residual", "backend")
+FUSED_ATTENTION = ("dim", "num_heads", "d_qk", "d_v", "scale", "norm_eps", "residual", "norm", "backend")
 
 
 class Kind(NamedTuple):
@@ -333,8 +334,14 @@ KINDS: dict[type[nn.Module], Kind] = {
         build=_bypassed,
     ),
     PartialGELUFFN: Kind(
-        _attributes("dim", "act_channels", "norm_eps", "residual", "approximate", "backend"),
+        _attributes("dim", "act_channels", "norm_eps", "residual", "norm", "approximate", "backend"),
         optional=("b_in", "w_merged", "bias"),
+    ),
+    GatedFFN: Kind(
+        _attributes(
+            *("dim", "act_channels", "activation", "norm_eps", "inner_norm_eps", "residual", "norm", "backend")
+        ),
+        optional=("b_gate", "b_up", "w_merged", "bias"),
     ),
     RepAttention: Kind(
         _attributes(

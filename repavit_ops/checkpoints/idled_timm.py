@@ -14,7 +14,7 @@ from .files import Checkpoint, write_checkpoint
 
 LAYOUT = "timm"
 READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-SETTINGS = ("dim", "act_channels", "norm_eps", "approximate")
+SETTINGS = ("dim", "act_channels", "norm_eps", "norm", "approximate")
 
 
 def save_idled(model: nn.Module, path: str | os.PathLike[str], timm_name: str, **arguments: Any) -> None:

@@ -23,6 +23,7 @@ from ..nn import Block, PartialGELUFFN
 from ..nn.foreign_block import OpenBranch
 from ..nn.stand_in import is_stand_in, standing_in
 from .folding import (
+    AnyFFNParts,
     AttentionParts,
     FFNParts,
     WindowParts,
@@ -42,7 +43,7 @@ class WholeBlock(NamedTuple):
     """
 
     attn: AttentionParts
-    mlp: FFNParts
+    mlp: AnyFFNParts
     call: type[Block]
     attributes: Mapping[str, Any] = {}
 
@@ -54,7 +55,7 @@ class WindowBlock(NamedTuple):
     """
 
     attn: WindowParts
-    mlp: OpenBranch | FFNParts
+    mlp: OpenBranch | AnyFFNParts
     call: type[Block]
     attributes: Mapping[str, Any] = {}
 
@@ -64,9 +65,10 @@ class Described:
     """How the modules of one class are read.
 
     Args:
-        parts: a module → its parts: :class:`AttentionParts`, :class:`FFNParts` (both without norm and shortcut),
-            :class:`WholeBlock`, :class:`WindowBlock`, or for a block of two halves the :class:`repavit_ops.nn.Block`
-            of two :class:`OpenBranch` that takes its place, under the signature that callers know.
+        parts: a module → its parts: :class:`AttentionParts`, :class:`FFNParts` or :class:`.folding.GatedFFNParts` (all
+            without norm and shortcut), :class:`WholeBlock`, :class:`WindowBlock`, or for a block of two halves the
+            :class:`repavit_ops.nn.Block` of two :class:`OpenBranch` that takes its place, under the signature that
+            callers know.
         holds: names of the children, parameters and attributes that the description knows and that must be there.
         may_hold: names that it knows too and that may be missing.
         refuses: names that may be missing, None or the identity; of anything else the reason against it.
@@ -131,7 +133,8 @@ class Family:
         library: the name that users import.
         oldest: the oldest version that the descriptions were tested with; older ones are skipped with that reason.
         ready: whether the library is loaded far enough that its classes stand under their dotted names.
-        attentions, ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts are.
+        attentions, ffns, gated_ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts
+            are.
         ffns_apart: names of fc1, the activation and fc2 in classes whose forward has an FFN spread over modules; fc1's
             and fc2's own modules become the fused FFN and the identity.
         refused: classes that are attentions or FFNs which no operator computes, and why not.
@@ -150,6 +153,7 @@ class Family:
     ready: Callable[[], bool] = lambda: True
     attentions: Mapping[str, Described] = field(default_factory=dict)
     ffns: Mapping[str, Described] = field(default_factory=dict)
+    gated_ffns: Mapping[str, Described] = field(default_factory=dict)
     blocks: Mapping[str, Described] = field(default_factory=dict)
     whole_blocks: Mapping[str, Described] = field(default_factory=dict)
     window_blocks: Mapping[str, Described] = field(default_factory=dict)
@@ -187,7 +191,15 @@ class Family:
         return forget
 
     def known(self) -> Iterable[str]:
-        tables = (self.attentions, self.ffns, self.blocks, self.whole_blocks, self.window_blocks, self.ffns_apart)
+        tables = (
+            self.attentions,
+            self.ffns,
+            self.gated_ffns,
+            self.blocks,
+            self.whole_blocks,
+            self.window_blocks,
+            self.ffns_apart,
+        )
         return [name for table in tables for name in table]
 
     def meaning_for(self, cls: type[nn.Module]) -> Meaning | None:
@@ -213,6 +225,7 @@ class Family:
         for kind, table, make in (
             ("rep_attention", self.attentions, self._body_rule),
             ("partial_gelu_ffn", self.ffns, self._body_rule),
+            ("gated_ffn", self.gated_ffns, self._body_rule),
             ("block", self.blocks, self._block_rule),
             ("block", self.whole_blocks, self._whole_rule),
             ("window_rep_attention", self.window_blocks, self._window_rule),
@@ -235,8 +248,12 @@ class Family:
             return described.oddity(module, self.library) or reason_against(described.parts(module))
 
         def fold(module: nn.Module, backend: Backend) -> nn.Module:
-            parts: AttentionParts | FFNParts = described.parts(module)
-            fused = fold_ffn(parts, backend) if isinstance(parts, FFNParts) else fold_attention(parts, backend)
+            parts: AttentionParts | AnyFFNParts = described.parts(module)
+            fused: nn.Module
+            if isinstance(parts, AttentionParts):
+                fused = fold_attention(parts, backend)
+            else:
+                fused = fold_ffn(parts, backend)
             return described.alone(fused, module)
 
         return Rule(kind, reason, fold, parts=described.parts)
@@ -298,12 +315,12 @@ class Family:
             if (oddity := described.oddity(block, self.library)) is not None:
                 return oddity
             parts: WindowBlock = described.parts(block)
-            against = reason_against(parts.mlp) if isinstance(parts.mlp, FFNParts) else None
+            against = None if isinstance(parts.mlp, OpenBranch) else reason_against(parts.mlp)
             return reason_against(parts.attn) or against
 
         def fold(block: nn.Module, backend: Backend) -> nn.Module:
             parts: WindowBlock = described.parts(block)
-            mlp = fold_ffn(parts.mlp, backend) if isinstance(parts.mlp, FFNParts) else parts.mlp
+            mlp = parts.mlp if isinstance(parts.mlp, OpenBranch) else fold_ffn(parts.mlp, backend)
             made = parts.call(fold_window_attention(parts.attn, backend), mlp)
             vars(made).update(parts.attributes)
             return described.closed(block, made)

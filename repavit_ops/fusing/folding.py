@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from .. import reparam
 from ..backends import Backend
-from ..nn import Attention, PartialGELUFFN, QuickGELU, RepAttention, RepBN, TokenBatchNorm, WindowRepAttention
+from ..nn import (
+    Attention,
+    GatedFFN,
+    PartialGELUFFN,
+    QuickGELU,
+    RepAttention,
+    RepBN,
+    TokenBatchNorm,
+    WindowRepAttention,
+)
 from ..nn.channel_idle_ffn import affine_of
 from ..nn.foreign_block import BiasedAttention
 from ..reparam import Affine, AttentionWeights
@@ -67,27 +76,65 @@ class FFNParts:
     residual: bool = False
 
 
+@dataclass(frozen=True)
+class GatedFFNParts:
+    """``x + output_scale · out(inner_norm(act(gate(z)) ∘ up(z)))``, z = norm(x); without the rest the FFN alone."""
+
+    gate: nn.Module
+    up: nn.Module
+    act: nn.Module
+    out: nn.Module
+    inner_norm: nn.Module = field(default_factory=nn.Identity)
+    norm: nn.Module = field(default_factory=nn.Identity)
+    output_scale: Tensor | float | None = None
+    residual: bool = False
+
+
+AnyFFNParts = FFNParts | GatedFFNParts
+
+
 # --- what cannot be folded, and why -----------------------------------------------------------------------------------
 
 
-def reason_against(parts: AttentionParts | WindowParts | FFNParts) -> str | None:
+def reason_against(parts: AttentionParts | WindowParts | AnyFFNParts) -> str | None:
     """Why a sub-block of these parts cannot be fused, in one line; None if it can."""
     if isinstance(parts, WindowParts):
         parts = parts.attention
-    linears = (parts.fc1, parts.fc2) if isinstance(parts, FFNParts) else (*_projections(parts), parts.proj)
+    linears = _linears(parts)
     for part in linears:
         if type(part) is not nn.Linear:
             return f"a projection is {_named(type(part))}, wanted nn.Linear (merge adapters or dequantise first)"
-    if type(parts.norm) not in (nn.Identity, nn.LayerNorm):
-        return f"its norm {type(parts.norm).__name__} has no fold (LayerNorm has; BatchNorm folds in reparameterize)"
-    if isinstance(parts.norm, nn.LayerNorm) and len(parts.norm.normalized_shape) != 1:
-        return f"its LayerNorm spans {len(parts.norm.normalized_shape)} dimensions; only the last can be fused"
+    if type(parts.norm) not in (nn.Identity, *NORMS):
+        name = type(parts.norm).__name__
+        return f"its norm {name} has no fold (LayerNorm and RMSNorm have; BatchNorm folds in reparameterize)"
+    inner = parts.inner_norm if isinstance(parts, GatedFFNParts) else nn.Identity()
+    if type(inner) not in (nn.Identity, nn.LayerNorm):
+        return f"the norm behind its gate is {type(inner).__name__}; only LayerNorm can be fused"
+    for norm in (parts.norm, inner):
+        if isinstance(norm, NORMS) and len(norm.normalized_shape) != 1:
+            return (
+                f"its {type(norm).__name__} spans {len(norm.normalized_shape)} dimensions; only the last can be fused"
+            )
     if isinstance(parts, FFNParts) and gelu_variant(parts.act) is None:
         return f"its activation is {type(parts.act).__name__}; only GELU (erf, tanh or quick) can be fused"
+    if isinstance(parts, GatedFFNParts) and gate_variant(parts.act) is None:
+        return f"its gate is {type(parts.act).__name__}; only SiLU and GELU (erf, tanh or quick) can be fused"
     dim, dim_out = linears[0], linears[-1]
-    if dim.in_features != dim_out.out_features and (parts.residual or isinstance(parts, FFNParts)):
+    if dim.in_features != dim_out.out_features and (parts.residual or not isinstance(parts, AttentionParts)):
         return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
     return None
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)  # whose cores stay, inside the operators
+
+
+def _linears(parts: AttentionParts | AnyFFNParts) -> tuple[Any, ...]:
+    """The projections in order."""
+    if isinstance(parts, FFNParts):
+        return parts.fc1, parts.fc2
+    if isinstance(parts, GatedFFNParts):
+        return parts.gate, parts.up, parts.out
+    return *_projections(parts), parts.proj
 
 
 def _named(cls: type) -> str:
@@ -109,6 +156,22 @@ def layer_norm(norm: Any) -> nn.LayerNorm:
     return made
 
 
+def rms_norm(norm: Any, eps: float) -> nn.RMSNorm:
+    """An ``nn.RMSNorm`` on the weight of another library's own."""
+    made = nn.RMSNorm(norm.weight.shape, eps, elementwise_affine=False)
+    made.weight = norm.weight
+    return made
+
+
+def halves_of(packed: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The two projections that one Linear holds, one above the other; itself twice where it is no plain Linear."""
+    if type(packed) is not nn.Linear:
+        return packed, packed
+    biases = (None, None) if packed.bias is None else packed.bias.chunk(2)
+    first, second = (linear(w, b) for w, b in zip(packed.weight.chunk(2), biases, strict=True))
+    return first, second
+
+
 def _projections(parts: AttentionParts) -> tuple[nn.Module, ...]:
     return parts.qkv if isinstance(parts.qkv, tuple) else (parts.qkv,)
 
@@ -120,12 +183,20 @@ def gelu_variant(act: nn.Module) -> str | None:
     return act.approximate if type(act) is nn.GELU else None
 
 
+def gate_variant(act: nn.Module) -> str | None:
+    """The gate as ``activation`` names it; None for any other."""
+    if type(act) is nn.SiLU:
+        return "silu"
+    form = gelu_variant(act)
+    return None if form is None else {"none": "gelu"}.get(form, f"gelu_{form}")
+
+
 # --- parts → fused module ---------------------------------------------------------------------------------------------
 
 
 def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | BiasedAttention:
     """Every fold of the attention algebra; the LayerNorm core and the shortcut stay, inside the operator."""
-    affine, norm_eps = _norm_fold(parts.norm)
+    affine, norm = _norm_fold(parts.norm)
     weights = _folded(_weights_of(parts), affine, parts.output_scale, parts.keep_v_bias)
     fused = RepAttention(
         weights.w_qkv.shape[1],
@@ -134,7 +205,7 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | Bi
         d_v=weights.d_v,
         dim_out=weights.w_proj.shape[0],
         scale=weights.scale,
-        norm_eps=norm_eps,
+        **norm,
         residual=parts.residual,
         backend=backend,
         device="meta",
@@ -148,7 +219,7 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | Bi
 
 def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAttention:
     """As :func:`fold_attention`; padded tokens keep the K and V they had before the norm's affine was folded."""
-    affine, norm_eps = _norm_fold(parts.attention.norm)
+    affine, norm = _norm_fold(parts.attention.norm)
     original = _weights_of(parts.attention)
     weights = _folded(original, affine, parts.attention.output_scale)
     fused = WindowRepAttention(
@@ -159,7 +230,7 @@ def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAtte
         d_qk=weights.d_qk,
         d_v=weights.d_v,
         scale=weights.scale,
-        norm_eps=norm_eps,
+        **norm,
         residual=parts.attention.residual,
         padding=affine is not None,
         roll_first=parts.roll_first,
@@ -176,9 +247,11 @@ def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAtte
     return _filled(fused, weights, dtype)
 
 
-def fold_ffn(parts: FFNParts, backend: Backend) -> PartialGELUFFN:
+def fold_ffn(parts: AnyFFNParts, backend: Backend) -> PartialGELUFFN | GatedFFN:
     """A vanilla FFN is a channel-idle one with every channel active."""
-    affine, norm_eps = _norm_fold(parts.norm)
+    if isinstance(parts, GatedFFNParts):
+        return _fold_gated_ffn(parts, backend)
+    affine, norm = _norm_fold(parts.norm)
     fc1, fc2 = parts.fc1, parts.fc2
     assert isinstance(fc1, nn.Linear)
     assert isinstance(fc2, nn.Linear)
@@ -195,19 +268,54 @@ def fold_ffn(parts: FFNParts, backend: Backend) -> PartialGELUFFN:
     return PartialGELUFFN.from_merged(
         merged,
         dtype=fc1.weight.dtype,
-        norm_eps=norm_eps,
+        **norm,
         approximate=gelu_variant(parts.act) or "none",
         backend=backend,
     )
 
 
-def _norm_fold(norm: nn.Module) -> tuple[Affine | None, float | None]:
-    """The affine that folds into the next matrix (None: none), and the eps of the core that stays (None: no norm)."""
+def _fold_gated_ffn(parts: GatedFFNParts, backend: Backend) -> GatedFFN:
+    affine, norm = _norm_fold(parts.norm)
+    inner, inner_norm = _norm_fold(parts.inner_norm)
+    gate, up, out = _linears(parts)
+    merged = reparam.merge_gated_ffn(
+        gate.weight,
+        gate.bias,
+        up.weight,
+        up.bias,
+        out.weight,
+        out.bias,
+        input_affine=affine,
+        inner_affine=inner,
+        output_scale=parts.output_scale,
+        shortcut=parts.residual,
+    )
+    return GatedFFN.from_merged(
+        merged,
+        dtype=out.weight.dtype,
+        activation=gate_variant(parts.act) or "silu",
+        **norm,
+        inner_norm_eps=inner_norm.get("norm_eps"),
+        backend=backend,
+    )
+
+
+def _norm_fold(norm: nn.Module) -> tuple[Affine | None, dict[str, Any]]:
+    """The affine that folds into the next matrix (None: none), and arguments for the core that stays (none: no norm).
+
+    An ``nn.RMSNorm`` without an eps takes the spacing of the numbers that it computes in: float32 unless it is float64.
+    """
+    if isinstance(norm, nn.RMSNorm):
+        if (eps := norm.eps) is None:
+            double = norm.weight is not None and norm.weight.dtype == torch.float64
+            eps = torch.finfo(torch.float64 if double else torch.float32).eps
+        affine = None if norm.weight is None else reparam.layernorm_affine(norm.weight, None)
+        return affine, {"norm_eps": eps, "norm": "rms"}
     if not isinstance(norm, nn.LayerNorm):
-        return None, None
+        return None, {}
     if norm.weight is None:
-        return None, norm.eps
-    return reparam.layernorm_affine(norm.weight, norm.bias), norm.eps
+        return None, {"norm_eps": norm.eps}
+    return reparam.layernorm_affine(norm.weight, norm.bias), {"norm_eps": norm.eps}
 
 
 def _weights_of(parts: AttentionParts) -> AttentionWeights:

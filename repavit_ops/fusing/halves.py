@@ -9,7 +9,7 @@ from torch import nn
 from ..backends import Backend
 from ..nn.foreign_block import BiasedAttention, ChannelScale, MaskedAttention, OpenBranch
 from ..nn.packed_weights import PackedWeights
-from .folding import AttentionParts, FFNParts, fold_attention, fold_ffn, reason_against
+from .folding import AnyFFNParts, AttentionParts, fold_attention, fold_ffn, reason_against
 from .rules import Rule, can_fuse, plain, rule_of
 
 
@@ -25,18 +25,18 @@ def _reason(branch: OpenBranch) -> str | None:
     return rule.can_fuse(branch.body) or reason_against(_parts(branch))
 
 
-def _parts(branch: OpenBranch) -> AttentionParts | FFNParts:
+def _parts(branch: OpenBranch) -> AttentionParts | AnyFFNParts:
     rule = rule_of(branch.body)
     assert rule is not None
     assert rule.parts is not None
     scales = [scale.gamma for after in branch.after if isinstance(scale := plain(after), ChannelScale)]
-    found: AttentionParts | FFNParts = rule.parts(branch.body)
+    found: AttentionParts | AnyFFNParts = rule.parts(branch.body)
     return replace(found, norm=plain(branch.norm), output_scale=scales[0] if scales else None, residual=True)
 
 
 def _fold(branch: OpenBranch, backend: Backend) -> nn.Module:
     parts = _parts(branch)
-    return fold_ffn(parts, backend) if isinstance(parts, FFNParts) else fold_attention(parts, backend)
+    return fold_attention(parts, backend) if isinstance(parts, AttentionParts) else fold_ffn(parts, backend)
 
 
 HALF = Rule("branch", _reason, _fold)

@@ -40,4 +40,4 @@ def _is_ffn(module: nn.Module) -> bool:
     if rule is None:
         return True
     holds_ffn = hasattr(module, "mlp")  # timm's Swin block, whose rule is attention's
-    return rule.kind in ("partial_gelu_ffn", "block") or holds_ffn
+    return rule.kind in ("partial_gelu_ffn", "gated_ffn", "block") or holds_ffn

@@ -148,7 +148,7 @@ def _note(module: PackedWeights) -> str:
         if reparam.merging_adds_work(module.hidden, m, module.dim):
             notes.append(f"merging {idle} idle channels (<= C/2) into a C x C matrix adds work")
     if module.norm_eps is not None:
-        notes.append("LayerNorm core kept")
+        notes.append(f"{'RMSNorm' if module.norm == 'rms' else 'LayerNorm'} core kept")
     if module.residual:
         notes.append("shortcut in the epilogue")
     return ", ".join(notes)

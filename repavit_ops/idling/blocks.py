@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..fusing import fusion_report
 from ..fusing.opening import open_ffns
 from ..models.swin import SwinBlock
-from ..nn import Block, PartialGELUFFN
+from ..nn import Block, GatedFFN, PartialGELUFFN
 
 FFN_LIKE = re.compile(r"mlp|ffn|glu", re.IGNORECASE)  # class names of what takes an FFN's place
 
@@ -42,20 +42,20 @@ def open_blocks(model: nn.Module, only: Collection[str] | None = None) -> tuple[
     sites = [Site(name, block, ffn) for name, block in blocks if (ffn := _vanilla(block.mlp)) is not None]
     if only is not None:
         return opened, [site for site in sites if site.name in only]
-    skipped = [entry for entry in fusion_report(opened).skipped if FFN_LIKE.search(entry.kind)]
+    skipped = [f"{e.name}: {e.note}" for e in fusion_report(opened).skipped if FFN_LIKE.search(e.kind)]
+    skipped += [f"{name}.mlp: it is gated" for name, block in blocks if isinstance(block.mlp, GatedFFN)]
     if skipped:
-        listed = "; ".join(f"{entry.name}: {entry.note}" for entry in skipped)
-        raise ValueError(f"model: got FFNs that cannot be idled: {listed}")
+        raise ValueError(f"model: got FFNs that cannot be idled: {'; '.join(skipped)}")
     if not sites:
         raise ValueError(
-            f"model: got a {type(model).__name__} without a block x + FFN(LayerNorm(x)) that repavit_ops knows "
+            f"model: got a {type(model).__name__} without a block x + FFN(norm(x)) that repavit_ops knows "
             "(fusion_report(model) lists what it sees); wanted a pretrained ViT or Swin"
         )
     return opened, sites
 
 
 def _vanilla(ffn: nn.Module) -> PartialGELUFFN | None:
-    """The FFN if it is ``x + FFN(LayerNorm(x))`` with every hidden channel active."""
+    """The FFN if it is ``x + FFN(norm(x))`` with every hidden channel active."""
     if not isinstance(ffn, PartialGELUFFN) or ffn.norm_eps is None or not ffn.residual or ffn.act_channels == 0:
         return None
     return ffn if ffn.w_merged is None else None

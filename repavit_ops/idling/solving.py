@@ -68,7 +68,7 @@ def goal_of(ffn: PartialGELUFFN, tokens: Tokens) -> Tensor:
 
 def features_of(ffn: PartialGELUFFN, x: Tensor) -> Tensor:
     """``[GELU(h) of every hidden channel, n(x), 1]`` of the FFN's input x: [..., hidden + C + 1]."""
-    n = F.layer_norm(x, (ffn.dim,), eps=ffn.norm_eps or 0.0)
+    n = reference.normed(x, ffn.norm_eps or 0.0, ffn.norm)
     h = reference.gelu(F.linear(n, ffn.w_in, ffn.b_in), ffn.approximate)
     return torch.cat((h, n, n.new_ones((*n.shape[:-1], 1))), dim=-1)
 
@@ -135,6 +135,7 @@ def deployed(ffn: PartialGELUFFN, active: Tensor, solution: Tensor) -> PartialGE
         merged,
         dtype=ffn.w_in.dtype,
         norm_eps=ffn.norm_eps,
+        norm=ffn.norm,
         approximate=ffn.approximate,
         hidden=ffn.hidden or ffn.act_channels,
     )

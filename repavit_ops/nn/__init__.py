@@ -6,6 +6,7 @@ from .channel_idle_ffn import ChannelIdleFFN
 from .conv_relu import ConvReLU2d
 from .deployed_shape_ffn import DeployedShapeFFN
 from .ffn import FFN
+from .gated_ffn import GatedFFN
 from .join import set_join
 from .join_schedule import JoinSchedule
 from .joined_branch_attention import JoinedBranchAttention
@@ -26,6 +27,7 @@ __all__ = [
     "ChannelIdleFFN",
     "ConvReLU2d",
     "DeployedShapeFFN",
+    "GatedFFN",
     "JoinSchedule",
     "JoinedBranchAttention",
     "JoinedBranchFFN",

@@ -21,9 +21,10 @@ from .symbolic import call_of, is_proxy
 class PartialGELUFFN(PackedWeights):
     """Deployed channel-idle FFN: ``gelu(z W_inᵀ + b_in) W_outᵀ + z W_mergedᵀ + bias`` (RePaViT, eq. 6).
 
-    z is x, or its LayerNorm or RMSNorm core when ``norm_eps`` is given. Also a vanilla FFN (``merged=False``, ``norm_eps``,
-    ``residual=True``) and, with ``act_channels=0``, the purely linear layer of θ = 1. With ``backend="reference"`` it
-    is plain PyTorch, which is what :func:`repavit_ops.reparameterize` returns; :func:`repavit_ops.fuse` sets kernels.
+    z is x, or its LayerNorm or RMSNorm core when ``norm_eps`` is given. Also a vanilla FFN (``merged=False``,
+    ``norm_eps``, ``residual=True``) and, with ``act_channels=0``, the purely linear layer of θ = 1. With
+    ``backend="reference"`` it is plain PyTorch, which is what :func:`repavit_ops.reparameterize` returns;
+    :func:`repavit_ops.fuse` sets kernels.
 
     Shapes:
         x         [..., dim]   fp32 | bf16 | fp16 | fp64

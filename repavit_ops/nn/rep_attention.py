@@ -19,8 +19,8 @@ from .symbolic import call_of, is_proxy
 class RepAttention(PackedWeights):
     """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
 
-    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core when ``norm_eps`` is given. The folds of
-    :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core when ``norm_eps`` is given. The
+    folds of :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
 
     Shapes:
         x          [B, T, dim]                     fp32 | bf16 | fp16 | fp64

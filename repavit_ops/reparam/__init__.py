@@ -6,6 +6,7 @@ until `cast` copies them. Everything is differentiable: call it under ``torch.no
 
     affine       norms as per-channel maps, folded into the Linear behind or in front of them
     ffn          channel-idle FFN → two thin projections and one C x C matrix
+    gated_ffn    SwiGLU and its relatives; channels that skip their gate
     attention    what moves out of a softmax attention; keys and values of padded window tokens
     join         parallel branches → one branch
 """
@@ -43,6 +44,7 @@ from .ffn import (
     merging_adds_work,
     unfold_identity,
 )
+from .gated_ffn import MergedGatedFFN, merge_gated_ffn
 from .join import (
     AttentionBranch,
     FFNBranch,
@@ -61,6 +63,7 @@ __all__ = [
     "FFNBranch",
     "MergedAttention",
     "MergedFFN",
+    "MergedGatedFFN",
     "active_channels",
     "attention_weights",
     "batchnorm_affine",
@@ -83,6 +86,7 @@ __all__ = [
     "merge_attention_bypass",
     "merge_channel_idle_ffn",
     "merge_ffn_bypass",
+    "merge_gated_ffn",
     "merging_adds_work",
     "move_v_bias",
     "pad_kv_vector",

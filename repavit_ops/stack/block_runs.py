@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import stack_plan
-from ..nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
+from ..nn import Block, GatedFFN, PartialGELUFFN, RepAttention, WindowRepAttention
 from ..nn.foreign_block import FixedWindowBlock, MaskedBlock
 from ..nn.foreign_signatures import SignatureBlock
 from ..nn.plain_call import why_not_plain
@@ -16,7 +16,7 @@ from ..nn.recorders import acts
 from ..nn.stand_in import own_class
 from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
 
-STEPS = (PartialGELUFFN, RepAttention, WindowRepAttention)
+STEPS = (PartialGELUFFN, GatedFFN, RepAttention, WindowRepAttention)
 # called with x alone these are mlp(attn(x))
 BLOCKS = (Block, MaskedBlock, FixedWindowBlock)
 

@@ -11,7 +11,7 @@ from ...backends import Backend
 from ...models.lvvit import ConvStem, FusedConvStem
 from ...models.patch_embed import PatchEmbed
 from ...models.swin import PatchMerging, SwinBlock, SwinPatchEmbed
-from ...nn import FFN, Attention, Block, PartialGELUFFN, RepAttention, WindowRepAttention
+from ...nn import FFN, Attention, Block, GatedFFN, PartialGELUFFN, RepAttention, WindowRepAttention
 from ...nn.foreign_block import OpenBranch
 from ...nn.foreign_signatures import FirstOfTuple
 from ...nn.packed_weights import PackedWeights
@@ -82,6 +82,7 @@ RULES: dict[type[nn.Module], Rule] = {
     OpenBranch: HALF,
     FirstOfTuple: HALF,
     PartialGELUFFN: _fused_already("partial_gelu_ffn"),
+    GatedFFN: _fused_already("gated_ffn"),
     RepAttention: _fused_already("rep_attention"),
     WindowRepAttention: _fused_already("window_rep_attention"),
 }

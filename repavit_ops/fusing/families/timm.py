@@ -19,7 +19,7 @@ from ...nn.foreign_block import (
     OpenBranch,
 )
 from ..family import Described, Family, WindowBlock
-from ..folding import AttentionParts, FFNParts, WindowParts, layer_norm, linear
+from ..folding import AttentionParts, FFNParts, GatedFFNParts, WindowParts, halves_of, layer_norm, linear, rms_norm
 from ..patches import MergingParts
 from ..rules import plain
 
@@ -69,6 +69,24 @@ MLP = Described(
     lambda mlp: FFNParts(mlp.fc1, plain(mlp.act), mlp.fc2),
     holds=("fc1", "act", "drop1", "fc2", "drop2"),
     refuses={"norm": "a norm stands between activation and fc2"},
+)
+
+
+def _packed_gate(mlp: Any) -> GatedFFNParts:
+    """Gate and values in one projection, either above the other."""
+    first, second = halves_of(mlp.fc1)
+    gate, up = (second, first) if mlp.gate_last else (first, second)
+    return GatedFFNParts(gate, up, plain(mlp.act), mlp.fc2, inner_norm=plain(mlp.norm))
+
+
+GLU_MLP = Described(
+    _packed_gate,
+    holds=("fc1", "act", "drop1", "norm", "fc2", "drop2", "gate_last", "chunk_dim"),
+    unless=lambda mlp: None if mlp.chunk_dim == -1 else "its layers are convolutions; only nn.Linear can be fused",
+)
+SWIGLU = Described(
+    lambda mlp: GatedFFNParts(mlp.fc1_g, mlp.fc1_x, plain(mlp.act), mlp.fc2, inner_norm=plain(mlp.norm)),
+    holds=("fc1_g", "fc1_x", "act", "drop1", "norm", "fc2", "drop2"),
 )
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -147,7 +165,7 @@ def _layer_scale(scale: Any) -> nn.Module:
 
 
 TURNED = "rotary position embeddings turn q and k in between"
-GATED = "a gated FFN multiplies two projections; only fc1 → GELU → fc2 can be fused"
+SPATIAL_GATE = "its gate is a layer over all tokens"
 POOLING = "attention pooling: its queries are not the tokens"
 COSINE = "cosine attention normalises q and k in between"
 PARALLEL = "attention and FFN run in parallel on one projection"
@@ -161,6 +179,7 @@ TIMM = Family(
         "timm.models.vision_transformer.Attention": ATTENTION,  # up to some 1.0.x the class is that module's own
     },
     ffns={"timm.layers.Mlp": MLP},
+    gated_ffns={"timm.layers.GluMlp": GLU_MLP, "timm.layers.SwiGLU": SWIGLU},
     blocks={
         "timm.models.vision_transformer.Block": VIT_BLOCK,
         "timm.models.vision_transformer_relpos.RelPosBlock": RELATIVE_BLOCK,
@@ -176,9 +195,7 @@ TIMM = Family(
         "timm.layers.AttentionPoolPrr": POOLING,
         "timm.models.cait.TalkingHeadAttn": "talking heads: its heads are mixed before and after the softmax",
         "timm.models.cait.ClassAttn": "class attention: the class token alone asks",
-        "timm.layers.GluMlp": GATED,
-        "timm.layers.SwiGLU": GATED,
-        "timm.layers.GatedMlp": GATED,
+        "timm.layers.GatedMlp": SPATIAL_GATE,
         "timm.layers.GlobalResponseNormMlp": "a norm over all tokens stands between activation and fc2",
         "timm.layers.ConvMlp": "its layers are convolutions; only nn.Linear can be fused",
         "timm.models.vision_transformer_relpos.RelPosAttention": "relative position biases are added to the scores",
@@ -195,6 +212,8 @@ TIMM = Family(
         "timm.layers.activations.QuickGELU": lambda _: QuickGELU(),
         "timm.layers.LayerNorm": layer_norm,
         "timm.layers.LayerNormFp32": layer_norm,
+        "timm.layers.RmsNorm": lambda norm: rms_norm(norm, norm.eps),
+        "timm.layers.RmsNormFp32": lambda norm: rms_norm(norm, norm.eps),
         "timm.layers.LayerScale": _layer_scale,
         "timm.models.vision_transformer.LayerScale": _layer_scale,
         "timm.layers.DropPath": lambda _: nn.Identity(),

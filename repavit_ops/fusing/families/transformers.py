@@ -13,10 +13,11 @@ from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import TokensMerging
 from ..family import Family
-from ..folding import gelu_variant
+from ..folding import gelu_variant, rms_norm
 from ..patches import MergingParts
 from ..rules import plain
 from .transformers_layers import (
+    AIM_LAYER,
     ATTENTION,
     BEIT_LAYER,
     BLIP2_ATTENTION,
@@ -29,6 +30,7 @@ from .transformers_layers import (
     DONUT_LAYER,
     EAGER_ATTENTION,
     EAGER_LAYER,
+    GATED_MLP,
     GROUPVIT_LAYER,
     INTERNVL_LAYER,
     LW_DETR_LAYER,
@@ -37,6 +39,7 @@ from .transformers_layers import (
     MLP,
     NORMED_HEADS,
     OLDER_LAYER,
+    PACKED_SEQUENCE_BLOCK,
     PIXIO_LAYER,
     RF_DETR_LAYER,
     SWIN_LAYER,
@@ -47,6 +50,7 @@ from .transformers_layers import (
     reset_swin_stage,
 )
 from .transformers_names import (
+    AIM_LIKE,
     BEIT_LIKE,
     BLIP2_LIKE,
     BLIP_LIKE,
@@ -55,15 +59,18 @@ from .transformers_names import (
     EOMT_LIKE,
     FFNS_APART,
     GATED,
+    GATED_MLPS,
     GIT_LIKE,
     INTERNVL_LIKE,
     JANUS_LIKE,
     LW_DETR_LIKE,
     MODELS,
     ONLY_FFN,
+    PACKED_SEQUENCES,
     PIXIO_LIKE,
     REFUSED,
     RF_DETR_LIKE,
+    RMS_NORMS,
     SWIN_LIKE,
     TEXT_LIKE,
     TIPS_LIKE,
@@ -139,10 +146,9 @@ TRANSFORMERS = Family(
     oldest="5.10",  # up to 5.15 without DINOv2, whose parts had other names
     attentions={
         **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, TIPS_LIKE, PIXIO_LIKE, LW_DETR_LIKE, RF_DETR_LIKE, BEIT_LIKE),
-        **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE, TEXT_LIKE, EOMT_LIKE),
+        **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE, TEXT_LIKE, EOMT_LIKE, AIM_LIKE),
         **_classes(ATTN, EAGER_ATTENTION, GIT_LIKE),
         **_classes(ATTN, NORMED_HEADS, INTERNVL_LIKE, JANUS_LIKE),
-        f"{MODELS}aimv2.modeling_aimv2.Aimv2Attention": CLIP_ATTENTION,  # its layer has RMSNorm and a gated FFN
         **_classes(ATTN, BLIP_ATTENTION, BLIP_LIKE),
         **_classes(ATTN, BLIP2_ATTENTION, BLIP2_LIKE),
     },
@@ -152,7 +158,10 @@ TRANSFORMERS = Family(
         **_classes(FFN, mlp_of("fc1", "act", "fc2"), LW_DETR_LIKE),
         **{f"{MODELS}{path}": mlp_of(*names) for path, names in ONLY_FFN.items()},
     },
+    gated_ffns={f"{MODELS}{path}": GATED_MLP for path in GATED_MLPS},
     blocks={
+        **_classes(LAYER, AIM_LAYER, AIM_LIKE),
+        **{f"{MODELS}{path}": PACKED_SEQUENCE_BLOCK for path in PACKED_SEQUENCES},
         **_classes(LAYER, VIT_LAYER, VIT_LIKE),
         **_classes(LAYER, DINO_LAYER, DINO_LIKE, TIPS_LIKE, EOMT_LIKE),
         **_classes(LAYER, PIXIO_LAYER, PIXIO_LIKE),
@@ -198,6 +207,7 @@ TRANSFORMERS = Family(
             BLIP2_LIKE,
             PIXIO_LIKE,
             JANUS_LIKE,
+            AIM_LIKE,
         ),
         f"{MODELS}clap.modeling_clap.ClapAudioStage": "blocks",
         f"{MODELS}groupvit.modeling_groupvit.GroupViTTextEncoder": "layers",
@@ -222,6 +232,8 @@ TRANSFORMERS = Family(
         "transformers.activations.FastGELUActivation": lambda _: nn.GELU("tanh"),  # sqrt(2/pi) to ten digits
         "transformers.activations.AccurateGELUActivation": lambda _: nn.GELU("tanh"),
         "transformers.activations.QuickGELUActivation": lambda _: QuickGELU(),
+        "transformers.activations.SiLUActivation": lambda _: nn.SiLU(),
+        **{f"{MODELS}{path}": lambda norm: rms_norm(norm, norm.variance_epsilon) for path in RMS_NORMS},
         **_named("LayerScale", lambda scale: ChannelScale(scale.lambda1), *DINOS, RF_DETR_LIKE),
         **_named("DropPath", lambda _: nn.Identity(), *DINOS, PIXIO_LIKE, RF_DETR_LIKE, SWIN_LIKE, BEIT_LIKE),
         f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": lambda scale: ChannelScale(scale.lambda1),

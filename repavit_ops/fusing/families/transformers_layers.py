@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...nn.foreign_block import ChannelScale
+from ...nn.foreign_block import ChannelScale, ForwardingBlock
 from ...nn.foreign_signatures import (
     Always,
     EagerAttention,
@@ -26,7 +26,7 @@ from ...nn.foreign_signatures import (
 from ...nn.stand_in import standing_in
 from ...nn.transformers_layers import BridgeTowerBlock, LwDetrLayer, MllamaLayer, TupleLayer
 from ..family import Described, WholeBlock, WindowBlock
-from ..folding import AttentionParts, FFNParts, WindowParts
+from ..folding import AttentionParts, FFNParts, GatedFFNParts, WindowParts
 from ..rules import plain
 from .torch import multihead_attention, why_not_multihead
 
@@ -110,6 +110,11 @@ def mlp_of(first: str, act: str, second: str) -> Described:
 
 
 MLP = mlp_of("fc1", "activation_fn", "fc2")
+GATED_MLP = Described(
+    lambda mlp: GatedFFNParts(mlp.gate_proj, mlp.up_proj, plain(mlp.act_fn), mlp.down_proj),
+    holds=("gate_proj", "act_fn", "up_proj", "down_proj"),
+    may_hold=("config", "hidden_size", "intermediate_size"),
+)
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
@@ -175,6 +180,13 @@ RF_DETR_LAYER = _layer(
 CLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim", "config"))
 EAGER_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
 BLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
+
+AIM_LAYER = _layer("attention", ("rms_norm1", "rms_norm2"), ffn="ffn")
+PACKED_SEQUENCE_BLOCK = Described(
+    lambda block: ForwardingBlock(OpenBranch(block.norm1, block.attn), OpenBranch(block.norm2, block.mlp)),
+    holds=("norm1", "attn", "norm2", "mlp"),
+    keeps_class=True,
+)
 
 # --- Swin -------------------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,49 @@ ONLY_FFN = {
     "vitdet.modeling_vitdet.VitDetMlp": ACT,
     "vjepa2.modeling_vjepa2.VJEPA2MLP": ("fc1", "activation", "fc2"),
 }
+# gated FFNs of gate_proj, act_fn, up_proj and down_proj (their forwards are the same text in 5.24)
+GATED_MLPS = (
+    "aimv2.modeling_aimv2.Aimv2MLP",
+    "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2VisionMLP",
+    "dinov2.modeling_dinov2.Dinov2SwiGLUFFN",
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN",
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP",
+    "eomt.modeling_eomt.EomtSwiGLUFFN",
+    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3GatedMLP",
+    "glm4v.modeling_glm4v.Glm4VisionMlp",
+    "glm4v_moe.modeling_glm4v_moe.Glm4vMoeisionMlp",
+    "glm_ocr.modeling_glm_ocr.GlmOcrVisionMlp",
+    "ovis2.modeling_ovis2.Ovis2MLP",
+    "pixtral.modeling_pixtral.PixtralMLP",
+    "qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniMLP",
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP",
+    "radio.modeling_radio.RadioSwiGLUFFN",
+    "rf_detr.modeling_rf_detr.RfDetrDinov2SwiGLUFFN",
+    "sapiens2.modeling_sapiens2.Sapiens2GatedMLP",
+    "tipsv2.modeling_tipsv2.Tipsv2VisionSwiGLUFFN",
+    "videomt.modeling_videomt.VideomtSwiGLUFFN",
+)
+RMS_NORMS = (
+    "aimv2.modeling_aimv2.Aimv2RMSNorm",
+    "glm4v.modeling_glm4v.Glm4vRMSNorm",
+    "glm4v_moe.modeling_glm4v_moe.Glm4vMoeRMSNorm",
+    "glm_ocr.modeling_glm_ocr.GlmOcrRMSNorm",
+    "ovis2.modeling_ovis2.Ovis2RMSNorm",
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+)
+AIM_LIKE: Names = {
+    "aimv2": ("Aimv2EncoderLayer", "Aimv2Attention", "Aimv2MLP", "Aimv2Encoder"),
+    "ovis2": ("Ovis2VisionEncoderLayer", "Ovis2VisionAttention", "Ovis2MLP", "Ovis2VisionEncoder"),
+}
+# blocks of images of many sizes in one sequence: attention, which is told where each ends, stays
+PACKED_SEQUENCES = (
+    "glm4v.modeling_glm4v.Glm4vVisionBlock",
+    "glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionBlock",
+    "glm_ocr.modeling_glm_ocr.GlmOcrVisionBlock",
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock",
+    "qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock",
+    "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock",
+)
 # layers whose FFN is spread over modules, or stands in the layer itself
 APART = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 FFNS_APART = {
@@ -124,16 +167,14 @@ FFNS_APART = {
 TURNED = "rotary position embeddings turn q and k in between"
 RELATIVE = "relative position biases depend on q"
 COSINE = "cosine attention normalises q and k in between"
-GATED = "a gated FFN multiplies two projections"
+GATED = "a gated FFN of parts that its rule does not know"
 POOLED = "its queries are pooled"
 REDUCED = "its keys and values are those of a smaller map"
 CROSS = "cross-attention: its keys and values are not the tokens"
 REFUSED = {
     "convnextv2.modeling_convnextv2.ConvNextV2Layer": "a response normalisation stands in its FFN",
     "cvt.modeling_cvt.CvtSelfAttention": "convolutions make its queries, keys and values",
-    "dinov2.modeling_dinov2.Dinov2SwiGLUFFN": GATED,
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention": TURNED,
-    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP": GATED,
     "florence2.modeling_florence2.Florence2VisionChannelAttention": "it attends between channels, not tokens",
     "florence2.modeling_florence2.Florence2VisionWindowAttention": "its windows are cut and padded behind the norm",
     "focalnet.modeling_focalnet.FocalNetModulation": "focal modulation is no attention",
@@ -146,7 +187,6 @@ REFUSED = {
     "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionAttention": "it is causal where no mask is given",
     "pvt.modeling_pvt.PvtEfficientSelfAttention": REDUCED,
     "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention": REDUCED,
-    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLMLP": GATED,
     "sam.modeling_sam.SamVisionAttention": RELATIVE,
     "sam.modeling_sam.SamVisionSdpaAttention": RELATIVE,
     "sam2.modeling_sam2.Sam2FeedForward": "the same class serves as heads of several layers",
