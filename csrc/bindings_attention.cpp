@@ -183,6 +183,12 @@ Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out
   return y;
 }
 
+}  // namespace
+
+namespace repavit_bindings {
+
+namespace {
+
 // attn_bias broadcast to [B, h, T, T]: strides of 0 where it has one element, the last 0 or 1.
 void set_attn_bias(const MaybeTensor& attn_bias, const Tensor& x, std::vector<Tensor>& copies,
                    repavit::RepAttentionArgs& args) {
@@ -208,10 +214,77 @@ void set_attn_bias(const MaybeTensor& attn_bias, const Tensor& x, std::vector<Te
   args.attn_bias = bias.const_data_ptr();
 }
 
+// A rotary table [tokens, width] or [.., h, tokens, width] broadcast to [B, h, tokens, width]; its strides but the last.
+const void* rotary_table(const char* name, const Tensor& given, const Tensor& x, const int64_t (&wanted)[4],
+                         std::vector<Tensor>& copies, int64_t (&strides)[3]) {
+  check_same_kind(name, given, x);
+  Tensor table = given;
+  const int64_t missing = 4 - table.dim();
+  bool fits = missing >= 0 && missing <= 2;
+  for (int64_t i = 0; i < table.dim() && fits; ++i) {
+    const bool broadcasts = missing + i < 2 && table.size(i) == 1;
+    fits = broadcasts || table.size(i) == wanted[missing + i];
+  }
+  STD_TORCH_CHECK(fits, name, ": got shape ", shape_of(given), ", wanted one that broadcasts to [B, h, tokens, width] = [",
+                  wanted[0], ", ", wanted[1], ", ", wanted[2], ", ", wanted[3], "]");
+  if (table.size(table.dim() - 1) > 1 && table.stride(table.dim() - 1) != 1) {
+    copies.push_back(torch::stable::contiguous(table));
+    table = copies.back();
+  }
+  for (int64_t i = 0; i + 1 < table.dim(); ++i) strides[missing + i] = table.size(i) == 1 ? 0 : table.stride(i);
+  return table.const_data_ptr();
+}
+
+void set_rotary(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& copies, repavit::RepAttentionArgs& args) {
+  STD_TORCH_CHECK(e.rotary_cos.has_value() == e.rotary_sin.has_value(), "rotary_cos, rotary_sin: both or none are wanted");
+  if (!e.rotary_cos) return;
+  const Tensor& cos = *e.rotary_cos;
+  STD_TORCH_CHECK(cos.dim() >= 2, "rotary_cos: got shape ", shape_of(cos), ", wanted [.., tokens, width]");
+  repavit::QueryKeyArgs& qk = args.qk;
+  qk.tokens = cos.size(cos.dim() - 2);
+  qk.width = cos.size(cos.dim() - 1);
+  STD_TORCH_CHECK(qk.tokens <= x.size(1), "rotary_cos: is for ", qk.tokens, " tokens, x has ", x.size(1));
+  STD_TORCH_CHECK(qk.width % 2 == 0 && qk.width <= args.shape.d_qk, "rotary_cos: turns ", qk.width,
+                  " channels of a head, wanted an even number up to d_qk = ", args.shape.d_qk);
+  const int64_t wanted[4] = {x.size(0), args.shape.heads, qk.tokens, qk.width};
+  qk.cos = rotary_table("rotary_cos", cos, x, wanted, copies, qk.cos_strides);
+  qk.sin = rotary_table("rotary_sin", *e.rotary_sin, x, wanted, copies, qk.sin_strides);
+  qk.interleaved = e.interleaved;
+  if (qk.tokens == 0 || qk.width == 0) qk.cos = nullptr;
+}
+
+}  // namespace
+
+void set_extras(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& copies, repavit::RepAttentionArgs& args) {
+  set_attn_bias(e.attn_bias, x, copies, args);
+  set_rotary(e, x, copies, args);
+  check_norm("qk_norm_eps", e.qk_norm_eps);
+  const bool normed = e.qk_norm_eps.has_value();
+  STD_TORCH_CHECK(e.q_norm.has_value() == normed && e.k_norm.has_value() == normed,
+                  "q_norm, k_norm, qk_norm_eps: all or none are wanted");
+  if (!normed) return;
+  args.qk.norm = e.qk_norm;
+  args.qk.norm_eps = *e.qk_norm_eps;
+  args.qk.q_norm = checked_data("q_norm", e.q_norm, {2, args.shape.d_qk}, x, copies);
+  args.qk.k_norm = checked_data("k_norm", e.k_norm, {2, args.shape.d_qk}, x, copies);
+}
+
+}  // namespace repavit_bindings
+
+namespace {
+
+bool is_interleaved(const std::string& layout) {
+  STD_TORCH_CHECK(layout == "half" || layout == "interleaved", "rotary_layout: got '", layout,
+                  "', wanted 'half' or 'interleaved'");
+  return layout == "interleaved";
+}
+
 Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv, const Tensor& w_proj,
-                     const MaybeTensor& b_proj, const MaybeTensor& attn_bias, const MaybeTensor& packed,
-                     int64_t num_heads, double scale, int64_t d_qk, std::optional<double> norm_eps, bool residual,
-                     std::string norm) {
+                     const MaybeTensor& b_proj, const MaybeTensor& attn_bias, const MaybeTensor& rotary_cos,
+                     const MaybeTensor& rotary_sin, const MaybeTensor& q_norm, const MaybeTensor& k_norm,
+                     const MaybeTensor& packed, int64_t num_heads, double scale, int64_t d_qk,
+                     std::optional<double> norm_eps, bool residual, std::string norm,
+                     std::optional<double> qk_norm_eps, std::string qk_norm, std::string rotary_layout) {
   STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
@@ -220,7 +293,8 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
   repavit::RepAttentionArgs args =
       block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, reading, copies);
   args.scale = scale;
-  set_attn_bias(attn_bias, x, copies, args);
+  set_extras({attn_bias, rotary_cos, rotary_sin, q_norm, k_norm, qk_norm_eps, norm_args({}, qk_norm).kind,
+              is_interleaved(rotary_layout)}, x, copies, args);
   return run(args, x, shape.channels_out);
 }
 

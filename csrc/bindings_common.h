@@ -176,6 +176,15 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, const NormArgs& norm, bool residual,
                                      Reading& reading, std::vector<Tensor>& copies);
+// What may join an attention that has no windows; `qk_norm_eps` none: no QK-norm.
+struct AttentionExtras {
+  const MaybeTensor &attn_bias, &rotary_cos, &rotary_sin, &q_norm, &k_norm;
+  std::optional<double> qk_norm_eps;
+  repavit::Norm qk_norm;
+  bool interleaved;
+};
+void set_extras(const AttentionExtras& extras, const Tensor& x, std::vector<Tensor>& copies,
+                repavit::RepAttentionArgs& args);
 repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,
                                 const std::vector<int64_t>& shift, bool roll_first, const Tensor& rel_bias,
                                 std::vector<Tensor>& copies);

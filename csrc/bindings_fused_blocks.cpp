@@ -16,7 +16,7 @@ using namespace repavit_bindings;
 
 // One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
 struct Step {
-  static constexpr size_t kTensors = 8, kIntegers = 10, kScalars = 3;
+  static constexpr size_t kTensors = 10, kIntegers = 10, kScalars = 3;
   enum Kind : int64_t { kFfn, kGatedFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
   const MaybeTensor* tensors;
   const int64_t* integers;
@@ -44,6 +44,11 @@ struct Step {
   static std::optional<double> eps(double scalar) { return scalar < 0 ? std::nullopt : std::optional<double>(scalar); }
   std::optional<double> norm_eps() const { return eps(scalars[1]); }
   std::optional<double> inner_norm_eps() const { return eps(scalars[2]); }
+  AttentionExtras extras() const {
+    STD_TORCH_CHECK(integers[5] == 0 || integers[5] == 1, "plan: got a QK-norm of form ", integers[5], ", wanted 0 or 1");
+    return {tensors[5], tensors[6], tensors[7], tensors[8], tensors[9], eps(scalars[2]),
+            integers[5] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, integers[6] != 0};
+  }
   NormArgs norm() const {
     STD_TORCH_CHECK(integers[9] == 0 || integers[9] == 1, "plan: got a norm of form ", integers[9], ", wanted 0 or 1");
     return {integers[9] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, norm_eps()};
@@ -88,29 +93,31 @@ class Run {
         w_qkv, w_proj, step.heads(), windowed ? std::nullopt : std::optional<int64_t>(step.d_qk()));
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
-    to.attention = block_args(x, w_qkv, step.tensors[1], w_proj, step.tensors[3], step.tensors[4], shape,
-                              step.norm(), step.residual(), reading, copies_);
+    to.attention =
+        block_args(x, w_qkv, t[1], w_proj, t[3], t[4], shape, step.norm(), step.residual(), reading, copies_);
     to.attention.scale = step.scale();
     if (windowed) {
       grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
                                    step.tensor(5, "rel_bias"), copies_));
-      if (const MaybeTensor& pad_kv = step.tensors[6]) {
+      if (const MaybeTensor& pad_kv = t[6]) {
         check_shape("pad_kv", *pad_kv, {padding_elements(shape)});
         check_same_kind("pad_kv", *pad_kv, x);
         grids_.back().padding = ordered_data(*pad_kv, copies_);
       }
       to.attention.windows = &grids_.back();
+    } else {
+      set_extras(step.extras(), x, copies_, to.attention);
+      for (int i = 5; i < 8; ++i) per_image_ |= t[i] && t[i]->dim() == 4 && t[i]->size(0) > 1;
     }
     list_.push_back(to);
-    read_from({step.tensors[1], step.tensors[3], step.tensors[5], step.tensors[6]}, {step.tensors[0], step.tensors[2]},
-              step.tensors[4], to.attention.packed);
+    read_from({t[1], t[3], t[5], t[6], t[7], t[8], t[9]}, {t[0], t[2]}, t[4], to.attention.packed);
   }
 
   // Whether a new reading for this x would find everything where this one did. Of values only the packed copies were
   // taken (packed_holds()), of all else pointers. A copy of another kind, which had to be made, may be out of date.
   bool holds(const Tensor& x) const {
     if (copied_ || check_input("x", x) != dtype_ || x.dim() != static_cast<int64_t>(sizes_.size())) return false;
-    for (int64_t i = 1; i < x.dim(); ++i) {
+    for (int64_t i = per_image_ ? 0 : 1; i < x.dim(); ++i) {
       if (x.size(i) != sizes_[static_cast<size_t>(i)]) return false;
     }
     // One question to all tensors after the other: behind a model none is in the caches, and the shorter a step of such a
@@ -216,6 +223,7 @@ class Run {
   std::vector<Copy> packed_;
   std::vector<Found> places_;
   bool copied_ = false;
+  bool per_image_ = false;  // something has a row for each image, so that the batch must be the same
 };
 
 // A step that is no part of a block.

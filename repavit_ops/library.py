@@ -86,8 +86,9 @@ OPERATORS = (
     Operator(
         "rep_attention",
         "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor? attn_bias=None, "
+        "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? q_norm=None, Tensor? k_norm=None, "
         "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False, "
-        "str norm='layer'",
+        "str norm='layer', float? qk_norm_eps=None, str qk_norm='layer', str rotary_layout='half'",
         reference.rep_attention,
         _projected_shape,
     ),

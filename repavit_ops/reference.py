@@ -119,6 +119,10 @@ def rep_attention(
     w_proj: Tensor,
     b_proj: Tensor | None,
     attn_bias: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
     *,
     num_heads: int,
     scale: float,
@@ -126,14 +130,50 @@ def rep_attention(
     norm_eps: float | None = None,
     residual: bool = False,
     norm: str = "layer",
+    qk_norm_eps: float | None = None,
+    qk_norm: str = "layer",
+    rotary_layout: str = "half",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd."""
-    z = normed(x, norm_eps, norm)
-    o = attention_core(F.linear(z, w_qkv, b_qkv), attn_bias, num_heads, d_qk, scale)
+    qkv = F.linear(normed(x, norm_eps, norm), w_qkv, b_qkv)
+    if qk_norm_eps is not None or rotary_cos is not None:
+        b, t, width = qkv.shape
+        q, k, v = qkv.split([num_heads * d_qk, num_heads * d_qk, width - 2 * num_heads * d_qk], dim=-1)
+        turned = []
+        for heads, affine in ((q, q_norm), (k, k_norm)):
+            rows = heads.reshape(b, t, num_heads, d_qk).transpose(1, 2)
+            if qk_norm_eps is not None and affine is not None:
+                rows = normed(rows, qk_norm_eps, qk_norm) * affine[0] + affine[1]
+            if rotary_cos is not None and rotary_sin is not None:
+                rows = rotate(rows, rotary_cos, rotary_sin, rotary_layout)
+            turned.append(rows.transpose(1, 2).reshape(b, t, num_heads * d_qk))
+        qkv = torch.cat((*turned, v), dim=-1)
+    o = attention_core(qkv, attn_bias, num_heads, d_qk, scale)
     y = F.linear(o, w_proj, b_proj)
     if residual:
         y = y + x
     return y.contiguous()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotary embedding: pairs (a, b) of channels become (a cos - b sin, b cos + a sin).
+
+    Shapes:
+        x         [B, h, T, d]
+        cos, sin  broadcastable to [B, h, tokens, width]: of the last tokens and the first channels; others stay
+        returns   [B, h, T, d]
+
+    Pairs are (i, i + width / 2) of layout "half", (2 i, 2 i + 1) of "interleaved".
+    """
+    tokens, width = cos.shape[-2:]
+    prefix, rest = x.split([x.shape[2] - tokens, tokens], dim=2)
+    inner, outer = rest.split([width, x.shape[3] - width], dim=3)
+    if layout == "interleaved":
+        partner = torch.stack((-inner[..., 1::2], inner[..., ::2]), dim=-1).flatten(-2)
+    else:
+        partner = torch.cat((-inner[..., width // 2 :], inner[..., : width // 2]), dim=-1)
+    inner = inner * cos + partner * sin
+    return torch.cat((prefix, torch.cat((inner, outer), dim=3)), dim=2)
 
 
 def window_rep_attention(

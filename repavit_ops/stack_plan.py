@@ -5,14 +5,15 @@ behind them. Every step has the same number of each, absent tensors None:
 
     tensors   partial_gelu_ffn      w_in, b_in, w_out, w_merged, bias, packed
               gated_ffn             w_gate, b_gate, w_up, b_up, w_out, w_merged, bias, packed
-              rep_attention         w_qkv, b_qkv, w_proj, b_proj, packed
+              rep_attention         w_qkv, b_qkv, w_proj, b_proj, packed, attn_bias, rotary_cos, rotary_sin, q_norm,
+                                    k_norm
               window_rep_attention  w_qkv, b_qkv, w_proj, b_proj, packed, rel_bias, pad_kv
               patch_projection      weight, bias, packed
               token_embedding       weight, bias, packed, prefix, position, norm_weight, norm_bias
               pooled_head           weight, bias, norm_weight, norm_bias
     integers  0 kind   1 residual   2 form of activation | roll first | channels last | as map   3 num_heads | first
-              4 d_qk | count   5-6 window | patch   7-8 shift   9 form of norm
-    scalars   0 scale   1 norm_eps, -1 for no norm   2 inner_norm_eps, -1 for no inner norm
+              4 d_qk | count   5-6 window | patch | form of qk_norm, rotary layout   7-8 shift   9 form of norm
+    scalars   0 scale   1 norm_eps, -1 for no norm   2 inner_norm_eps | qk_norm_eps, -1 for no such norm
 
 csrc/bindings_fused_blocks.cpp reads the same table.
 """
@@ -25,14 +26,15 @@ from typing import Any
 
 from torch import Tensor
 
-TENSORS, INTEGERS, SCALARS = 8, 10, 3
+TENSORS, INTEGERS, SCALARS = 10, 10, 3
 IN_BLOCKS = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 NO_NORM = -1.0
-# Values of ``approximate``, ``activation`` and ``norm``; a plan has the index, as csrc/cpu/kernels.h.
+# Values of ``approximate``, ``activation``, the norms and ``rotary_layout``; a plan has the index (csrc/cpu/kernels.h).
 GELU_FORMS = ("none", "tanh", "quick")
 GATES = ("gelu", "gelu_tanh", "gelu_quick", "silu")
 NORMS = ("layer", "rms")
+ROTARY_LAYOUTS = ("half", "interleaved")
 
 Plan = tuple[list[Tensor | None], list[int], list[float]]
 
@@ -58,17 +60,29 @@ class _Form:
     pairs: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     scaled: bool = False
-    inner: bool = False
+    second_eps: str | None = None
 
 
 # Arguments whose values are names, and which there are; a plan has the index of one.
-_NAMES = {"approximate": GELU_FORMS, "activation": GATES, "norm": NORMS}
+_NAMES = {
+    "approximate": GELU_FORMS,
+    "activation": GATES,
+    "norm": NORMS,
+    "qk_norm": NORMS,
+    "rotary_layout": ROTARY_LAYOUTS,
+}
 
 _FORMS = {
     "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm"}),
-    "gated_ffn": _Form(8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm"}, inner=True),
+    "gated_ffn": _Form(8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm"}, second_eps="inner_norm_eps"),
     "rep_attention": _Form(
-        5, 4, flags={1: "residual"}, numbers={3: "num_heads", 4: "d_qk"}, names={9: "norm"}, scaled=True
+        10,
+        4,
+        flags={1: "residual"},
+        numbers={3: "num_heads", 4: "d_qk"},
+        names={5: "qk_norm", 6: "rotary_layout", 9: "norm"},
+        scaled=True,
+        second_eps="qk_norm_eps",
     ),
     "window_rep_attention": _Form(
         7,
@@ -106,7 +120,7 @@ def encode(steps: Iterable[Step]) -> Plan:
         for i, name in form.names.items():
             integers[i] = _NAMES[name].index(static[name])
         plan += integers
-        eps = (static["norm_eps"], static["inner_norm_eps"] if form.inner else None)
+        eps = (static["norm_eps"], static[form.second_eps] if form.second_eps else None)
         scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
     return weights, plan, scalars
 
@@ -115,7 +129,7 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
     """Inverse of :func:`encode`."""
     for n in range(len(plan) // INTEGERS):
         integers = plan[n * INTEGERS : (n + 1) * INTEGERS]
-        scale, eps, inner = scalars[n * SCALARS : (n + 1) * SCALARS]
+        scale, eps, second = scalars[n * SCALARS : (n + 1) * SCALARS]
         operator = KINDS[integers[0]]
         form = _FORMS[operator]
         tensors = list(weights[n * TENSORS : n * TENSORS + form.tensors])
@@ -123,8 +137,8 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
         static: dict[str, Any] = {"norm_eps": None if eps < 0 else eps}
         if form.scaled:
             static["scale"] = scale
-        if form.inner:
-            static["inner_norm_eps"] = None if inner < 0 else inner
+        if form.second_eps:
+            static[form.second_eps] = None if second < 0 else second
         for i, name in form.flags.items():
             static[name] = bool(integers[i])
         for i, name in form.numbers.items():

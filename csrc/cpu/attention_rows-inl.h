@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_plan-inl.h"
-#include "layernorm-inl.h"
+#include "query_key_rows-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
@@ -113,6 +113,7 @@ struct HeadRows {
 template <class T>
 struct Tokens {
   ptrdiff_t count;
+  ptrdiff_t first;  // of all sequences' tokens; they follow each other unless there are windows
   TokenRows<const T> x;
   TokenRows<T> y;
 };
@@ -126,12 +127,12 @@ Tokens<T> locate(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t row
   const TokenRows<T> y{static_cast<T*>(args.y), y_stride};
   if (!plan.windowed()) {
     const ptrdiff_t first = sequence * plan.length + row;
-    return {rows, x.from(first), y.from(first)};
+    return {rows, first, x.from(first), y.from(first)};
   }
   for (ptrdiff_t done = 0; done < row + rows; done += plan.length) {
     plan.windows.locate(sequence + done / plan.length, tokens + done);
   }
-  return {rows, {x.data, x_stride, tokens + row}, {y.data, y_stride, tokens + row}};
+  return {rows, 0, {x.data, x_stride, tokens + row}, {y.data, y_stride, tokens + row}};
 }
 
 // z = the rows through their norm; zeros for padded tokens.
@@ -155,7 +156,7 @@ void padded_row(const AttentionPlan<T>& plan, ptrdiff_t head, Operand<T>* row) {
   convert_row(padding + layout.heads * layout.d_qk + head * layout.d_v, row + 2 * layout.d_qk, layout.d_v);
 }
 
-// The product of z with one head's weights, in qkv.
+// The product of z with one head's weights in qkv, queries and keys normed and turned.
 template <class T>
 void project_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, const Operand<T>* z,
                   Operand<T>* qkv, Accumulator<T>* bias) {
@@ -169,7 +170,10 @@ void project_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>&
   const Rows<T> rows{z, plan.z_stride, layout.channels};
   gemm(&rows, 1, at.count, plan.panels + head * layout.head_stride, layout.qkv_stride, layout.head_columns,
        QkvToScratch<T>{qkv, plan.qkv_stride, bias});
-  if (!plan.windowed() || plan.args.windows->padding == nullptr) return;
+  if (!plan.windowed()) {
+    return turn_rows<T>(plan.args.qk, layout.d_qk, plan.length, head, at.first, at.count, qkv, plan.qkv_stride);
+  }
+  if (plan.args.windows->padding == nullptr) return;
   for (ptrdiff_t r = 0; r < at.count; ++r) {
     if (at.x.tokens[r] == kPaddedToken) padded_row(plan, head, qkv + r * plan.qkv_stride);
   }

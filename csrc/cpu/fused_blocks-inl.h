@@ -27,6 +27,12 @@ struct Stack {
     RepAttentionArgs to = args.steps[step].attention;
     to.batch = images;
     to.tokens = args.tokens;
+    const auto skip = [image](const void*& rows, int64_t stride) {
+      if (rows != nullptr) rows = static_cast<const T*>(rows) + image * stride;
+    };
+    skip(to.attn_bias, to.attn_bias_strides[0]);
+    skip(to.qk.cos, to.qk.cos_strides[0]);
+    skip(to.qk.sin, to.qk.sin_strides[0]);
     place(step, image * args.tokens, to);
     return to;
   }

@@ -228,6 +228,20 @@ struct WindowGrid {
   const void* padding;  // k | v of a padded token [h d_qk + h d_v] of T; null: those of a zero row of z (or of qkv)
 };
 
+// What happens to queries and keys between their projection and the scores: a norm of each head's row, then rotation by
+// its token's place.
+struct QueryKeyArgs {
+  Norm norm;                    // none: the next three are not read
+  double norm_eps;
+  const void *q_norm, *k_norm;  // [2, d_qk] of T: weight and bias behind the core
+  const void *cos, *sin;        // [B, h, tokens, width] of T, or both null: no rotation
+  int64_t cos_strides[3];       // elements: image, head, token; 0 where it is broadcast
+  int64_t sin_strides[3];
+  int64_t tokens;               // of each image, its last; those before are not turned. 0 <= tokens <= T
+  int64_t width;                // even, <= d_qk: the first channels of a head, which are turned
+  bool interleaved;             // pairs are (0, 1), (2, 3), …; else (0, width / 2), (1, width / 2 + 1), …
+};
+
 // y = softmax(scale · q kᵀ + bias) v per head, projected [+ x], with q, k, v = z W_qkvᵀ + b_qkv and z = norm(x). Without packed weights only the attention itself: x holds q | k | v, y receives o.
 struct RepAttentionArgs {
   int64_t batch, tokens;         // B, T; any may be 0
@@ -239,6 +253,7 @@ struct RepAttentionArgs {
   const void* b_proj;            // [C_out] of T, or null
   const void* attn_bias;         // [B, h, T, T] of T at these strides, or null; never with windows
   int64_t attn_bias_strides[4];  // elements; 0 where it is broadcast, the last 0 or 1
+  QueryKeyArgs qk;               // nothing with windows, or without weights
   const WindowGrid* windows;     // null: every token attends to its whole image
   void* y;                       // [B T, C_out] of T ([B T, h d_v] without weights), contiguous; wholly written
   double scale;

@@ -183,12 +183,12 @@ double mean_square(const T* x, ptrdiff_t columns) {
 }
 
 // One row through RMSNorm's core, as layer_norm_row.
-template <class T, class O>
-void rms_norm_row(const T* x, O* out, ptrdiff_t columns, double eps) {
+template <class T, class O, class Finish = NoAffine<SimdOf<T>>>
+void rms_norm_row(const T* x, O* out, ptrdiff_t columns, double eps, const Finish& finish = {}) {
   using S = SimdOf<T>;
   const auto factor = S::broadcast(static_cast<Accumulator<T>>(1.0 / __builtin_sqrt(mean_square(x, columns) + eps)));
   for_each_vector(x, columns, [&](typename S::V v, ptrdiff_t i, int n)
-                                  __attribute__((always_inline)) { store_some<S>(out + i, v * factor, n); });
+                                  __attribute__((always_inline)) { store_some<S>(out + i, finish(v * factor, i, n), n); });
 }
 
 // One row through the norm in front of a sub-block.

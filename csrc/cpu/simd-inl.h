@@ -17,6 +17,7 @@
 //   round(a)                                 nearest integer, ties to even, |a| < 2^22
 //   exp2_integer(n)                          2^n for an integral n in [-127, 128]; the ends give 0 and +Inf
 //   sum(a) max(a)                            over the lanes
+//   swap_pairs(a)                            lanes 1 0 3 2 ...
 //   unzip_runs(a, b)                         of a, b = a0 b0 a1 b1 ..., in runs of kGateRun lanes: a = a0 a1 ..., b = b0 b1 ...
 // V is a GCC vector, so + - * / and comparisons work as they are. Conversions to bf16 and fp16 round to nearest even
 // and keep NaN; arithmetic is always in E.

@@ -56,6 +56,8 @@ struct Simd<float> {
     b = _mm256_permute2f128_ps(first, b, 0x31);
   }
 
+  static REPAVIT_INLINE V swap_pairs(V a) { return _mm256_permute_ps(a, 0xb1); }
+
   static REPAVIT_INLINE float sum(V a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

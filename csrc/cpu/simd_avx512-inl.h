@@ -66,6 +66,8 @@ struct Simd<float> {
     b = _mm512_shuffle_f32x4(first, b, 0xdd);
   }
 
+  static REPAVIT_INLINE V swap_pairs(V a) { return _mm512_permute_ps(a, 0xb1); }
+
   static REPAVIT_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
   static REPAVIT_INLINE float max(V a) { return _mm512_reduce_max_ps(a); }
 

@@ -35,6 +35,12 @@ struct PortableSimd {
 
   static REPAVIT_INLINE void unzip_runs(V&, V&) {}  // a run is a vector
 
+  static REPAVIT_INLINE V swap_pairs(V a) {
+    V swapped;
+    for (int i = 0; i < kLanes; ++i) swapped[i] = a[i ^ 1];
+    return swapped;
+  }
+
   static REPAVIT_INLINE E sum(V a) {
     E total = a[0];
     for (int i = 1; i < kLanes; ++i) total += a[i];

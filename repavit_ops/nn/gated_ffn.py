@@ -74,7 +74,7 @@ class GatedFFN(PackedWeights):
             raise ValueError(f"dim, act_channels: got {dim}, {act_channels}, wanted numbers >= 0")
         _check.gate_form(activation)
         _check.norm(norm_eps, norm)
-        _check.norm(inner_norm_eps, name="inner_norm_eps")
+        _check.norm(inner_norm_eps, name="inner_norm")
         self.dim, self.act_channels, self.activation = dim, act_channels, activation
         self.norm_eps, self.inner_norm_eps, self.residual, self.norm = norm_eps, inner_norm_eps, residual, norm
         self.backend = backend

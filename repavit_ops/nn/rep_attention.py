@@ -26,7 +26,9 @@ class RepAttention(PackedWeights):
         x          [B, T, dim]                     fp32 | bf16 | fp16 | fp64
         w_qkv      [h·d_qk + h·d_qk + h·d_v, dim]  rows q | k | v;  b_qkv of that length or None
         w_proj     [dim_out, h·d_v];               b_proj [dim_out] or None
+        q_norm, k_norm  [2, d_qk] or None          weight and bias of QK-norm
         attn_bias  broadcastable to [B, h, T, T]   float, added before softmax
+        rotary     (cos, sin) or None              each broadcastable to [B, h, tokens, width]
         returns    [B, T, dim_out]
 
     Args:
@@ -39,6 +41,9 @@ class RepAttention(PackedWeights):
         norm_eps: variance offset of the LayerNorm core in front; None for no norm.
         residual: add x.
         norm: "layer" or "rms" (RMSNorm): the core that ``norm_eps`` asks for.
+        qk_norm_eps: variance offset of QK-norm, a norm of each head's q and k; None for none.
+        qk_norm: "layer" or "rms".
+        rotary_layout: which channels the rotary embedding pairs: "half" or "interleaved".
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -46,7 +51,7 @@ class RepAttention(PackedWeights):
     """
 
     operator = "rep_attention"
-    norm = "layer"  # of older pickles
+    norm, qk_norm_eps, qk_norm, rotary_layout = "layer", None, "layer", "half"  # of older pickles
     packed_names = ("w_qkv", "w_proj")
 
     def __init__(
@@ -62,6 +67,9 @@ class RepAttention(PackedWeights):
         norm_eps: float | None = None,
         residual: bool = False,
         norm: str = "layer",
+        qk_norm_eps: float | None = None,
+        qk_norm: str = "layer",
+        rotary_layout: str = "half",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,6 +82,7 @@ class RepAttention(PackedWeights):
         self.d_v = dim // num_heads if d_v is None else d_v
         self.scale = self.d_qk**-0.5 if scale is None else scale
         self.norm_eps, self.residual, self.norm = norm_eps, residual, norm
+        self.qk_norm_eps, self.qk_norm, self.rotary_layout = qk_norm_eps, qk_norm, rotary_layout
         self.backend = backend
         dim_out = dim if dim_out is None else dim_out
         width = num_heads * (2 * self.d_qk + self.d_v)
@@ -85,19 +94,28 @@ class RepAttention(PackedWeights):
         self.b_qkv = parameter(width) if bias else None
         self.w_proj = parameter(dim_out, num_heads * self.d_v)
         self.b_proj = parameter(dim_out) if bias else None
+        self.q_norm = None if qk_norm_eps is None else parameter(2, self.d_qk)
+        self.k_norm = None if qk_norm_eps is None else parameter(2, self.d_qk)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as ``nn.Linear`` does."""
+        """Initialise as ``nn.Linear`` and its norms do."""
         linear_init_(self.w_qkv, self.b_qkv)
         linear_init_(self.w_proj, self.b_proj)
+        for affine in (self.q_norm, self.k_norm):
+            if affine is not None:
+                with torch.no_grad():
+                    affine.copy_(torch.tensor([[1.0], [0.0]]).expand_as(affine))
 
     def pack(self, *weights: Tensor | None) -> Tensor:
         return torch.ops.repavit_ops.rep_attention_pack(*weights, num_heads=self.num_heads, d_qk=self.d_qk)
 
-    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         if is_proxy(x):
-            return call_of(self, x, attn_bias)
+            return call_of(self, x, attn_bias, rotary)
+        cos, sin = (None, None) if rotary is None else rotary
         packed, (w_qkv, w_proj) = self.current()
         self.check_trainable(x)
         return ops.rep_attention(
@@ -107,15 +125,25 @@ class RepAttention(PackedWeights):
             w_proj,
             self.b_proj,
             attn_bias=attn_bias,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
             **self._static(),
             packed=packed,
             backend=self.backend_for(x),
         )
 
     def step(self, size: Sequence[int] = ()) -> Step:
-        """This module's call without attn_bias as a step of :func:`repavit_ops.ops.fused_blocks`."""
+        """This module's call with x alone as a step of :func:`repavit_ops.ops.fused_blocks`."""
         packed, (w_qkv, w_proj) = self.current()
-        return Step(self.operator, (w_qkv, self.b_qkv, w_proj, self.b_proj), self._static(), packed)
+        tensors = (w_qkv, self.b_qkv, w_proj, self.b_proj, None, None, None, self.q_norm, self.k_norm)
+        return Step(self.operator, tensors, self._static(), packed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("q_norm", "k_norm"):  # older pickles know none
+            self._parameters.setdefault(name, None)
 
     def _static(self) -> dict[str, Any]:
         return {
@@ -125,6 +153,9 @@ class RepAttention(PackedWeights):
             "norm_eps": self.norm_eps,
             "residual": self.residual,
             "norm": self.norm,
+            "qk_norm_eps": self.qk_norm_eps,
+            "qk_norm": self.qk_norm,
+            "rotary_layout": self.rotary_layout,
         }
 
     def extra_repr(self) -> str:

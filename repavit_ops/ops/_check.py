@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..stack_plan import GATES, GELU_FORMS, NORMS
+from ..stack_plan import GATES, GELU_FORMS, NORMS, ROTARY_LAYOUTS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,12 +52,52 @@ def _autocast_casts(device_type: str) -> bool:
     return backends.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def norm(norm_eps: float | None, form: str = "layer", name: str = "norm_eps") -> None:
-    """Raise ValueError unless ``norm_eps`` is None or a variance offset and ``form`` names a norm."""
-    if norm_eps is not None and not norm_eps >= 0:
-        raise ValueError(f"{name}: got {norm_eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
+def norm(eps: float | None, form: str = "layer", name: str = "norm") -> None:
+    """Raise ValueError unless ``eps`` is None or a variance offset and ``form`` names a norm."""
+    if eps is not None and not eps >= 0:
+        raise ValueError(f"{name}_eps: got {eps}, wanted None (no norm) or a number >= 0 such as 1e-6")
     if form not in NORMS:
-        raise ValueError(f"norm: got {form!r}, wanted 'layer' (LayerNorm) or 'rms' (RMSNorm)")
+        raise ValueError(f"{name}: got {form!r}, wanted 'layer' (LayerNorm) or 'rms' (RMSNorm)")
+
+
+def rotary(
+    cos: Tensor | None, sin: Tensor | None, layout: str, batch: int, num_heads: int, tokens: int, d_qk: int
+) -> None:
+    """Raise ValueError unless the rotary tables fit attention of these sizes, or there are none."""
+    if layout not in ROTARY_LAYOUTS:
+        raise ValueError(f"rotary_layout: got {layout!r}, wanted 'half' or 'interleaved'")
+    if cos is None or sin is None:
+        if cos is not sin:
+            given, missing = ("rotary_cos", "rotary_sin") if sin is None else ("rotary_sin", "rotary_cos")
+            raise ValueError(f"{missing}: got None beside {given}; pass both or none")
+        return
+    if cos.dim() < 2 or cos.shape[-2] > tokens or cos.shape[-1] > d_qk or cos.shape[-1] % 2:
+        raise ValueError(
+            f"rotary_cos: got shape {list(cos.shape)}, wanted [.., tokens, width] with at most {tokens} tokens and an "
+            f"even width of at most d_qk = {d_qk}"
+        )
+    wanted = (batch, num_heads, *cos.shape[-2:])
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        sizes = (1,) * (4 - table.dim()) + tuple(table.shape)
+        fits = len(sizes) == 4 and sizes[2:] == wanted[2:]
+        if not fits or any(s not in (1, w) for s, w in zip(sizes[:2], wanted, strict=False)):
+            raise ValueError(
+                f"{name}: got shape {list(table.shape)}, wanted one that broadcasts to [B, h, tokens, width] = "
+                f"{list(wanted)}"
+            )
+
+
+def qk_norm(eps: float | None, form: str, q_norm: Tensor | None, k_norm: Tensor | None, d_qk: int) -> None:
+    """Raise ValueError unless QK-norm has its eps and both affine maps, or nothing."""
+    norm(eps, form, "qk_norm")
+    for name, affine in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if (affine is None) != (eps is None):
+            raise ValueError(
+                f"{name}: got {'None beside' if affine is None else 'a tensor without'} qk_norm_eps; QK-norm takes it, "
+                "q_norm and k_norm, or none"
+            )
+        if affine is not None:
+            shape(name, affine, 2, d_qk)
 
 
 def gate_form(activation: str) -> None:

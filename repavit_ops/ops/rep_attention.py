@@ -23,9 +23,16 @@ def rep_attention(
     scale: float,
     d_qk: int,
     attn_bias: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
     norm_eps: float | None = None,
     residual: bool = False,
     norm: str = "layer",
+    qk_norm_eps: float | None = None,
+    qk_norm: str = "layer",
+    rotary_layout: str = "half",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -41,7 +48,16 @@ def rep_attention(
         w_qkv      [h·d_qk + h·d_qk + h·d_v, C]  rows q | k | v, head-major in each; b_qkv of that length or None
         w_proj     [C_out, h·d_v]                d_v is read from it; b_proj [C_out] or None
         attn_bias  broadcastable to [B, h, T, T] float, added before softmax
+        rotary_cos, rotary_sin                   broadcastable to [B, h, tokens, width]; both or none
+        q_norm, k_norm                           [2, d_qk], weight and bias; both or none
         returns    [B, T, C_out]                 dtype of x, accumulated in fp32 (fp64 for fp64)
+
+    QK-norm: with ``qk_norm_eps`` each head's q and k go through a norm's core and then its affine, q_norm[0] as weight
+    and q_norm[1] as bias, k_norm alike.
+
+    Rotary embedding, behind that: pairs (a, b) of the first ``width`` channels of a head's q and k become
+    (a cos - b sin, b cos + a sin), for the last ``tokens`` tokens of an image; class and register tokens in front of
+    them, and the other channels, stay (Su et al. 2021, RoFormer).
 
     Values of attn_bias may be any finite number or -inf, for some keys or all: no mask overflows on the way to the
     softmax. A row wholly -inf gives 0 (before the projection), as PyTorch's SDPA does. A row wholly
@@ -56,6 +72,8 @@ def rep_attention(
         d_qk: width of one query or key head; may differ from d_v.
         residual: add x (needs C_out = C).
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
+        qk_norm: "layer" or "rms", as ``norm``.
+        rotary_layout: pairs are (i, i + width / 2) of "half" (DINOv3), (2 i, 2 i + 1) of "interleaved" (EVA02).
         packed: the weights packed by :meth:`RepAttention.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -63,7 +81,7 @@ def rep_attention(
         ValueError: a shape, dtype, device or option disagrees (a bool mask too); names the argument and the fix.
         RuntimeError: a forced backend is not available; says why.
     """
-    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias)
+    tensors = (x, w_qkv, b_qkv, w_proj, b_proj, attn_bias, rotary_cos, rotary_sin, q_norm, k_norm)
     operator = torch.ops.repavit_ops.rep_attention
     static: dict[str, Any] = {
         "num_heads": num_heads,
@@ -71,6 +89,9 @@ def rep_attention(
         "d_qk": d_qk,
         "residual": residual,
         "norm": norm,
+        "qk_norm_eps": qk_norm_eps,
+        "qk_norm": qk_norm,
+        "rotary_layout": rotary_layout,
     }
     if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
         return y
@@ -84,8 +105,21 @@ def rep_attention(
         raise ValueError(f"residual: x has {x.shape[2]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     if attn_bias is not None:
         _check_bias(attn_bias, (x.shape[0], num_heads, x.shape[1], x.shape[1]))
+    _check.rotary(rotary_cos, rotary_sin, rotary_layout, x.shape[0], num_heads, x.shape[1], d_qk)
+    _check.qk_norm(qk_norm_eps, qk_norm, q_norm, k_norm, d_qk)
     _check.norm(norm_eps, norm)
-    _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, attn_bias=attn_bias)
+    _check.same_kind(
+        x,
+        w_qkv=w_qkv,
+        b_qkv=b_qkv,
+        w_proj=w_proj,
+        b_proj=b_proj,
+        attn_bias=attn_bias,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
     _check.packed(x, packed)
 
     if backend == "reference" or backends.in_forward_mode():
