@@ -2,6 +2,8 @@
 //
 // Besides the operators of the package, their middle part without weights, for benchmarks and tests: attention_core and
 // window_attention_core, as repavit_ops/reference.py defines them.
+#include <cmath>
+
 #include "bindings_packed.h"
 
 namespace repavit_bindings {
@@ -214,10 +216,33 @@ void set_attn_bias(const MaybeTensor& attn_bias, const Tensor& x, std::vector<Te
   args.attn_bias = bias.const_data_ptr();
 }
 
+// The numbers of a table of 16-bit floats as floats.
+Tensor widened(const Tensor& table) {
+  const Tensor from = torch::stable::contiguous(table);
+  const std::vector<int64_t> sizes(from.sizes().begin(), from.sizes().end());
+  Tensor to = new_empty(sizes.data(), from.dim(), aoti_torch_dtype_float32());
+  const auto* bits = static_cast<const uint16_t*>(from.const_data_ptr());
+  auto* out = static_cast<float*>(to.mutable_data_ptr());
+  const bool brain = from.scalar_type() == ScalarType::BFloat16;
+  for (int64_t i = 0; i < from.numel(); ++i) {
+    // Both are shifted to where a float has its fraction; fp16's exponent is then rebased by a multiplication.
+    const uint32_t sign = static_cast<uint32_t>(bits[i] & 0x8000) << 16, rest = bits[i] & 0x7fff;
+    const uint32_t wide = rest << (brain ? 16 : 13);
+    float magnitude;
+    std::memcpy(&magnitude, &wide, sizeof(magnitude));
+    if (!brain) magnitude = rest >= 0x7c00 ? (rest > 0x7c00 ? NAN : INFINITY) : magnitude * 0x1p112f;
+    out[i] = sign != 0 ? -magnitude : magnitude;
+  }
+  return to;
+}
+
 // A rotary table [tokens, width] or [.., h, tokens, width] broadcast to [B, h, tokens, width]; its strides but the last.
 const void* rotary_table(const char* name, const Tensor& given, const Tensor& x, const int64_t (&wanted)[4],
                          std::vector<Tensor>& copies, int64_t (&strides)[3]) {
-  check_same_kind(name, given, x);
+  const bool wide = given.scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double;
+  STD_TORCH_CHECK(given.is_cpu() && (wide || given.scalar_type() == x.scalar_type()), name, ": got ",
+                  torch::headeronly::toString(given.scalar_type()), ", wanted float32 or the dtype of x, on the CPU");
+  check_memory(name, given);
   Tensor table = given;
   const int64_t missing = 4 - table.dim();
   bool fits = missing >= 0 && missing <= 2;
@@ -227,8 +252,9 @@ const void* rotary_table(const char* name, const Tensor& given, const Tensor& x,
   }
   STD_TORCH_CHECK(fits, name, ": got shape ", shape_of(given), ", wanted one that broadcasts to [B, h, tokens, width] = [",
                   wanted[0], ", ", wanted[1], ", ", wanted[2], ", ", wanted[3], "]");
-  if (table.size(table.dim() - 1) > 1 && table.stride(table.dim() - 1) != 1) {
-    copies.push_back(torch::stable::contiguous(table));
+  const bool narrow = table.element_size() == 2;
+  if (narrow || (table.size(table.dim() - 1) > 1 && table.stride(table.dim() - 1) != 1)) {
+    copies.push_back(narrow ? widened(table) : torch::stable::contiguous(table));
     table = copies.back();
   }
   for (int64_t i = 0; i + 1 < table.dim(); ++i) strides[missing + i] = table.size(i) == 1 ? 0 : table.stride(i);

@@ -108,6 +108,7 @@ class Run {
     } else {
       set_extras(step.extras(), x, copies_, to.attention);
       for (int i = 5; i < 8; ++i) per_image_ |= t[i] && t[i]->dim() == 4 && t[i]->size(0) > 1;
+      for (int i = 6; i < 8; ++i) copied_ |= t[i] && t[i]->element_size() == 2;
     }
     list_.push_back(to);
     read_from({t[1], t[3], t[5], t[6], t[7], t[8], t[9]}, {t[0], t[2]}, t[4], to.attention.packed);

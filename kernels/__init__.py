@@ -1,6 +1,6 @@
 """Triton GPU kernels, installed as ``repavit_ops.kernels``. Importing this asks for neither a GPU nor triton.
 
-device_math   pure functions of registers: GELU
+device_math   pure functions of registers: GELU, SiLU
 tile          pure functions of tiles: order, load, product, epilogue
 sequences     where the tokens of an image or a window are, and how their rows are moved
 linear, …     one kernel and its launcher each: no autograd, no nn
@@ -18,6 +18,7 @@ from torch import Tensor
 # Operator → "module:launcher"
 OPERATORS: dict[str, str] = {
     "partial_gelu_ffn": "partial_gelu_ffn:partial_gelu_ffn",
+    "gated_ffn": "gated_ffn:gated_ffn",
     "rep_attention": "rep_attention:rep_attention",
     "window_rep_attention": "window_rep_attention:window_rep_attention",
     "patch_projection": "patch_projection:patch_projection",

@@ -37,12 +37,20 @@ def gelu_quick(x):
 
 
 @triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """ACTIVATION of fp32 ``x``: "none" | "gelu" | "gelu_tanh" | "gelu_quick"; EXACT asks for fp32 accuracy."""
+    """ACTIVATION of fp32 ``x``: "none" | "silu" | "gelu" | "gelu_tanh" | "gelu_quick"; EXACT asks for fp32 accuracy."""
     if ACTIVATION == "gelu_tanh":
         x = gelu_tanh(x)
     elif ACTIVATION == "gelu_quick":
         x = gelu_quick(x)
+    elif ACTIVATION == "silu":
+        x = silu(x)
     elif ACTIVATION == "gelu":
         if EXACT:
             x = gelu_erf(x)

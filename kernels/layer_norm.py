@@ -1,4 +1,6 @@
-"""LayerNorm core, (x - mean) / √(variance + eps) over the last dimension: one launch, in front of a product.
+"""LayerNorm core, (x - mean) / √(variance + eps) over the last dimension, or RMSNorm's, x / √(mean(x²) + eps).
+
+One launch, in front of a product.
 
 Shapes: x [M, K] rows of any stride → [M, K] contiguous, x's dtype, moments in fp32.
 """
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .operands import FP_FUSION
-from .tile import load_tile, row_moments
+from .tile import load_tile, root_mean_square, row_moments
 
 ELEMENTS = 4096  # of one program, about: 8 to 32 KiB in registers
 
@@ -27,9 +29,13 @@ def layer_norm_core_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
     EVEN: tl.constexpr,
+    RMS: tl.constexpr,
 ):
     row0 = tl.program_id(0) * BM
-    mean, rstd = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, False)
+    if RMS:
+        mean, rstd = root_mean_square(x, x_stride, row0, M, K, eps, BM, BK, EVEN)
+    else:
+        mean, rstd = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, False)
     row = row0 + tl.arange(0, BM)
     for k in range(0, K, BK):
         col = k + tl.arange(0, BK)
@@ -40,7 +46,12 @@ def layer_norm_core_kernel(
 
 
 def layer_norm_core(x: Tensor, eps: float) -> Tensor:
-    """Core of the rows of x [M, K], whose columns have stride 1."""
+    """LayerNorm core of the rows of x [M, K], whose columns have stride 1."""
+    return core(x, eps, "layer")
+
+
+def core(x: Tensor, eps: float, norm: str) -> Tensor:
+    """Core of the rows of x [M, K], whose columns have stride 1, under "layer" or "rms"."""
     m, k = x.shape
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
     if out.numel():
@@ -48,6 +59,7 @@ def layer_norm_core(x: Tensor, eps: float) -> Tensor:
         bm = ELEMENTS // bk
         grid = (triton.cdiv(m, bm),)
         layer_norm_core_kernel[grid](
-            x, x.stride(0), out, m, k, eps, bm, bk, k % bk == 0, num_warps=4, enable_fp_fusion=FP_FUSION
-        )
+            x, x.stride(0), out, m, k, eps, bm, bk, k % bk == 0, norm == "rms",
+            num_warps=4, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from . import tuning
 from .chips import chip_of
-from .layer_norm import layer_norm_core
+from .layer_norm import core, layer_norm_core
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
 from .tile import accumulate, finish, row_moments, tile_corner
 from .tuning import Config
@@ -78,10 +78,11 @@ def linear(
     *,
     activation: str = "none",
     norm_eps: float | None = None,
+    norm: str = "layer",
     residual: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """``activation(z weightᵀ + bias) + residual``, z = x or its LayerNorm core when ``norm_eps`` is given.
+    """``activation(z weightᵀ + bias) + residual``, z = x or its core when ``norm_eps`` is given.
 
     Shapes:
         x         [..., K]   fp32 | bf16 | fp16; any strides
@@ -91,9 +92,12 @@ def linear(
 
     Args:
         activation: "none", or a GELU as ``ACTIVATIONS`` names it.
+        norm: "layer", or "rms", which a kernel in front always takes.
         config: the tile to take instead of the table's (tests, tuner).
     """
     rows, weight = as_rows(x), as_rows(weight)
+    if norm == "rms" and norm_eps is not None:
+        rows, norm_eps = core(rows, norm_eps, norm), None
     (m, k), n = rows.shape, weight.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if not out.numel():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import tuning
 from .chips import chip_of
-from .layer_norm import layer_norm_core
+from .layer_norm import core
 from .linear import ACTIVATIONS, linear, vendor_linear
 from .on_chip_ffn import on_chip_ffn
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
@@ -82,14 +82,15 @@ def partial_gelu_ffn(
     norm_eps: float | None = None,
     residual: bool = False,
     approximate: str = "none",
+    norm: str = "layer",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.partial_gelu_ffn`, same arguments."""
     rows = as_rows(x)
     activation = ACTIVATIONS[approximate]
     (m, c), hidden = rows.shape, w_in.shape[0]
-    config = tuning.choose_on_chip(chip_of(x.device), x.dtype, m, c, hidden)
+    config = None if norm == "rms" else tuning.choose_on_chip(chip_of(x.device), x.dtype, m, c, hidden)
     operands = (rows, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation)
-    y = two_launches(*operands) if config is None else on_chip_ffn(*operands, config)
+    y = two_launches(*operands, norm) if config is None else on_chip_ffn(*operands, config)
     return y.view(x.shape)
 
 
@@ -103,11 +104,14 @@ def two_launches(
     norm_eps: float | None,
     residual: bool,
     activation: str,
+    norm: str = "layer",
 ) -> Tensor:
     """K1 and K2 on the rows of x [M, C], whose columns have stride 1."""
     z = x
-    if w_merged is not None and norm_eps is not None:  # both launches read it
-        z, norm_eps = layer_norm_core(x, norm_eps), None
+    if norm_eps is not None and (
+        w_merged is not None or norm == "rms"
+    ):  # both launches read it, or no prologue takes it
+        z, norm_eps = core(x, norm_eps, norm), None
     h = linear(z, w_in, b_in, activation=activation, norm_eps=norm_eps)
     shortcut = x if residual else None
     if w_merged is None:

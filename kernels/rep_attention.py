@@ -1,4 +1,7 @@
-"""The attention block in three launches: q k v, attention, projection with the shortcut (linear.py, attention.py)."""
+"""The attention block in three launches: q k v, attention, projection with the shortcut (linear.py, attention.py).
+
+QK-norm and rotary embedding are a fourth (query_key_rows.py).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from .attention import attention
 from .linear import linear
+from .query_key_rows import query_key_rows
 
 
 def rep_attention(
@@ -15,14 +19,35 @@ def rep_attention(
     w_proj: Tensor,
     b_proj: Tensor | None,
     attn_bias: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
     *,
     num_heads: int,
     scale: float,
     d_qk: int,
     norm_eps: float | None = None,
     residual: bool = False,
+    norm: str = "layer",
+    qk_norm_eps: float | None = None,
+    qk_norm: str = "layer",
+    rotary_layout: str = "half",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.rep_attention`, same arguments."""
-    qkv = linear(x, w_qkv, b_qkv, norm_eps=norm_eps)
+    qkv = linear(x, w_qkv, b_qkv, norm_eps=norm_eps, norm=norm)
+    if qk_norm_eps is not None or rotary_cos is not None:
+        qkv = query_key_rows(
+            qkv,
+            q_norm,
+            k_norm,
+            rotary_cos,
+            rotary_sin,
+            num_heads=num_heads,
+            d_qk=d_qk,
+            eps=qk_norm_eps,
+            norm=qk_norm,
+            layout=rotary_layout,
+        )
     attended = attention(qkv, attn_bias, num_heads, d_qk, scale)
     return linear(attended, w_proj, b_proj, residual=x if residual else None)

@@ -72,6 +72,26 @@ def row_moments(
 
 
 @triton.jit
+def root_mean_square(
+    x,  # [M, K]
+    x_stride,
+    row0,
+    M,
+    K,
+    eps,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """(0, 1 / √(mean(x²) + eps)) of BM rows, fp32 [BM] each: what :func:`row_moments` gives, without a mean."""
+    squares = tl.zeros([BM], tl.float32)
+    for k in range(0, K, BK):
+        chunk = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False).to(tl.float32)
+        squares += tl.sum(chunk * chunk, 1)
+    return tl.zeros([BM], tl.float32), 1.0 / tl.sqrt_rn(squares / K + eps)
+
+
+@triton.jit
 def normalise(x, mean, rstd, NORM: tl.constexpr):
     """(x - mean) * rstd by rows, rounded to x's dtype; x itself without NORM."""
     if NORM:

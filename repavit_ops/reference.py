@@ -160,7 +160,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
     Shapes:
         x         [B, h, T, d]
-        cos, sin  broadcastable to [B, h, tokens, width]: of the last tokens and the first channels; others stay
+        cos, sin  broadcastable to [B, h, tokens, width], x's dtype or wider: of the last tokens and the first
+                  channels; others stay
         returns   [B, h, T, d]
 
     Pairs are (i, i + width / 2) of layout "half", (2 i, 2 i + 1) of "interleaved".
@@ -172,7 +173,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         partner = torch.stack((-inner[..., 1::2], inner[..., ::2]), dim=-1).flatten(-2)
     else:
         partner = torch.cat((-inner[..., width // 2 :], inner[..., : width // 2]), dim=-1)
-    inner = inner * cos + partner * sin
+    inner = (inner * cos + partner * sin).to(x.dtype)
     return torch.cat((prefix, torch.cat((inner, outer), dim=3)), dim=2)
 
 

@@ -41,7 +41,10 @@ Plan = tuple[list[Tensor | None], list[int], list[float]]
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the operator's name, its tensors after x without ``packed``, and its keyword arguments."""
+    """One step: the operator's name, its tensors after x without ``packed``, and its keyword arguments.
+
+    Names of norms and layouts, and a second eps, may be left out where they are the operator's defaults.
+    """
 
     operator: str
     tensors: tuple[Tensor | None, ...]
@@ -118,9 +121,9 @@ def encode(steps: Iterable[Step]) -> Plan:
         for i, name in form.pairs.items():
             integers[i : i + 2] = static[name]
         for i, name in form.names.items():
-            integers[i] = _NAMES[name].index(static[name])
+            integers[i] = _NAMES[name].index(static.get(name, _NAMES[name][0]))
         plan += integers
-        eps = (static["norm_eps"], static[form.second_eps] if form.second_eps else None)
+        eps = (static["norm_eps"], static.get(form.second_eps) if form.second_eps else None)
         scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
     return weights, plan, scalars
 

@@ -26,8 +26,9 @@ needs_cpp = pytest.mark.skipif(
 )
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+ROTARY = {**VIT, "embed_dim": 48, "num_heads": 3}
 XCIT = {"depth": 2, "img_size": 64, "num_classes": 5}
-POOLING, ROPE, POSITION = "attention pooling", "rotary", "relative position"
+POOLING, POSITION = "attention pooling", "relative position"
 
 # name → (keyword arguments, size of the images, fused sub-blocks, words of the reasons for what is skipped)
 FAMILIES = {
@@ -49,10 +50,15 @@ FAMILIES = {
     "vit_small_patch16_36x1_224": (VIT, 32, 4, ()),
     "vit_base_patch16_xp_224": (VIT, 32, 0, ("in parallel",)),
     "vit_dlittle_patch16_reg1_gap_256": (VIT, 32, 2, ("differential",)),
-    "vit_small_patch16_dinov3": (VIT, 32, 2, (ROPE,)),
+    "vit_small_patch16_dinov3": (VIT, 32, 4, ()),
+    "vit_small_patch16_rope_224": (ROTARY, 32, 4, ()),
+    "vit_small_patch16_rope_mixed_ape_224": (ROTARY, 32, 4, ()),
+    "vit_pe_core_tiny_patch16_384": ({**ROTARY, "num_classes": 5}, 32, 5, (POOLING,)),
     "vit_relpos_small_patch16_224": (VIT, 32, 2, (POSITION, "ReLU", "no operator")),
     "vit_srelpos_small_patch16_224": (VIT, 32, 2, (POSITION, "ReLU", "no operator")),
-    "eva02_tiny_patch14_224": (VIT, 32, 2, (ROPE,)),
+    "eva02_tiny_patch14_224": (ROTARY, 32, 4, ()),
+    "eva02_base_patch14_224": (ROTARY, 32, 4, ()),
+    "eva02_large_patch14_224": ({**ROTARY, "qk_norm": True}, 32, 4, ()),
     "beit_base_patch16_224": (VIT, 32, 4, ()),
     "beit3_base_patch16_224": (VIT, 32, 0, ("between attention and its projection", "between activation and fc2")),
     "aimv2_large_patch14_224": (VIT, 32, 4, ()),

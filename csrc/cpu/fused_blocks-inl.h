@@ -27,12 +27,12 @@ struct Stack {
     RepAttentionArgs to = args.steps[step].attention;
     to.batch = images;
     to.tokens = args.tokens;
-    const auto skip = [image](const void*& rows, int64_t stride) {
-      if (rows != nullptr) rows = static_cast<const T*>(rows) + image * stride;
+    const auto skip = [image](const void*& rows, int64_t stride, size_t element) {
+      if (rows != nullptr) rows = static_cast<const char*>(rows) + image * stride * static_cast<int64_t>(element);
     };
-    skip(to.attn_bias, to.attn_bias_strides[0]);
-    skip(to.qk.cos, to.qk.cos_strides[0]);
-    skip(to.qk.sin, to.qk.sin_strides[0]);
+    skip(to.attn_bias, to.attn_bias_strides[0], sizeof(T));
+    skip(to.qk.cos, to.qk.cos_strides[0], sizeof(Accumulator<T>));
+    skip(to.qk.sin, to.qk.sin_strides[0], sizeof(Accumulator<T>));
     place(step, image * args.tokens, to);
     return to;
   }

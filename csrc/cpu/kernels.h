@@ -234,7 +234,7 @@ struct QueryKeyArgs {
   Norm norm;                    // none: the next three are not read
   double norm_eps;
   const void *q_norm, *k_norm;  // [2, d_qk] of T: weight and bias behind the core
-  const void *cos, *sin;        // [B, h, tokens, width] of T, or both null: no rotation
+  const void *cos, *sin;        // [B, h, tokens, width] of float (of T: double), or both null: no rotation
   int64_t cos_strides[3];       // elements: image, head, token; 0 where it is broadcast
   int64_t sin_strides[3];
   int64_t tokens;               // of each image, its last; those before are not turned. 0 <= tokens <= T

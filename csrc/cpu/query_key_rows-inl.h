@@ -15,7 +15,7 @@ REPAVIT_INLINE typename S::V load_some(const O* p, ptrdiff_t n) {
 
 // Pairs (i, i + width / 2): (a, b) → (a cos - b sin, b cos + a sin), each side by its own element of the tables.
 template <class T>
-void rotate_halves(Operand<T>* row, const T* cos, const T* sin, ptrdiff_t width) {
+void rotate_halves(Operand<T>* row, const Accumulator<T>* cos, const Accumulator<T>* sin, ptrdiff_t width) {
   using S = SimdOf<T>;
   using V = typename S::V;
   const ptrdiff_t half = width / 2;
@@ -33,7 +33,7 @@ void rotate_halves(Operand<T>* row, const T* cos, const T* sin, ptrdiff_t width)
 
 // The same of pairs (2 i, 2 i + 1).
 template <class T>
-void rotate_neighbours(Operand<T>* row, const T* cos, const T* sin, ptrdiff_t width) {
+void rotate_neighbours(Operand<T>* row, const Accumulator<T>* cos, const Accumulator<T>* sin, ptrdiff_t width) {
   using S = SimdOf<T>;
   using V = typename S::V;
   Accumulator<T> alternating[S::kLanes];
@@ -62,9 +62,9 @@ void turn_row(const QueryKeyArgs& args, const void* norm, ptrdiff_t d_qk, ptrdif
   }
   if (args.cos == nullptr || token < 0) return;
   const auto row_of = [&](const void* table, const int64_t (&strides)[3]) {
-    return static_cast<const T*>(table) + image * strides[0] + head * strides[1] + token * strides[2];
+    return static_cast<const Accumulator<T>*>(table) + image * strides[0] + head * strides[1] + token * strides[2];
   };
-  const T *cos = row_of(args.cos, args.cos_strides), *sin = row_of(args.sin, args.sin_strides);
+  const Accumulator<T> *cos = row_of(args.cos, args.cos_strides), *sin = row_of(args.sin, args.sin_strides);
   const ptrdiff_t width = static_cast<ptrdiff_t>(args.width);
   if (args.interleaved) return rotate_neighbours<T>(row, cos, sin, width);
   rotate_halves<T>(row, cos, sin, width);

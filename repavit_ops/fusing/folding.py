@@ -35,7 +35,8 @@ class AttentionParts:
 
     Without norm, output_scale and residual it is the attention alone.
 
-    ``keep_v_bias`` where callers may mask a row wholly: its output is then proj(0), without the V bias.
+    ``keep_v_bias`` where callers may mask a row wholly: its output is then proj(0), without the V bias. ``q_norm`` and
+    ``k_norm`` stand behind the projections, over each head; ``rotary_layout`` says how callers' tables pair channels.
     """
 
     qkv: nn.Module | tuple[nn.Module, nn.Module, nn.Module]  # one projection, or three
@@ -49,6 +50,14 @@ class AttentionParts:
     norm: nn.Module = field(default_factory=nn.Identity)
     output_scale: Tensor | float | None = None
     residual: bool = False
+    q_norm: nn.Module = field(default_factory=nn.Identity)
+    k_norm: nn.Module = field(default_factory=nn.Identity)
+    rotary_layout: str | None = None  # None: no rotation
+
+    @property
+    def turns(self) -> bool:
+        """Whether anything happens to q and k between their projection and the scores."""
+        return self.rotary_layout is not None or type(self.q_norm) is not nn.Identity
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,23 @@ def reason_against(parts: AttentionParts | WindowParts | AnyFFNParts) -> str | N
         return f"its activation is {type(parts.act).__name__}; only GELU (erf, tanh or quick) can be fused"
     if isinstance(parts, GatedFFNParts) and gate_variant(parts.act) is None:
         return f"its gate is {type(parts.act).__name__}; only SiLU and GELU (erf, tanh or quick) can be fused"
+    if isinstance(parts, AttentionParts) and (reason := _reason_against_qk_norm(parts)) is not None:
+        return reason
     dim, dim_out = linears[0], linears[-1]
     if dim.in_features != dim_out.out_features and (parts.residual or not isinstance(parts, AttentionParts)):
         return f"it turns {dim.in_features} channels into {dim_out.out_features}; the fused form keeps them"
+    return None
+
+
+def _reason_against_qk_norm(parts: AttentionParts) -> str | None:
+    q_norm, k_norm = parts.q_norm, parts.k_norm
+    if type(q_norm) is type(k_norm) is nn.Identity:
+        return None
+    if type(q_norm) is not type(k_norm) or not isinstance(q_norm, NORMS) or q_norm.eps != k_norm.eps:
+        names = f"{type(q_norm).__name__} and {type(k_norm).__name__}"
+        return f"its QK-norm is {names}; only LayerNorm or RMSNorm, the same for both, can be fused"
+    if tuple(q_norm.normalized_shape) != (parts.d_qk,):
+        return f"its QK-norm spans {list(q_norm.normalized_shape)} channels; only those of one head can be fused"
     return None
 
 
@@ -197,7 +220,8 @@ def gate_variant(act: nn.Module) -> str | None:
 def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | BiasedAttention:
     """Every fold of the attention algebra; the LayerNorm core and the shortcut stay, inside the operator."""
     affine, norm = _norm_fold(parts.norm)
-    weights = _folded(_weights_of(parts), affine, parts.output_scale, parts.keep_v_bias)
+    weights = _folded(_weights_of(parts), affine, parts)
+    _, qk_norm = _norm_fold(parts.q_norm)
     fused = RepAttention(
         weights.w_qkv.shape[1],
         weights.num_heads,
@@ -207,11 +231,15 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | Bi
         scale=weights.scale,
         **norm,
         residual=parts.residual,
+        **{name.replace("norm", "qk_norm"): value for name, value in qk_norm.items()},
+        rotary_layout=parts.rotary_layout or "half",
         backend=backend,
         device="meta",
     )
     dtype = _dtype_of(parts.proj)
     fused = _filled(fused, weights, dtype)
+    if qk_norm:
+        fused.q_norm, fused.k_norm = (nn.Parameter(_head_affine(n, dtype)) for n in (parts.q_norm, parts.k_norm))
     if not parts.takes_bias:
         return fused
     return BiasedAttention(fused, None if parts.bias is None else reparam.cast(parts.bias.detach(), dtype, "bias"))
@@ -221,7 +249,7 @@ def fold_window_attention(parts: WindowParts, backend: Backend) -> WindowRepAtte
     """As :func:`fold_attention`; padded tokens keep the K and V they had before the norm's affine was folded."""
     affine, norm = _norm_fold(parts.attention.norm)
     original = _weights_of(parts.attention)
-    weights = _folded(original, affine, parts.attention.output_scale)
+    weights = _folded(original, affine, parts.attention)
     fused = WindowRepAttention(
         weights.w_qkv.shape[1],
         weights.num_heads,
@@ -327,15 +355,29 @@ def _weights_of(parts: AttentionParts) -> AttentionWeights:
     return reparam.attention_weights(weight, bias, proj.weight, proj.bias, parts.num_heads, parts.d_qk, parts.scale)
 
 
-def _folded(
-    weights: AttentionWeights, affine: Affine | None, output_scale: Tensor | float | None, keep_v_bias: bool = False
-) -> AttentionWeights:
-    """All attention folds, in the one order that is exact."""
+def _folded(weights: AttentionWeights, affine: Affine | None, parts: AttentionParts) -> AttentionWeights:
+    """All attention folds that are exact, in the one order in which they are.
+
+    Behind a rotation the K bias is another number for every key, and no scale passes a norm: there both stay.
+    """
     if affine is not None:
         weights = reparam.fold_input_affine(weights, affine)
-    weights = reparam.drop_k_bias(weights)
-    weights = reparam.fold_scale(weights if keep_v_bias else reparam.move_v_bias(weights))
-    return weights if output_scale is None else reparam.fold_attention_output_scale(weights, output_scale)
+    if not parts.turns:
+        weights = reparam.drop_k_bias(weights)
+    if not parts.keep_v_bias:
+        weights = reparam.move_v_bias(weights)
+    if type(parts.q_norm) is nn.Identity:
+        weights = reparam.fold_scale(weights)
+    if parts.output_scale is None:
+        return weights
+    return reparam.fold_attention_output_scale(weights, parts.output_scale)
+
+
+def _head_affine(norm: Any, dtype: torch.dtype) -> Tensor:
+    """Weight and bias of a norm over a head, [2, d_qk]."""
+    affine = reparam.layernorm_affine(norm.weight, getattr(norm, "bias", None), norm.normalized_shape[0])
+    stacked: Tensor = reparam.cast(torch.stack(affine), dtype, "weight and bias of QK-norm")
+    return stacked
 
 
 def _filled(module: Any, weights: AttentionWeights, dtype: torch.dtype) -> Any:

@@ -71,19 +71,27 @@ class TransformersLayer(SignatureBlock):
         RuntimeError: such maps are asked for; says what to do.
     """
 
+    rotates = False
+
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         if not isinstance(self.attn, RepAttention):
             return self.mlp(self.attn(hidden_states, attention_mask, **kwargs))
         refuse_maps(self, kwargs)
-        return self.mlp(attend(self.attn, hidden_states, attention_mask, kwargs))
+        return self.mlp(attend(self.attn, hidden_states, attention_mask, kwargs, rotates=self.rotates))
 
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        named = ("attention_mask", "is_causal", "position_bias", "cu_seqlens")
+        named = ("attention_mask", "is_causal", "position_bias", "cu_seqlens", *["position_embeddings"] * self.rotates)
         asked = (*args, *(kwargs.get(name) for name in named))
         maps = kwargs.get("output_attentions")
         return None if maps or any(value is not None and value is not False for value in asked) else x
+
+
+class RotaryLayer(TransformersLayer):
+    """As :class:`TransformersLayer`; its ``position_embeddings`` (cos, sin), [tokens, width] each, turn q and k."""
+
+    rotates = True
 
 
 class TransformersAttention(MaskedAttention):
@@ -98,6 +106,8 @@ class TransformersAttention(MaskedAttention):
         RuntimeError: attention maps are asked for of a model that would return them; says what to do.
     """
 
+    rotates = False
+
     def __init__(self, attention: RepAttention, gives_maps: EagerAttention | Always) -> None:
         super().__init__(attention)
         vars(self)["gives_maps"] = gives_maps
@@ -106,7 +116,13 @@ class TransformersAttention(MaskedAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         refuse_maps(self, kwargs)
-        return attend(self.attention, hidden_states, attention_mask, kwargs), None
+        return attend(self.attention, hidden_states, attention_mask, kwargs, rotates=self.rotates), None
+
+
+class TransformersRotaryAttention(TransformersAttention):
+    """As :class:`TransformersAttention`, turned as :class:`RotaryLayer` is."""
+
+    rotates = True
 
 
 def refuse_maps(module: nn.Module, asked: dict[str, Any]) -> None:
@@ -118,16 +134,22 @@ def refuse_maps(module: nn.Module, asked: dict[str, Any]) -> None:
         )
 
 
-def attend(attention: nn.Module, x: Tensor, attn_mask: Tensor | None, asked: dict[str, Any]) -> Tensor:
+def attend(
+    attention: nn.Module, x: Tensor, attn_mask: Tensor | None, asked: dict[str, Any], rotates: bool = False
+) -> Tensor:
     """Attention under what transformers passes beside the tokens: a mask, ``is_causal``, a position bias, the places
-    where each of several images in one sequence begins (``cu_seqlens`` [n + 1], the last of which is T)."""
+    where each of several images in one sequence begins (``cu_seqlens`` [n + 1], the last of which is T), and, where it
+    ``rotates``, tables to do so (``position_embeddings``)."""
     if (begins := asked.get("cu_seqlens")) is not None:
         image = torch.bucketize(torch.arange(x.shape[1], device=x.device), begins[1:].long(), right=True)
         attn_mask = image[:, None] == image
     mask = sdpa_mask(x, attn_mask, asked.get("is_causal"))
     if (bias := asked.get("position_bias")) is not None:
         mask = bias if mask is None else mask + bias
-    out: Tensor = attention(x) if mask is None else attention(x, mask)
+    if rotates:
+        out: Tensor = attention(x, mask, asked.get("position_embeddings"))
+    else:
+        out = attention(x) if mask is None else attention(x, mask)
     return out
 
 

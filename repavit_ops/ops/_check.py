@@ -60,10 +60,9 @@ def norm(eps: float | None, form: str = "layer", name: str = "norm") -> None:
         raise ValueError(f"{name}: got {form!r}, wanted 'layer' (LayerNorm) or 'rms' (RMSNorm)")
 
 
-def rotary(
-    cos: Tensor | None, sin: Tensor | None, layout: str, batch: int, num_heads: int, tokens: int, d_qk: int
-) -> None:
-    """Raise ValueError unless the rotary tables fit attention of these sizes, or there are none."""
+def rotary(x: Tensor, cos: Tensor | None, sin: Tensor | None, layout: str, num_heads: int, d_qk: int) -> None:
+    """Raise ValueError unless the rotary tables fit the heads of x [B, T, C], or there are none."""
+    batch, tokens = x.shape[:2]
     if layout not in ROTARY_LAYOUTS:
         raise ValueError(f"rotary_layout: got {layout!r}, wanted 'half' or 'interleaved'")
     if cos is None or sin is None:
@@ -85,6 +84,10 @@ def rotary(
                 f"{name}: got shape {list(table.shape)}, wanted one that broadcasts to [B, h, tokens, width] = "
                 f"{list(wanted)}"
             )
+        if table.device != x.device:
+            raise ValueError(f"{name}: on {table.device}, but x is on {x.device}; move one with .to(...)")
+        if table.dtype not in (x.dtype, torch.float32) or (table.dtype != x.dtype == torch.float64):
+            raise ValueError(f"{name}: got {table.dtype}, wanted {x.dtype} as x or float32; cast it with .to(...)")
 
 
 def qk_norm(eps: float | None, form: str, q_norm: Tensor | None, k_norm: Tensor | None, d_qk: int) -> None:

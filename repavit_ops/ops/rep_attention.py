@@ -48,7 +48,7 @@ def rep_attention(
         w_qkv      [h·d_qk + h·d_qk + h·d_v, C]  rows q | k | v, head-major in each; b_qkv of that length or None
         w_proj     [C_out, h·d_v]                d_v is read from it; b_proj [C_out] or None
         attn_bias  broadcastable to [B, h, T, T] float, added before softmax
-        rotary_cos, rotary_sin                   broadcastable to [B, h, tokens, width]; both or none
+        rotary_cos, rotary_sin                   broadcastable to [B, h, tokens, width], as x or fp32; both or none
         q_norm, k_norm                           [2, d_qk], weight and bias; both or none
         returns    [B, T, C_out]                 dtype of x, accumulated in fp32 (fp64 for fp64)
 
@@ -105,7 +105,7 @@ def rep_attention(
         raise ValueError(f"residual: x has {x.shape[2]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     if attn_bias is not None:
         _check_bias(attn_bias, (x.shape[0], num_heads, x.shape[1], x.shape[1]))
-    _check.rotary(rotary_cos, rotary_sin, rotary_layout, x.shape[0], num_heads, x.shape[1], d_qk)
+    _check.rotary(x, rotary_cos, rotary_sin, rotary_layout, num_heads, d_qk)
     _check.qk_norm(qk_norm_eps, qk_norm, q_norm, k_norm, d_qk)
     _check.norm(norm_eps, norm)
     _check.same_kind(
@@ -115,8 +115,6 @@ def rep_attention(
         w_proj=w_proj,
         b_proj=b_proj,
         attn_bias=attn_bias,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
         q_norm=q_norm,
         k_norm=k_norm,
     )

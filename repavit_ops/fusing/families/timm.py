@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...nn import QuickGELU
+from ...nn import Block, QuickGELU
 from ...nn.foreign_block import (
     ChannelScale,
     FixedWindowBlock,
@@ -17,6 +17,8 @@ from ...nn.foreign_block import (
     MaskedAttention,
     MaskedBlock,
     OpenBranch,
+    RotaryAttention,
+    RotaryBlock,
 )
 from ..family import Described, Family, WindowBlock
 from ..folding import AttentionParts, FFNParts, GatedFFNParts, WindowParts, halves_of, layer_norm, linear, rms_norm
@@ -28,20 +30,57 @@ from ..rules import plain
 
 def _attention(attn: Any) -> AttentionParts:
     scale = attn.head_dim**-0.5 if attn.fused_attn else attn.scale  # what its forward takes
-    return AttentionParts(attn.qkv, attn.proj, attn.num_heads, attn.head_dim, scale, keep_v_bias=True)
+    q_norm, k_norm = (plain(getattr(attn, name, nn.Identity())) for name in ("q_norm", "k_norm"))
+    heads = (attn.num_heads, attn.head_dim)
+    return AttentionParts(attn.qkv, attn.proj, *heads, scale, keep_v_bias=True, q_norm=q_norm, k_norm=k_norm)
 
+
+BEHIND = {
+    "norm": "a norm stands between attention and its projection",
+    "gate": "a gate multiplies the attention output",
+}
 
 ATTENTION = Described(
     _attention,
     holds=("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale", "fused_attn"),
-    may_hold=("attn_dim",),
-    refuses={
-        "q_norm": "QK-norm normalises q and k in between",
-        "k_norm": "QK-norm normalises q and k in between",
-        "norm": "a norm stands between attention and its projection",
-        "gate": "a gate multiplies the attention output",
-    },
+    may_hold=("attn_dim", "q_norm", "k_norm"),
+    refuses=BEHIND,
     alone=lambda fused, _: MaskedAttention(fused),
+)
+
+
+def _rotary_attention(attn: Any) -> AttentionParts:
+    """AttentionRope and EVA's: one projection or three; EVA holds the biases of the one apart."""
+    qkv: Any
+    if attn.qkv is None:
+        qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
+    elif getattr(attn, "q_bias", None) is not None and type(attn.qkv) is nn.Linear:
+        qkv = linear(attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+    else:
+        qkv = attn.qkv
+    return AttentionParts(
+        qkv,
+        attn.proj,
+        attn.num_heads,
+        attn.head_dim,
+        attn.head_dim**-0.5 if attn.fused_attn else attn.scale,
+        keep_v_bias=True,
+        q_norm=plain(attn.q_norm),
+        k_norm=plain(attn.k_norm),
+        rotary_layout="half" if getattr(attn, "rotate_half", False) else "interleaved",
+    )
+
+
+ROTARY_ATTENTION = Described(
+    _rotary_attention,
+    holds=("proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale", "fused_attn", "num_prefix_tokens"),
+    may_hold=(
+        *("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "q_norm", "k_norm"),
+        *("rotate_half", "attn_dim", "kv_dim", "num_kv_heads", "num_kv_groups"),
+    ),
+    refuses=BEHIND,
+    unless=lambda attn: None if getattr(attn, "num_kv_groups", 1) == 1 else "several heads share their keys and values",
+    alone=lambda fused, _: RotaryAttention(fused),
 )
 
 
@@ -105,20 +144,22 @@ VIT_BLOCK = Described(lambda block: MaskedBlock(*_halves(block)), holds=VIT_HOLD
 RELATIVE_BLOCK = Described(lambda block: ForwardingBlock(*_halves(block)), holds=VIT_HOLDS)
 
 
-def _gamma_block(block: Any) -> ForwardingBlock:
+def _gamma_halves(block: Any) -> tuple[OpenBranch, OpenBranch]:
     """LayerScale vectors gamma_1, gamma_2 are parameters of the block, or None."""
     first, second = ([] if gamma is None else [ChannelScale(gamma)] for gamma in (block.gamma_1, block.gamma_2))
-    return ForwardingBlock(
+    return (
         OpenBranch(block.norm1, block.attn, *first, block.drop_path1),
         OpenBranch(block.norm2, block.mlp, *second, block.drop_path2),
     )
 
 
-GAMMA_BLOCK = Described(
-    _gamma_block,
-    holds=("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "gamma_1", "gamma_2"),
-    may_hold=("init_values",),
-)
+def _gamma_block(call: type[Block]) -> Described:
+    return Described(
+        lambda block: call(*_gamma_halves(block)),
+        holds=("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "gamma_1", "gamma_2"),
+        may_hold=("init_values",),
+    )
+
 
 # --- Swin -------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +205,6 @@ def _layer_scale(scale: Any) -> nn.Module:
     return ChannelScale(scale.gamma)
 
 
-TURNED = "rotary position embeddings turn q and k in between"
 SPATIAL_GATE = "its gate is a layer over all tokens"
 POOLING = "attention pooling: its queries are not the tokens"
 COSINE = "cosine attention normalises q and k in between"
@@ -176,6 +216,8 @@ TIMM = Family(
     attentions={
         "timm.layers.Attention": ATTENTION,
         "timm.models.beit.Attention": BEIT_ATTENTION,
+        "timm.layers.AttentionRope": ROTARY_ATTENTION,
+        "timm.models.eva.EvaAttention": ROTARY_ATTENTION,
         "timm.models.vision_transformer.Attention": ATTENTION,  # up to some 1.0.x the class is that module's own
     },
     ffns={"timm.layers.Mlp": MLP},
@@ -183,13 +225,11 @@ TIMM = Family(
     blocks={
         "timm.models.vision_transformer.Block": VIT_BLOCK,
         "timm.models.vision_transformer_relpos.RelPosBlock": RELATIVE_BLOCK,
-        "timm.models.eva.EvaBlock": GAMMA_BLOCK,
-        "timm.models.beit.Block": GAMMA_BLOCK,
+        "timm.models.eva.EvaBlock": _gamma_block(RotaryBlock),
+        "timm.models.beit.Block": _gamma_block(ForwardingBlock),
     },
     window_blocks={"timm.models.swin_transformer.SwinTransformerBlock": SWIN_BLOCK},
     refused={
-        "timm.layers.AttentionRope": TURNED,
-        "timm.models.eva.EvaAttention": TURNED,
         "timm.layers.DiffAttention": "differential attention subtracts a second softmax",
         "timm.layers.AttentionPoolLatent": POOLING,
         "timm.layers.AttentionPoolPrr": POOLING,

@@ -26,6 +26,8 @@ from .transformers_layers import (
     BRIDGETOWER_BLOCK,
     CLIP_ATTENTION,
     CLIP_LAYER,
+    DINO3_ATTENTION,
+    DINO3_LAYER,
     DINO_LAYER,
     DONUT_LAYER,
     EAGER_ATTENTION,
@@ -55,6 +57,7 @@ from .transformers_names import (
     BLIP2_LIKE,
     BLIP_LIKE,
     CLIP_LIKE,
+    DINO3_LIKE,
     DINO_LIKE,
     EOMT_LIKE,
     FFNS_APART,
@@ -147,6 +150,7 @@ TRANSFORMERS = Family(
     attentions={
         **_classes(ATTN, ATTENTION, VIT_LIKE, DINO_LIKE, TIPS_LIKE, PIXIO_LIKE, LW_DETR_LIKE, RF_DETR_LIKE, BEIT_LIKE),
         **_classes(ATTN, CLIP_ATTENTION, CLIP_LIKE, TEXT_LIKE, EOMT_LIKE, AIM_LIKE),
+        **_classes(ATTN, DINO3_ATTENTION, DINO3_LIKE),
         **_classes(ATTN, EAGER_ATTENTION, GIT_LIKE),
         **_classes(ATTN, NORMED_HEADS, INTERNVL_LIKE, JANUS_LIKE),
         **_classes(ATTN, BLIP_ATTENTION, BLIP_LIKE),
@@ -172,8 +176,7 @@ TRANSFORMERS = Family(
         **_classes(LAYER, BLIP_LAYER, BLIP_LIKE),
         **_classes(LAYER, BEIT_LAYER, BEIT_LIKE),
         **_classes(LAYER, RF_DETR_LAYER, RF_DETR_LIKE),
-        f"{MODELS}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": DINO_LAYER,  # its attention rotates and stays
-        f"{MODELS}eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Layer": DINO_LAYER,  # as that
+        **_classes(LAYER, DINO3_LAYER, DINO3_LIKE),
     },
     whole_blocks={
         f"{MODELS}bridgetower.modeling_bridgetower.BridgeTowerResidualAttention": BRIDGETOWER_BLOCK,

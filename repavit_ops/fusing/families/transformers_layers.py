@@ -16,9 +16,11 @@ from ...nn.foreign_signatures import (
     MaskFormerSwinLayer,
     OpenBranch,
     RfDetrLayer,
+    RotaryLayer,
     TransformersAttention,
     TransformersBeitLayer,
     TransformersLayer,
+    TransformersRotaryAttention,
     TransformersSwinLayer,
     TransformersSwinTuple,
     VitPoseLayer,
@@ -37,7 +39,7 @@ HEADS = {"num_heads": "num_attention_heads", "scale": "scaling", "proj": "o_proj
 CLIP_HEADS = {"num_heads": "num_heads", "scale": "scale", "proj": "out_proj"}
 
 
-def _attention(names: dict[str, str]) -> Callable[[Any], AttentionParts]:
+def _attention(names: dict[str, str], rotary_layout: str | None = None) -> Callable[[Any], AttentionParts]:
     def parts(attn: Any) -> AttentionParts:
         return AttentionParts(
             (attn.q_proj, attn.k_proj, attn.v_proj),
@@ -46,14 +48,17 @@ def _attention(names: dict[str, str]) -> Callable[[Any], AttentionParts]:
             attn.head_dim,
             getattr(attn, names["scale"]),
             keep_v_bias=True,
+            rotary_layout=rotary_layout,
         )
 
     return parts
 
 
-def _described_attention(names: dict[str, str], *more: str, **options: Any) -> Described:
+def _described_attention(
+    names: dict[str, str], *more: str, rotary_layout: str | None = None, **options: Any
+) -> Described:
     return Described(
-        _attention(names),
+        _attention(names, rotary_layout),
         holds=("q_proj", "k_proj", "v_proj", *names.values(), "head_dim", "config", "is_causal"),
         may_hold=(*DROPS, "embed_dim", "num_key_value_groups", *more),
         **{"unless": _needs_maps, "alone": _alone, **options},
@@ -62,6 +67,10 @@ def _described_attention(names: dict[str, str], *more: str, **options: Any) -> D
 
 def _alone(fused: Any, attn: Any) -> nn.Module:
     return standing_in(TransformersAttention(fused, EagerAttention(attn.config)), attn)
+
+
+def _alone_rotating(fused: Any, attn: Any) -> nn.Module:
+    return standing_in(TransformersRotaryAttention(fused, EagerAttention(attn.config)), attn)
 
 
 def _alone_with_maps(fused: Any, attn: Any) -> nn.Module:
@@ -90,6 +99,9 @@ BLIP2_ATTENTION = Described(
 )
 ATTENTION = _described_attention(HEADS)
 CLIP_ATTENTION = _described_attention(CLIP_HEADS)
+DINO3_ATTENTION = _described_attention(
+    {"num_heads": "num_heads", "scale": "scaling", "proj": "o_proj"}, rotary_layout="half", alone=_alone_rotating
+)
 EAGER_ATTENTION = _described_attention(  # of models that have no other than eager: fused, its maps are refused if asked
     CLIP_HEADS, unless=lambda attn: None, alone=_alone_with_maps
 )
@@ -159,6 +171,9 @@ def _scale(after: Any) -> nn.Module:
 
 VIT_LAYER = _layer("attention", ("layernorm_before", "layernorm_after"), ("dropout",), ("dropout",))
 DINO_LAYER = _layer("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
+DINO3_LAYER = _layer(
+    *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")), block=RotaryLayer
+)
 PIXIO_LAYER = _layer(
     *("attention", ("layernorm_before", "layernorm_after"), ("dropout", "drop_path"), ("dropout", "drop_path"))
 )

@@ -141,6 +141,10 @@ RMS_NORMS = (
     "ovis2.modeling_ovis2.Ovis2RMSNorm",
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
 )
+DINO3_LIKE: Names = {
+    "dinov3_vit": ("DINOv3ViTLayer", "DINOv3ViTAttention", "DINOv3ViTMLP", "DINOv3ViTEncoder"),
+    "eomt_dinov3": ("EomtDinov3Layer", "EomtDinov3Attention", "EomtDinov3MLP", ""),
+}
 AIM_LIKE: Names = {
     "aimv2": ("Aimv2EncoderLayer", "Aimv2Attention", "Aimv2MLP", "Aimv2Encoder"),
     "ovis2": ("Ovis2VisionEncoderLayer", "Ovis2VisionAttention", "Ovis2MLP", "Ovis2VisionEncoder"),
@@ -174,7 +178,6 @@ CROSS = "cross-attention: its keys and values are not the tokens"
 REFUSED = {
     "convnextv2.modeling_convnextv2.ConvNextV2Layer": "a response normalisation stands in its FFN",
     "cvt.modeling_cvt.CvtSelfAttention": "convolutions make its queries, keys and values",
-    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention": TURNED,
     "florence2.modeling_florence2.Florence2VisionChannelAttention": "it attends between channels, not tokens",
     "florence2.modeling_florence2.Florence2VisionWindowAttention": "its windows are cut and padded behind the norm",
     "focalnet.modeling_focalnet.FocalNetModulation": "focal modulation is no attention",
