@@ -68,7 +68,8 @@ class Call:
         x, *rest = self.tensors if tensors is None else tensors
         static = dict(self.static)
         if self.name == "rep_attention":
-            *rest, static["attn_bias"] = rest
+            *rest, static["attn_bias"], static["rotary_cos"], static["rotary_sin"] = rest[:-2]
+            static["q_norm"], static["k_norm"] = self.tensors[-2:] if tensors is None else tensors[-2:]
         if self.name == "window_rep_attention":
             *rest, static["rel_bias"], static["pad_kv"] = rest
         return getattr(ops, self.name)(x, *rest, packed=self.packed, backend=backend, **static)
@@ -86,6 +87,8 @@ class Call:
         """The packed weights that belong to these arguments."""
         if self.name == "partial_gelu_ffn":
             return OP.partial_gelu_ffn_pack(self.tensors[1], self.tensors[3], self.tensors[4])
+        if self.name == "gated_ffn":
+            return OP.gated_ffn_pack(*(self.tensors[i] for i in (1, 3, 5, 6)))
         if self.name == "patch_projection":
             return OP.patch_projection_pack(self.tensors[1])
         d_qk = self.static.get("d_qk")
@@ -156,6 +159,22 @@ def ffn_calls(draw: Any, numbers: Numbers) -> Call:
     return Call("partial_gelu_ffn", tensors, static)
 
 
+@st.composite
+def gated_calls(draw: Any, numbers: Numbers) -> Call:
+    c, m = draw(SIZES), draw(SIZES)
+    lead = draw(st.lists(SMALL, max_size=3))
+    b_gate, b_up = (numbers(m, scale=0.3) if draw(PRESENT) else None for _ in range(2))
+    w_merged = numbers.matrix(c, c) if draw(PRESENT) else None
+    bias = numbers(c, scale=0.3) if draw(PRESENT) else None
+    weights = [numbers.matrix(m, c), b_gate, numbers.matrix(m, c), b_up, numbers.matrix(c, m), w_merged, bias]
+    static = {
+        "residual": draw(st.booleans()),
+        "activation": draw(st.sampled_from(("silu", "gelu", "gelu_tanh", "gelu_quick"))),
+        "inner_norm_eps": draw(st.sampled_from((None, None, 1e-2))),
+    }
+    return Call("gated_ffn", [numbers(*lead, c), *weights], static)
+
+
 def _heads(draw: Any) -> tuple[int, int, int]:
     return draw(st.sampled_from((2, 3, 1, 4))), draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS))
 
@@ -188,8 +207,18 @@ def attention_calls(draw: Any, numbers: Numbers) -> Call:
         "scale": draw(st.sampled_from((1.0, 0.25, -0.5, 0.0))),
         "d_qk": d_qk,
         "residual": residual,
+        "rotary_layout": draw(st.sampled_from(("half", "interleaved"))),
     }
-    return Call("rep_attention", [x, *_projections(draw, numbers, c, c_out, h, d_qk, d_v), attn_bias], static)
+    cos = sin = q_norm = k_norm = None
+    if draw(st.booleans()):
+        tokens, width = draw(st.integers(0, t)), 2 * draw(st.integers(0, d_qk // 2))
+        lead = tuple(s if draw(st.booleans()) else 1 for s in (b, h))[2 - draw(st.integers(0, 2)) :]
+        cos, sin = numbers(*lead, tokens, width), numbers(*lead, tokens, width)
+    if draw(st.booleans()):
+        q_norm, k_norm = numbers(2, d_qk), numbers(2, d_qk)
+        static |= {"qk_norm_eps": 1e-2, "qk_norm": draw(st.sampled_from(("layer", "rms")))}
+    projections = _projections(draw, numbers, c, c_out, h, d_qk, d_v)
+    return Call("rep_attention", [x, *projections, attn_bias, cos, sin, q_norm, k_norm], static)
 
 
 @st.composite
@@ -222,6 +251,7 @@ def patch_calls(draw: Any, numbers: Numbers) -> Call:
 
 KINDS = {
     "partial_gelu_ffn": ffn_calls,
+    "gated_ffn": gated_calls,
     "rep_attention": attention_calls,
     "window_rep_attention": window_calls,
     "patch_projection": patch_calls,
@@ -234,6 +264,8 @@ def calls(draw: Any, name: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Cal
     dtype = draw(st.sampled_from(dtypes))
     call: Call = draw(KINDS[name](Numbers(draw(st.integers(0, 2**32)), dtype)))
     call.static["norm_eps"] = draw(st.sampled_from((None, 1e-6, 1e-5)))
+    if name != "patch_projection":
+        call.static["norm"] = draw(st.sampled_from(("layer", "rms")))
     if dtype != torch.float64 and draw(st.booleans()):
         call.packed = call.pack()
     call.tensors = [None if t is None else draw(laid_out(t)) for t in call.tensors]

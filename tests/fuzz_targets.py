@@ -69,6 +69,7 @@ def packed_seeds() -> list[bytes]:
         OP.partial_gelu_ffn_pack(w, w.t().contiguous(), torch.randn(5, 5)),
         OP.rep_attention_pack(wide, tall, num_heads=2, d_qk=2),
         OP.patch_projection_pack(w),
+        OP.gated_ffn_pack(w, w, w.t().contiguous(), torch.randn(5, 5)),
     )
     return [bytes([number]) + b.numpy().tobytes() for number, b in enumerate(buffers)]
 
@@ -78,8 +79,10 @@ def use_packed(data: bytes) -> None:
     if not data:
         return
     buffer = torch.frombuffer(bytearray(data[1:]), dtype=torch.uint8) if len(data) > 1 else torch.empty(0).byte()
-    number = data[0] % 3
-    unpack = (OP.partial_gelu_ffn_unpack, OP.rep_attention_unpack, OP.patch_projection_unpack)[number]
+    number = data[0] % 4
+    unpack = (*(OP.partial_gelu_ffn_unpack, OP.rep_attention_unpack, OP.patch_projection_unpack, OP.gated_ffn_unpack),)[
+        number
+    ]
     try:
         weights = unpack(buffer)
         assert sum(t.nbytes for t in weights) <= 2 * len(data)
@@ -89,13 +92,17 @@ def use_packed(data: bytes) -> None:
     calls = (
         lambda: OP.partial_gelu_ffn(x, w, None, w.t(), torch.zeros(5, 5), None, buffer),
         lambda: OP.rep_attention(
-            x[None], torch.zeros(12, 5), None, torch.zeros(5, 4), None, None, buffer, num_heads=2, scale=1.0, d_qk=2
+            *(x[None], torch.zeros(12, 5), None, torch.zeros(5, 4), None, *[None] * 5, buffer),
+            num_heads=2,
+            scale=1.0,
+            d_qk=2,
         ),
         lambda: (
             OP.patch_projection(torch.ones(1, 1, 1, 5), w, None, buffer, patch=[1, 1], channels_last=True)
             if buffer.numel() % 2
             else OP.patch_projection(torch.ones(1, 1, 1, 5), w, None, buffer, patch=[1, 5], channels_last=False)
         ),
+        lambda: OP.gated_ffn(x, w, None, w, None, w.t(), torch.zeros(5, 5), None, buffer, activation="silu"),
     )
     try:
         y = calls[number]()

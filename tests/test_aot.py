@@ -11,8 +11,10 @@ from repavit_ops.kernels import tuner, tuning
 from repavit_ops.kernels.aot import compiling_for, resources
 from repavit_ops.kernels.attention import attention, window_attention
 from repavit_ops.kernels.chips import KNOWN, Chip
+from repavit_ops.kernels.gated_ffn import gated_ffn
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
+from repavit_ops.kernels.query_key_rows import query_key_rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS = 128 * 197
@@ -69,6 +71,33 @@ def test_narrow_ffn_is_one_launch(chip):
         return
     assert list(kernels) == ["on_chip_kernel"]
     assert_products(kernels["on_chip_kernel"], chip)
+
+
+@every_chip
+def test_gated_ffn_is_two_launches(chip):
+    """EVA02-B's; one sum beside the other, and no spills."""
+    tensors = (
+        meta(ROWS, 768),
+        meta(2048, 768),
+        meta(2048),
+        meta(2048, 768),
+        meta(2048),
+        meta(768, 2048),
+        None,
+        meta(768),
+    )
+    kernels = compiled(chip, lambda: gated_ffn(*tensors, activation="silu", norm_eps=1e-6, residual=True))
+    assert list(kernels) == ["layer_norm_core_kernel", "gated_kernel", "linear_kernel"]
+    assert_products(kernels["gated_kernel"], chip)
+
+
+@every_chip
+def test_queries_and_keys_are_turned_in_one_launch(chip):
+    tables = {"cos": meta(196, 64, dtype=FP32), "sin": meta(196, 64, dtype=FP32)}
+    affines = {"q_norm": meta(2, 64), "k_norm": meta(2, 64)}
+    static = {"num_heads": 12, "d_qk": 64, "eps": 1e-6, "norm": "layer", "layout": "half"}
+    kernels = compiled(chip, lambda: query_key_rows(meta(128, 197, 3 * 768), **affines, **tables, **static))
+    assert list(kernels) == ["query_key_kernel"]
 
 
 def test_multiply_and_add_are_one_instruction_whatever_the_default(monkeypatch):

@@ -61,7 +61,7 @@ def test_packed_weights_give_the_bits_that_plain_ones_give(dtype):
     misaligned = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].copy_(packed)
     expected = OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, **static)
     for stored in (packed, misaligned):
-        assert torch.equal(OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, None, stored, **static), expected)
+        assert torch.equal(OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, *[None] * 5, stored, **static), expected)
 
 
 def test_packed_weights_take_little_more_than_the_weights():
@@ -86,9 +86,9 @@ def test_packed_weights_of_something_else_are_refused():
     x, w_qkv, b_qkv, w_proj, b_proj = cast(tensors, torch.float32)
     other = OP.rep_attention_pack(w_qkv[:, :8], w_proj, num_heads=2, d_qk=8)
     with pytest.raises(RuntimeError, match="packed: holds C = 8"):
-        OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, None, other, **static)
+        OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, *[None] * 5, other, **static)
     with pytest.raises(RuntimeError, match="packed: this is not the result of rep_attention_pack"):
-        OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, None, torch.zeros(99, dtype=torch.uint8), **static)
+        OP.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, *[None] * 5, torch.zeros(99, dtype=torch.uint8), **static)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from op_helpers import cast
+from test_gated_ffn import operands as gated_operands
 from test_partial_gelu_ffn import operands as ffn_operands
 from test_rep_attention import op as attention
 from test_rep_attention import operands as attention_operands
@@ -24,6 +25,7 @@ def cases():
     window_tensors, windowed = window_operands(2, 5, 6, 8, 2, 4, [4, 4], [2, 2])
     return {
         "partial_gelu_ffn": (cast(ffn_operands(3, 8, 5), torch.float32), {}),
+        "gated_ffn": (cast(gated_operands(3, 8, 5), torch.float32), {"activation": "silu"}),
         "rep_attention": (cast((*operands, None), torch.float32), heads),
         "window_rep_attention": (cast(window_tensors, torch.float32), windowed),
     }
@@ -35,7 +37,12 @@ every_operator = pytest.mark.parametrize("name", CASES)
 
 def run(name, tensors, **static):
     """The public function, every operand positional as the reference takes it."""
-    calls = {"partial_gelu_ffn": ops.partial_gelu_ffn, "rep_attention": attention, "window_rep_attention": windows}
+    calls = {
+        "partial_gelu_ffn": ops.partial_gelu_ffn,
+        "gated_ffn": ops.gated_ffn,
+        "rep_attention": attention,
+        "window_rep_attention": windows,
+    }
     return calls[name](*tensors, **static)
 
 
@@ -116,7 +123,8 @@ def spoiled(tensors):
 
 
 BAD_OPTIONS = {
-    "partial_gelu_ffn": [{"approximate": "erf"}],
+    "partial_gelu_ffn": [{"approximate": "erf"}, {"norm": "batch"}],
+    "gated_ffn": [{"activation": "erf"}, {"inner_norm_eps": -1.0}],
     "rep_attention": [{"num_heads": 0}, {"num_heads": 3}, {"d_qk": 0}, {"d_qk": 5}],
     "window_rep_attention": [{"num_heads": 0}, {"window": [0, 4]}, {"shift": [4, 0]}, {"shift": [0, -1]}],
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_helpers import tiny_swin, tiny_vit
+from test_gated_ffn import operands as gated_operands
 from test_partial_gelu_ffn import operands as ffn_operands
 from test_patch_projection import operands as patch_operands
 from test_rep_attention import operands as attention_operands
@@ -45,6 +46,8 @@ CASES = {
     "ffn_batches": ("partial_gelu_ffn", ([ffn_operands(6, 8, 5)[0].view(2, 1, 3, 8), *ffn_operands(3, 8, 5)[1:]], {})),
     "ffn_not_merged": ("partial_gelu_ffn", ([*ffn_operands(3, 8, 5)[:4], None, None], {"norm_eps": 1e-6})),
     "ffn_m_zero": ("partial_gelu_ffn", (ffn_operands(3, 8, 0), {})),
+    "gated_ffn": ("gated_ffn", (gated_operands(3, 8, 5), {"activation": "silu"})),
+    "gated_ffn_not_merged": ("gated_ffn", ([*gated_operands(3, 8, 5)[:6], None, None], {"activation": "gelu"})),
     "attention": ("rep_attention", attention_case()),
     "attention_bias": ("rep_attention", attention_case(bias=True)),
     "attention_c_out": ("rep_attention", attention_case(c_out=6)),

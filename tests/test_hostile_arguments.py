@@ -11,6 +11,7 @@ import struct
 import pytest
 import torch
 from op_helpers import cast
+from test_gated_ffn import operands as gated_operands
 from test_partial_gelu_ffn import operands as ffn_operands
 from test_patch_projection import operands as patch_operands
 from test_rep_attention import op as attention
@@ -31,7 +32,11 @@ BEYOND = (2**63, 2**64, -(2**63) - 1)  # no int of a schema holds these
 HEADS, D_QK, D_V = 2, 3, 4
 NAMES = {
     "partial_gelu_ffn": ("x", "w_in", "b_in", "w_out", "w_merged", "bias", "packed"),
-    "rep_attention": ("x", "w_qkv", "b_qkv", "w_proj", "b_proj", "attn_bias", "packed"),
+    "gated_ffn": ("x", "w_gate", "b_gate", "w_up", "b_up", "w_out", "w_merged", "bias", "packed"),
+    "rep_attention": (
+        *("x", "w_qkv", "b_qkv", "w_proj", "b_proj", "attn_bias", "rotary_cos", "rotary_sin", "q_norm", "k_norm"),
+        "packed",
+    ),
     "window_rep_attention": ("x", "w_qkv", "b_qkv", "w_proj", "b_proj", "rel_bias", "pad_kv", "packed"),
     "patch_projection": ("x", "weight", "bias", "packed"),
 }
@@ -45,8 +50,13 @@ def case(name):
         return [*tensors, OP.partial_gelu_ffn_pack(tensors[1], tensors[3], tensors[4])], {}
     if name == "rep_attention":
         tensors, static = attention_operands(2, 5, 8, HEADS, D_QK, D_V)
-        tensors = cast((*tensors, torch.zeros(5, 5)), torch.float32)
-        return [*tensors, OP.rep_attention_pack(tensors[1], tensors[3], num_heads=HEADS, d_qk=D_QK)], static
+        turned = (torch.ones(4, 2), torch.zeros(4, 2), torch.ones(2, D_QK), torch.ones(2, D_QK))
+        tensors = cast((*tensors, torch.zeros(5, 5), *turned), torch.float32)
+        packed = OP.rep_attention_pack(tensors[1], tensors[3], num_heads=HEADS, d_qk=D_QK)
+        return [*tensors, packed], {**static, "qk_norm_eps": 1e-5}
+    if name == "gated_ffn":
+        tensors = cast(gated_operands(3, 8, 5), torch.float32)
+        return [*tensors, OP.gated_ffn_pack(tensors[1], tensors[3], tensors[5], tensors[6])], {"activation": "silu"}
     if name == "window_rep_attention":
         tensors, static = window_operands(2, 5, 6, 8, HEADS, D_V, [4, 4], [2, 2])
         tensors = cast(tensors, torch.float32)
@@ -383,12 +393,13 @@ def test_a_view_beyond_the_end_of_its_storage(name):
         refused(f"{argument}: its storage", registered, name, tensors, static)
 
 
-@pytest.mark.parametrize("name", ["partial_gelu_ffn", "rep_attention", "patch_projection"])
+@pytest.mark.parametrize("name", ["partial_gelu_ffn", "gated_ffn", "rep_attention", "patch_projection"])
 def test_a_freed_weight_is_not_packed(name):
     pack = getattr(OP, f"{name}_pack")
     tensors, _ = case(name)
     sources = {
         "partial_gelu_ffn": (("w_in", "w_out", "w_merged"), tensors[1:5:1], {}),
+        "gated_ffn": (("w_gate", "w_up", "w_out"), [tensors[i] for i in (1, 3, 5)], {}),
         "rep_attention": (("w_qkv", "w_proj"), [tensors[1], tensors[3]], {"num_heads": HEADS, "d_qk": D_QK}),
         "patch_projection": (("weight",), [tensors[1]], {}),
     }
@@ -449,8 +460,10 @@ def test_a_norm_has_a_variance_offset(name, norm_eps):
 
 # ---- Packed buffers --------------------------------------------------------------------------------------------------
 
+FFN_FIELDS = {"dtype": (8, "i"), "merged": (12, "i"), "C": (16, "q"), "m": (24, "q"), "bytes": (32, "q")}
 FIELDS = {  # byte offset and struct code of each field of a header (csrc/cpu/kernels.h)
-    "partial_gelu_ffn": {"dtype": (8, "i"), "merged": (12, "i"), "C": (16, "q"), "m": (24, "q"), "bytes": (32, "q")},
+    "partial_gelu_ffn": FFN_FIELDS,
+    "gated_ffn": FFN_FIELDS,
     "rep_attention": {
         "dtype": (8, "i"),
         "heads": (12, "i"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_helpers import assert_follows_rule, cast
+from op_helpers import assert_follows_rule, cast, randn
+from test_gated_ffn import operands as gated_operands
 from test_partial_gelu_ffn import operands as ffn_operands
 from test_rep_attention import operands as attention_operands
 from test_window_rep_attention import operands as window_operands
@@ -21,11 +22,17 @@ def cases():
     window, windows = window_operands(2, 5, 6, 8, 2, 4, [4, 4], [2, 2])
     bias = torch.randn(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     both = {"norm_eps": 1e-5, "residual": True}
+    angles = randn(4, 2, seed=5)
+    turned = (*attention, bias, angles.cos(), angles.sin(), randn(2, 3, seed=6), randn(2, 3, seed=7))
+    gated = {"activation": "silu", "norm": "rms", "inner_norm_eps": 1e-2, **both}
     return {
         "partial_gelu_ffn": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), both),
         "partial_gelu_ffn_tanh": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), {"approximate": "tanh"}),
         "partial_gelu_ffn_quick": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), {"approximate": "quick"}),
         "partial_gelu_ffn_m_zero": (reference.partial_gelu_ffn, ffn_operands(3, 8, 0), {"residual": True}),
+        "gated_ffn": (reference.gated_ffn, gated_operands(3, 8, 5), gated),
+        "gated_ffn_gelu": (reference.gated_ffn, gated_operands(3, 8, 5), {"activation": "gelu"}),
+        "rep_attention_turned": (reference.rep_attention, turned, {**heads, "qk_norm_eps": 1e-2}),
         "rep_attention": (reference.rep_attention, (*attention, bias), {**heads, **both}),
         "window_rep_attention": (reference.window_rep_attention, window, {**windows, **both}),
         "window_rep_attention_roll_first": (reference.window_rep_attention, window, {**windows, "roll_first": True}),
@@ -41,7 +48,7 @@ def registered(name):
     return getattr(torch_ops, operator.name)
 
 
-@pytest.mark.parametrize("name", ["partial_gelu_ffn", "rep_attention", "window_rep_attention"])
+@pytest.mark.parametrize("name", ["partial_gelu_ffn", "gated_ffn", "rep_attention_turned", "window_rep_attention"])
 def test_opcheck(name):
     _, tensors, static = CASES[name]
     tensors = tuple(t.float().requires_grad_() for t in tensors)
@@ -85,7 +92,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", ["partial_gelu_ffn", "rep_attention", "window_rep_attention"])
+@pytest.mark.parametrize("name", ["partial_gelu_ffn", "gated_ffn", "rep_attention_turned", "window_rep_attention"])
 def test_compiles_in_one_graph(name, dynamic):
     torch._dynamo.reset()
     _, tensors, static = CASES[name]

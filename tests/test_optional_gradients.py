@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from test_gated_ffn import operands as gated_operands
 from test_partial_gelu_ffn import operands as ffn_operands
 from test_patch_projection import operands as patch_operands
 from test_rep_attention import operands as attention_operands
@@ -30,6 +31,7 @@ CASES = {  # name → (operator, reference, operands, keyword arguments, which o
     "partial_gelu_ffn": ("partial_gelu_ffn", (ffn_operands(2, 4, 3), {}), (2, 4, 5)),
     "partial_gelu_ffn_m_zero": ("partial_gelu_ffn", (ffn_operands(2, 4, 0), {}), (2, 4, 5)),
     "rep_attention": ("rep_attention", attention_case(), (2, 4, 5)),
+    "gated_ffn": ("gated_ffn", ((*gated_operands(2, 4, 3)[:6], None, None), {"activation": "silu"}), (2, 4)),
     "window_nothing_padded": ("window_rep_attention", window_case((2, 2), [0, 0]), (2, 4, 6)),
     "window_shifted": ("window_rep_attention", window_case((4, 4), [1, 1]), (2, 4, 6)),
     "window_padded": ("window_rep_attention", window_case((3, 2), [0, 0]), (2, 4, 6)),
@@ -49,14 +51,17 @@ def subsets(items):
 def combinations(tensors, optional):
     """Every choice of absent arguments and of those that require grad, at least one."""
     for absent in subsets(optional):
-        present = [i for i in range(len(tensors)) if i not in absent]
+        present = [i for i, t in enumerate(tensors) if i not in absent and t is not None]
         for wanted in subsets(present):
             if wanted:
                 yield absent, wanted
 
 
 def gradients(function, tensors, static, absent, wanted):
-    leaves = [None if i in absent else t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    leaves = [
+        None if i in absent or t is None else t.detach().clone().requires_grad_(i in wanted)
+        for i, t in enumerate(tensors)
+    ]
     y = function(*leaves, **static)
     inputs = [leaves[i] for i in wanted]
     if not y.requires_grad:  # the formula without the only argument that could get a gradient
@@ -77,9 +82,9 @@ def test_every_combination_gives_the_gradients_of_the_formula(name):
 @every_case
 def test_all_of_them_through_backward(name):
     operator, (tensors, static), _ = CASES[name]
-    leaves = [t.float().requires_grad_() for t in tensors]
+    leaves = [None if t is None else t.float().requires_grad_() for t in tensors]
     getattr(OP, operator)(*leaves, **static).sum().backward()
-    assert all(t.grad is not None and t.grad.shape == t.shape for t in leaves)
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in leaves if t is not None)
 
 
 def test_a_window_that_pads_nothing_gives_pad_kv_no_gradient():
@@ -103,7 +108,7 @@ def test_an_argument_that_enters_nothing_may_be_the_only_one():
 @pytest.mark.parametrize("absent", [(), (2, 4, 6)], ids=str)
 def test_second_derivatives_where_nothing_was_padded(absent):
     tensors, static = window_case((2, 2), [0, 0])
-    leaves = [None if i in absent else t.clone().requires_grad_() for i, t in enumerate(tensors)]
+    leaves = [None if i in absent or t is None else t.clone().requires_grad_() for i, t in enumerate(tensors)]
     present = [t for t in leaves if t is not None]
     grads = torch.autograd.grad(OP.window_rep_attention(*leaves, **static).square().sum(), present, create_graph=True)
     total = sum(g.square().sum() for g in grads)

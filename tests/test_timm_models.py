@@ -285,8 +285,13 @@ def unfused_reason(model, name="blocks.0.attn"):
     return next(entry.note for entry in report.skipped if entry.name == name)
 
 
-def test_qk_norm_is_skipped_and_its_ffn_is_not(timm):
+def test_qk_norm_fuses_unless_it_is_two_norms(timm):
     model = build(timm, qk_norm=True)
+    fused = repavit_ops.fuse(model)
+    assert isinstance(fused.blocks[0].attn, RepAttention)
+    assert relative(fused(images()), model(images())) < 1e-5
+    for block in model.blocks:
+        block.attn.k_norm.eps = 1e-2
     assert "QK-norm" in unfused_reason(model)
     fused = repavit_ops.fuse(model)
     assert isinstance(fused.blocks[0].mlp, PartialGELUFFN)
