@@ -262,7 +262,8 @@ const void* rotary_table(const char* name, const Tensor& given, const Tensor& x,
 }
 
 void set_rotary(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& copies, repavit::RepAttentionArgs& args) {
-  STD_TORCH_CHECK(e.rotary_cos.has_value() == e.rotary_sin.has_value(), "rotary_cos, rotary_sin: both or none are wanted");
+  STD_TORCH_CHECK(e.rotary_cos.has_value() == e.rotary_sin.has_value(), e.rotary_cos ? "rotary_sin" : "rotary_cos",
+                  ": is missing beside the other table; both or none are wanted");
   if (!e.rotary_cos) return;
   const Tensor& cos = *e.rotary_cos;
   STD_TORCH_CHECK(cos.dim() >= 2, "rotary_cos: got shape ", shape_of(cos), ", wanted [.., tokens, width]");

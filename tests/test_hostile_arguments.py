@@ -82,9 +82,6 @@ def public(name, tensors, static):
 def one_step(name, tensors, static):
     """The same operator as a step of fused_blocks."""
     defaults = {"norm_eps": None, "residual": False, "approximate": "none", "roll_first": False}
-    tensors = list(tensors)
-    if name == "rep_attention":
-        del tensors[5]  # a step has no attn_bias
     x, *operands, packed = tensors
     step = Step(name, tuple(operands), {**defaults, **static}, packed)
     return ops.fused_blocks(x, [step])
@@ -306,7 +303,8 @@ def test_heads_of_no_channels(long):
     assert OP.rep_attention_unpack(packed)[0].shape == w_qkv.shape
     x = torch.empty(1, 4, 0)
     for weights in (None, packed):
-        refused(("w_qkv", "memory"), OP.rep_attention, x, w_qkv, None, w_proj, None, None, weights, scale=1.0, **static)
+        tensors = (x, w_qkv, None, w_proj, None, *[None] * 5, weights)
+        refused(("w_qkv", "memory"), OP.rep_attention, *tensors, scale=1.0, **static)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -397,15 +395,14 @@ def test_a_view_beyond_the_end_of_its_storage(name):
 def test_a_freed_weight_is_not_packed(name):
     pack = getattr(OP, f"{name}_pack")
     tensors, _ = case(name)
-    sources = {
-        "partial_gelu_ffn": (("w_in", "w_out", "w_merged"), tensors[1:5:1], {}),
-        "gated_ffn": (("w_gate", "w_up", "w_out"), [tensors[i] for i in (1, 3, 5)], {}),
-        "rep_attention": (("w_qkv", "w_proj"), [tensors[1], tensors[3]], {"num_heads": HEADS, "d_qk": D_QK}),
-        "patch_projection": (("weight",), [tensors[1]], {}),
-    }
-    names, weights, static = sources[name]
-    if name == "partial_gelu_ffn":
-        weights = [tensors[1], tensors[3], tensors[4]]
+    names = {
+        "partial_gelu_ffn": ("w_in", "w_out", "w_merged"),
+        "gated_ffn": ("w_gate", "w_up", "w_out", "w_merged"),
+        "rep_attention": ("w_qkv", "w_proj"),
+        "patch_projection": ("weight",),
+    }[name]
+    static = {"num_heads": HEADS, "d_qk": D_QK} if name == "rep_attention" else {}
+    weights = [tensors[NAMES[name].index(argument)] for argument in names]
     for i, argument in enumerate(names):
         given = [t.clone() for t in weights]
         given[i].untyped_storage().resize_(0)

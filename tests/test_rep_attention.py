@@ -45,9 +45,9 @@ def operands(batch, tokens, c, heads, d_qk, d_v, c_out=None, seed=0):
 
 
 def op(*tensors, **static):
-    """The functional operator with attn_bias as sixth positional tensor, as the reference takes it."""
-    *five, attn_bias = tensors if len(tensors) == 6 else (*tensors, None)
-    return ops.rep_attention(*five, attn_bias=attn_bias, **static)
+    """The functional operator with all its tensors positional, as the reference takes them."""
+    names = ("attn_bias", "rotary_cos", "rotary_sin", "q_norm", "k_norm")
+    return ops.rep_attention(*tensors[:5], **dict(zip(names, tensors[5:], strict=False)), **static)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
