@@ -21,7 +21,8 @@ SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, inste
 
 def layer_norm_core(x: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension without affine: ``(x - mean) / sqrt(var + eps)``."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    width = (int(x.shape[-1]),) if torch.jit.is_tracing() else x.shape[-1:]  # ONNX's old exporter takes numbers alone
+    return F.layer_norm(x, width, eps=eps)
 
 
 def rms_norm_core(x: Tensor, eps: float) -> Tensor:
