@@ -9,8 +9,9 @@ from op_helpers import assert_follows_rule, randn, weight
 
 from repavit_ops import reference
 from repavit_ops.kernels.linear import linear
+from repavit_ops.kernels.on_chip_ffn import on_chip_ffn
 from repavit_ops.kernels.operands import are_aligned
-from repavit_ops.kernels.tuning import Config
+from repavit_ops.kernels.tuning import Config, OnChip
 
 SMALL = Config(16, 32, 16, warps=1, stages=1, split=False)
 SPLIT = Config(16, 32, 16, warps=1, stages=1, split=True)
@@ -70,9 +71,36 @@ def test_activations_over_their_whole_range(activation, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("k", [1, 16, 37, 64])
 def test_layer_norm_core(k, dtype, prologue):
-    x, w, b, residual = operands(19, 33, k, dtype)
+    x, w, b, residual = operands(19, 12, k, dtype)
     for rows in (x, x + 30, x * 1e-3):  # ordinary, far from zero, small
         check(rows, w, b, residual, Config(16, 32, 16, 1, 1, norm_prologue=prologue), norm_eps=1e-6)
+
+
+def huge_rows(k, number):
+    """Rows whose sums or squares are beyond fp32, one that is constant, and an ordinary one among them."""
+    x = randn(5, k).float()
+    x[0] = number
+    x[1, ::2], x[1, 1::2] = number, -number
+    x[2, 0], x[3, -1] = number, -number
+    return x
+
+
+@pytest.mark.parametrize("number", [1e19, 1e36, 3e38])
+@pytest.mark.parametrize("way", ["kernel_in_front", "prologue", "descriptors", "on_chip"])
+def test_layer_norm_core_beyond_the_sums_of_fp32(way, number):
+    for k in (37, 64):
+        x, eye = huge_rows(k, number), torch.eye(k)
+        truth = F.layer_norm(x.double(), (k,), eps=1e-6)
+        if way == "on_chip":
+            y = on_chip_ffn(x, eye[:0], None, eye[:, :0], eye, None, 1e-6, False, "gelu", OnChip(16, 16, 16, 1, 1))
+        else:
+            config = Config(16, 32, 16, 1, 1, tma=way == "descriptors", norm_prologue=way != "kernel_in_front")
+            y = linear(x, eye, norm_eps=1e-6, config=config)
+        assert torch.count_nonzero(y[0]) == 0
+        assert (y.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+        assert (y[4].double() - truth[4]).abs().max() <= 1e-6 * truth[4].abs().max()
+        x[1, 3] = float("inf")
+        assert linear(x, eye, norm_eps=1e-6, config=SMALL)[1].isnan().all()
 
 
 def test_optional_arguments_and_batch_dimensions():
