@@ -139,6 +139,11 @@ def test_result_of_a_row_is_independent_of_its_neighbours():
     assert torch.equal(whole[5:9], part)
 
 
+def test_more_row_tiles_than_a_group():
+    """Tiles go column by column within groups of eight row tiles; here are ten and two."""
+    check(*operands(150, 33, 16, torch.float32))
+
+
 def test_tile_of_the_default_rule():
     x, w, b, residual = operands(50, 40, 24, torch.float32)
     check(x, w, b, residual, config=None, activation="gelu", norm_eps=1e-5)
