@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_helpers import assert_follows_rule, randn, weight
 
 from repavit_ops import reference
+from repavit_ops.kernels.layer_norm import layer_norm_core
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.on_chip_ffn import on_chip_ffn
 from repavit_ops.kernels.operands import are_aligned
@@ -101,6 +102,12 @@ def test_layer_norm_core_beyond_the_sums_of_fp32(way, number):
         assert (y[4].double() - truth[4]).abs().max() <= 1e-6 * truth[4].abs().max()
         x[1, 3] = float("inf")
         assert linear(x, eye, norm_eps=1e-6, config=SMALL)[1].isnan().all()
+
+
+def test_constant_rows_beyond_the_sums_of_fp32():
+    """Whatever their mean was rounded to."""
+    x = torch.linspace(1e37, 3e38, 48)[:, None].expand(48, 37)
+    assert torch.count_nonzero(layer_norm_core(x.contiguous(), 1e-6)) == 0
 
 
 def test_optional_arguments_and_batch_dimensions():
