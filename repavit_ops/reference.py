@@ -337,8 +337,8 @@ def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, 
     q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-        if not torch.is_grad_enabled() and not backends.in_forward_mode():
-            bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient
+        if (not torch.is_grad_enabled() and not backends.in_forward_mode()) or backends.exports_to_onnx():
+            bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient, its exporter fails
     if backends.in_transform():  # PyTorch would take a kernel that no transform knows and that gives masks no gradient
         with sdpa_kernel(SDPBackend.MATH):
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

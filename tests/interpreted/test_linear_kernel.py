@@ -86,7 +86,7 @@ def huge_rows(k, number):
     return x
 
 
-@pytest.mark.parametrize("number", [1e19, 1e36, 3e38])
+@pytest.mark.parametrize("number", [1e19, 3e38])
 @pytest.mark.parametrize("way", ["kernel_in_front", "prologue", "descriptors", "on_chip"])
 def test_layer_norm_core_beyond_the_sums_of_fp32(way, number):
     for k in (37, 64):
