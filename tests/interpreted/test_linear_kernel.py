@@ -125,6 +125,9 @@ def test_any_strides_and_offsets():
     check(x.t().contiguous().t(), w.t().contiguous().t(), b, residual.t().contiguous().t())
     check(x.view(4, 5, 16).transpose(0, 1), w, b, None)
     check(x[:1].expand(20, 16), w, torch.stack([b, b], 1)[:, 0], residual)
+    wide_residual = torch.zeros(20, 40)
+    wide_residual[:, 5:17] = residual
+    check(x, w, b, wide_residual[:, 5:17])
     check(wide[:, 1:17], w, b, residual, DESCRIPTORS)  # descriptors cannot: pointers, unasked and right
 
 
