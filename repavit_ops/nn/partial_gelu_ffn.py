@@ -13,6 +13,7 @@ from ..backends import Backend
 from ..ops import _check
 from ..reparam import MergedFFN, cast, fold_identity, unfold_identity
 from ..stack_plan import Step
+from .given import is_plain
 from .init import linear_init_
 from .packed_weights import PackedWeights
 from .symbolic import call_of, is_proxy
@@ -140,7 +141,9 @@ class PartialGELUFFN(PackedWeights):
         size: behind 12 blocks five times the error. State dicts of both forms load into either
         (their ``_version`` tells them apart).
         """
-        if self.w_merged is None or self.residual or self.norm_eps is not None or self.w_merged.dtype != torch.float32:
+        if self.w_merged is None or not is_plain(self.w_merged) or self.w_merged.dtype != torch.float32:
+            return
+        if self.residual or self.norm_eps is not None:
             return
         apart = unfold_identity(self.w_merged.detach()).float()
         self.w_merged = nn.Parameter(apart, self.w_merged.requires_grad)

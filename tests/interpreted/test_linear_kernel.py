@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from op_helpers import assert_follows_rule, randn, weight
 
 from repavit_ops import reference
-from repavit_ops.kernels.layer_norm import layer_norm_core
+from repavit_ops.kernels.layer_norm import core, layer_norm_core
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.on_chip_ffn import on_chip_ffn
 from repavit_ops.kernels.operands import are_aligned
@@ -108,6 +108,13 @@ def test_constant_rows_beyond_the_sums_of_fp32():
     """Whatever their mean was rounded to."""
     x = torch.linspace(1e37, 3e38, 48)[:, None].expand(48, 37)
     assert torch.count_nonzero(layer_norm_core(x.contiguous(), 1e-6)) == 0
+
+
+def test_root_mean_square_beyond_the_sums_of_fp32():
+    x = huge_rows(37, 3e38)
+    truth = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    error = (core(x, 1e-6, "rms").double() - truth).abs().max()
+    assert error <= 1e-6 * truth.abs().max()
 
 
 def test_optional_arguments_and_batch_dimensions():

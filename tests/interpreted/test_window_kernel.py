@@ -24,7 +24,7 @@ SHAPES = {  # images, height, width, heads, d, window, shift
     "divides": (2, 8, 12, 1, 16, (4, 4), (0, 0)),
     "shifted": (1, 8, 8, 2, 12, (4, 4), (2, 2)),
     "padded": (1, 6, 9, 1, 16, (4, 4), (2, 1)),
-    "rectangular": (1, 7, 6, 1, 8, (3, 5), (1, 0)),
+    "rectangular": (1, 6, 7, 1, 8, (3, 5), (1, 0)),
     "swin": (1, 14, 7, 1, 32, (7, 7), (3, 3)),
     "two_chunks_of_keys": (1, 9, 9, 1, 16, (9, 9), (4, 4)),
     "map_within_window": (2, 3, 5, 1, 16, (7, 7), (3, 3)),
