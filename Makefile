@@ -73,10 +73,11 @@ fuzz: $(VENV)/.dev ## operators, modules, files and packed buffers on thousands 
 long-runs: $(VENV)/.dev ## thousands of forwards, fuse and drop, threads, workers, interrupts: memory and results; 20 minutes
 	$(BIN)/python bench/long_runs.py
 
-mutants: $(VENV)/.dev ## do the tests notice: mutants of the folds by cosmic-ray, of the C++ kernels by hand; hours
+mutants: $(VENV)/.dev ## do the tests notice: mutants of Python by cosmic-ray, of the C++ and Triton kernels by hand; hours
 	$(PIP) install -c $(VENV)/constraints.txt -e '.[fuzz]' --no-build-isolation
 	tests/mutation/python.sh $(abspath $(BIN)/python)
 	$(BIN)/python tests/mutation/kernels.py
+	$(BIN)/python tests/mutation/gpu_kernels.py
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

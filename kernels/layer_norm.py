@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .operands import FP_FUSION
-from .tile import load_tile, root_mean_square, row_moments
+from .tile import load_tile, normalise, root_mean_square, row_moments
 
 ELEMENTS = 4096  # of one program, about: 8 to 32 KiB in registers
 
@@ -33,16 +33,15 @@ def layer_norm_core_kernel(
 ):
     row0 = tl.program_id(0) * BM
     if RMS:
-        mean, rstd = root_mean_square(x, x_stride, row0, M, K, eps, BM, BK, EVEN)
+        mean, rstd, scale = root_mean_square(x, x_stride, row0, M, K, eps, BM, BK, EVEN)
     else:
-        mean, rstd = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, False)
+        mean, rstd, scale = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, False)
     row = row0 + tl.arange(0, BM)
     for k in range(0, K, BK):
         col = k + tl.arange(0, BK)
-        chunk = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False).to(tl.float32)
-        core = (chunk - mean[:, None]) * rstd[:, None]
+        core = normalise(load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False), mean, rstd, scale, True)
         at = out + row.to(tl.int64)[:, None] * K + col[None, :]
-        tl.store(at, core.to(out.dtype.element_ty), mask=(row < M)[:, None] & (col < K)[None, :])
+        tl.store(at, core, mask=(row < M)[:, None] & (col < K)[None, :])
 
 
 def layer_norm_core(x: Tensor, eps: float) -> Tensor:

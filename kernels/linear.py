@@ -57,12 +57,12 @@ def linear_kernel(
 ):
     for tile in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
         row0, col0 = tile_corner(tile, M, N, BM, BN)
-        mean, rstd = 0.0, 1.0
+        mean, rstd, scale = 0.0, 1.0, 1.0
         if NORM:
-            mean, rstd = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, TMA)
+            mean, rstd, scale = row_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, TMA)
         total = tl.zeros([BM, BN], tl.float32)
         total = accumulate(
-            total, x, x_stride, weight, weight_stride, row0, M, col0, N, K, mean, rstd,
+            total, x, x_stride, weight, weight_stride, row0, M, col0, N, K, mean, rstd, scale,
             BM, BN, BK, EVEN, TMA, NORM, PRECISION,
         )  # fmt: skip
         finish(

@@ -56,13 +56,13 @@ def on_chip_kernel(
     PRECISION: tl.constexpr,
 ):
     row0 = tl.program_id(0) * BM
-    mean, rstd = 0.0, 1.0
+    mean, rstd, scale = 0.0, 1.0, 1.0
     if NORM:
-        mean, rstd = row_moments(x, x_stride, row0, M, C, eps, BM, BC, EVEN_C, TMA)
+        mean, rstd, scale = row_moments(x, x_stride, row0, M, C, eps, BM, BC, EVEN_C, TMA)
     z, total = (), ()
     for i in tl.static_range(TILES):
         tile = load_tile(x, x_stride, row0, M, i * BC, C, BM, BC, EVEN_C, TMA)
-        z += (normalise(tile, mean, rstd, NORM),)
+        z += (normalise(tile, mean, rstd, scale, NORM),)
         total += (tl.zeros([BM, BC], tl.float32),)
 
     for start in range(0, H, BH):
@@ -83,7 +83,7 @@ def on_chip_kernel(
     if w_merged is not None:
         for k in range(0, C, BC):
             tile = load_tile(x, x_stride, row0, M, k, C, BM, BC, EVEN_C, TMA)
-            tile = normalise(tile, mean, rstd, NORM)
+            tile = normalise(tile, mean, rstd, scale, NORM)
             sums = ()
             for i in tl.static_range(TILES):
                 weight = load_tile(w_merged, merged_stride, i * BC, C, k, C, BC, BC, EVEN_C, TMA)

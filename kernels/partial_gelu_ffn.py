@@ -61,11 +61,11 @@ def two_source_kernel(
         row0, col0 = tile_corner(tile, M, N, BM, BN)
         total = tl.zeros([BM, BN], tl.float32)
         total = accumulate(
-            total, z, z_stride, w_merged, merged_stride, row0, M, col0, N, C, 0.0, 1.0,
+            total, z, z_stride, w_merged, merged_stride, row0, M, col0, N, C, 0.0, 1.0, 1.0,
             BM, BN, BK, EVEN_C, TMA, False, PRECISION,
         )  # fmt: skip
         total = accumulate(
-            total, h, h_stride, w_out, out_weight_stride, row0, M, col0, N, H, 0.0, 1.0,
+            total, h, h_stride, w_out, out_weight_stride, row0, M, col0, N, H, 0.0, 1.0, 1.0,
             BM, BN, BK, EVEN_H, TMA, False, PRECISION,
         )  # fmt: skip
         finish(total, bias, residual, residual_stride, y, y_stride, row0, M, col0, N, BM, BN, "none", False, TMA, SPLIT)

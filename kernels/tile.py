@@ -9,6 +9,10 @@ import triton.language as tl
 
 from .device_math import activate
 
+LARGEST_SUM = tl.constexpr(3e38)  # of squares; what is beyond, or NaN, is summed again
+SHRINK = tl.constexpr(2.0**-80)  # squares of any fp32 number times this add up, and times no less keep their digits
+SMALLEST = tl.constexpr(1e-37)  # in place of a variance of 0 under an eps that vanished
+
 
 @triton.jit
 def tile_corner(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr = 8):
@@ -54,7 +58,10 @@ def row_moments(
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """(mean, 1 / √(variance + eps)) of BM rows, fp32 [BM] each: moments of chunks of BK, merged pairwise (Chan)."""
+    """(mean · scale, 1 / √(variance + eps) / scale, scale) of BM rows, fp32 [BM] each, for ``normalise``.
+
+    Moments of chunks of BK, merged pairwise (Chan). scale is 1, and 2**-80 for rows whose sums are beyond fp32.
+    """
     mean = tl.zeros([BM], tl.float32)
     squares = tl.zeros([BM], tl.float32)  # Σ (x - mean)² so far
     for k in range(0, K, BK):
@@ -68,7 +75,38 @@ def row_moments(
         delta = chunk_mean - mean
         mean += delta * share
         squares += tl.sum(off * off, 1) + delta * delta * (k * share)
-    return mean, 1.0 / tl.sqrt_rn(squares / K + eps)
+    rstd = 1.0 / tl.sqrt_rn(squares / K + eps)
+    scale = tl.full([BM], 1.0, tl.float32)
+    within = squares < LARGEST_SUM
+    if tl.min(within.to(tl.int32), 0) == 0:
+        other_mean, other_rstd = _shrunk_moments(x, x_stride, row0, M, K, eps, BM, BK, EVEN, TMA)
+        mean = tl.where(within, mean, other_mean)
+        rstd = tl.where(within, rstd, other_rstd)
+        scale = tl.where(within, scale, SHRINK)
+    return mean, rstd, scale
+
+
+@triton.jit
+def _shrunk_moments(
+    x, x_stride, row0, M, K, eps, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr
+):
+    """(mean, 1 / √(variance + eps)) of rows times SHRINK, in two passes: for few rows, so that no time counts."""
+    mean = tl.zeros([BM], tl.float32)
+    for k in range(0, K, BK):
+        mean += tl.sum(load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, TMA).to(tl.float32) * SHRINK, 1)
+    mean = mean / K
+    sums = tl.zeros([BM], tl.float32)
+    squares = tl.zeros([BM], tl.float32)
+    for k in range(0, K, BK):
+        off = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, TMA).to(tl.float32) * SHRINK - mean[:, None]
+        if not EVEN:
+            off = tl.where((k + tl.arange(0, BK) < K)[None, :], off, 0.0)
+        sums += tl.sum(off, 1)
+        squares += tl.sum(off * off, 1)
+    rest = sums / K  # what rounding left of the mean
+    variance = squares / K - rest * rest
+    variance = tl.where(variance < 0, 0.0, variance)  # NaN stays
+    return mean + rest, 1.0 / tl.sqrt_rn(variance + eps * SHRINK * SHRINK + SMALLEST)
 
 
 @triton.jit
@@ -83,19 +121,29 @@ def root_mean_square(
     BK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """(0, 1 / √(mean(x²) + eps)) of BM rows, fp32 [BM] each: what :func:`row_moments` gives, without a mean."""
+    """What :func:`row_moments` gives, without a mean: (0, 1 / √(mean(x²) + eps) / scale, scale), fp32 [BM] each."""
     squares = tl.zeros([BM], tl.float32)
     for k in range(0, K, BK):
         chunk = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False).to(tl.float32)
         squares += tl.sum(chunk * chunk, 1)
-    return tl.zeros([BM], tl.float32), 1.0 / tl.sqrt_rn(squares / K + eps)
+    rstd = 1.0 / tl.sqrt_rn(squares / K + eps)
+    scale = tl.full([BM], 1.0, tl.float32)
+    within = squares < LARGEST_SUM
+    if tl.min(within.to(tl.int32), 0) == 0:
+        shrunk = tl.zeros([BM], tl.float32)
+        for k in range(0, K, BK):
+            chunk = load_tile(x, x_stride, row0, M, k, K, BM, BK, EVEN, False).to(tl.float32) * SHRINK
+            shrunk += tl.sum(chunk * chunk, 1)
+        rstd = tl.where(within, rstd, 1.0 / tl.sqrt_rn(shrunk / K + eps * SHRINK * SHRINK))
+        scale = tl.where(within, scale, SHRINK)
+    return tl.zeros([BM], tl.float32), rstd, scale
 
 
 @triton.jit
-def normalise(x, mean, rstd, NORM: tl.constexpr):
-    """(x - mean) * rstd by rows, rounded to x's dtype; x itself without NORM."""
+def normalise(x, mean, rstd, scale, NORM: tl.constexpr):
+    """LayerNorm core by rows, of what ``row_moments`` gives, rounded to x's dtype; x itself without NORM."""
     if NORM:
-        x = ((x.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(x.dtype)
+        x = ((x.to(tl.float32) * scale[:, None] - mean[:, None]) * rstd[:, None]).to(x.dtype)
     return x
 
 
@@ -111,8 +159,9 @@ def accumulate(
     col0,
     N,
     K,
-    mean,  # [BM] fp32 with NORM: rows of a are taken as (a - mean) * rstd
+    mean,  # [BM] fp32 with NORM, as the next two: rows of a are taken as ``normalise`` does
     rstd,
+    scale,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -125,7 +174,7 @@ def accumulate(
     for k in range(0, K, BK):
         left = load_tile(a, a_stride, row0, M, k, K, BM, BK, EVEN, TMA)
         right = load_tile(w, w_stride, col0, N, k, K, BN, BK, EVEN, TMA)
-        total = tl.dot(normalise(left, mean, rstd, NORM), right.T, total, input_precision=PRECISION)
+        total = tl.dot(normalise(left, mean, rstd, scale, NORM), right.T, total, input_precision=PRECISION)
     return total
 
 

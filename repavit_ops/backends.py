@@ -119,6 +119,16 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def exports_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is tracing, in either form: ONNX has no kernels, so formulas take their places."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def wants_formula(backend: str) -> bool:
+    """Whether a functional form runs in plain PyTorch: it was asked to, or what is going on knows no kernels."""
+    return backend == "reference" or in_forward_mode() or exports_to_onnx()
+
+
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows this kind of device. Not asked where it is known: Dynamo of torch 2.11 would stop."""
     return device_type in KERNELS_OF or torch.amp.is_autocast_available(device_type)

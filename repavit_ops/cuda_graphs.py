@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .nn.given import require_unsharded, unwrapped
+from .nn.given import require_whole, unwrapped
 from .nn.mode import require_eval
 
 GPU = "cuda"
@@ -47,7 +47,7 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 16) -> GraphedModel:
             tensors, numbers and strings in tuples, lists and dicts.
     """
     model = unwrapped(model, keep_compiled=True)
-    require_unsharded(model, "capture")
+    require_whole(model, "capture")
     if not torch.cuda.is_available():
         raise RuntimeError("cuda_graph: no CUDA device is visible to torch; call the model itself")
     if max_graphs < 1:

@@ -46,14 +46,14 @@ def export_model(
     """Merge ``model``, write it for the runtime that ``target``'s suffix names, run it there and compare.
 
     Args:
-        model: any classifier or backbone of this library, or timm's; not fused (fuse needs this library's operators).
+        model: any classifier or backbone of this library, or timm's; fused ones too, by their formulas.
         target: file to write: .onnx (ONNX Runtime and whatever reads opset 18).
         half: float16 weights, inputs and outputs; otherwise float32.
         batch: images per call; 0 for any number.
         image_size: pixels; None for what the model was built for.
 
     Raises:
-        ValueError: a suffix without a runtime, a negative batch, a model that is fused.
+        ValueError: a suffix without a runtime, a negative batch.
         RuntimeError: a part is in training mode; a join coefficient α is below 1.
         ImportError: the exporter or the runtime is not installed; says what to install.
     """

@@ -141,12 +141,14 @@ CPU_TOOLS = (
 
 
 def refuse_onnx() -> None:
-    """Raise RuntimeError, saying what to export, while torch.onnx.export runs: ONNX has none of these operators."""
+    """Raise RuntimeError while torch.onnx.export runs on a program that holds these operators, which ONNX lacks.
+
+    It never comes here from a model, whose functional forms run their formulas meanwhile (``backends.wants_formula``).
+    """
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
-            "repavit_ops: a fused model cannot be exported to ONNX, which has no such operators; export the model "
-            "before it is fused, merged by repavit_ops.reparameterize(model), or fuse(model, backend='reference'), "
-            "which is plain PyTorch"
+            "repavit_ops: this program holds operators that ONNX has not; hand torch.onnx.export the model itself in "
+            "place of what torch.export made of it, and its formulas are exported"
         )
 
 

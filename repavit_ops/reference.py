@@ -21,7 +21,8 @@ SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, inste
 
 def layer_norm_core(x: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension without affine: ``(x - mean) / sqrt(var + eps)``."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    width = (int(x.shape[-1]),) if torch.jit.is_tracing() else x.shape[-1:]  # ONNX's old exporter takes numbers alone
+    return F.layer_norm(x, width, eps=eps)
 
 
 def rms_norm_core(x: Tensor, eps: float) -> Tensor:
@@ -336,8 +337,8 @@ def attention_core(qkv: Tensor, bias: Tensor | None, num_heads: int, d_qk: int, 
     q, k, v = (p.view(b, t, num_heads, d).transpose(1, 2) for p, d in ((q, d_qk), (k, d_qk), (v, d_v)))
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-        if not torch.is_grad_enabled() and not backends.in_forward_mode():
-            bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient
+        if (not torch.is_grad_enabled() and not backends.in_forward_mode()) or backends.exports_to_onnx():
+            bias = bias.detach()  # PyTorch takes its slow way where a mask could get a gradient, its exporter fails
     if backends.in_transform():  # PyTorch would take a kernel that no transform knows and that gives masks no gradient
         with sdpa_kernel(SDPBackend.MATH):
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
+from idling_helpers import idle
 from model_helpers import images, randomise, tiny_vit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +19,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 import repavit_ops
+from repavit_ops import models
+from repavit_ops.idling.fidelity import fidelity
 from repavit_ops.models import VisionTransformer
 from repavit_ops.nn import given
 
@@ -84,7 +88,7 @@ def test_verbs_take_the_model_out_of_its_wrapper(wrap, tmp_path):
 @torch.no_grad()
 @every_wrapper
 def test_verify_compares_what_is_wrapped(wrap):
-    model = vanilla()
+    model = tiny_vit(act_channels=None, depth=1)
     for reference, candidate in (
         (wrap(model).eval(), repavit_ops.fuse(model)),
         (model, wrap(repavit_ops.fuse(model)).eval()),
@@ -109,6 +113,61 @@ def test_a_compiled_block_inside_a_model_is_fused():
     torch.testing.assert_close(fused(SEEN), expected, rtol=1e-4, atol=1e-5)
 
 
+@every_wrapper
+def test_small_verbs_look_into_wrappers(wrap):
+    model = vanilla()
+    for module in (model.blocks[0].mlp, model.blocks[0], nn.Linear(2, 2)):
+        assert repavit_ops.can_fuse(wrap(module)) == repavit_ops.can_fuse(module)
+    assert repavit_ops.can_fuse(model.blocks[0].mlp) is None
+    assert models.complexity(wrap(model), 32) == models.complexity(model, 32)
+    batches = [torch.randn(5, 6, 8) + 3, torch.randn(5, 6, 8)]
+    plain, joined = joined_ffn(), joined_ffn()
+    wrapped = wrap(joined)
+    inner = given.unwrapped(wrapped)
+    assert repavit_ops.set_join(wrapped, 0.5) == 1
+    assert repavit_ops.JoinSchedule(wrapped, 10).step(9) == inner.join == 1.0
+    assert repavit_ops.recalibrate_bn(wrapped, batches) == repavit_ops.recalibrate_bn(plain, batches) == 1
+    assert torch.equal(inner.norm.running_mean, plain.norm.running_mean)
+    with pytest.raises(ValueError, match="model: got Linear without joined branches"):
+        repavit_ops.set_join(wrap(nn.Linear(2, 2)), 1.0)
+
+
+def joined_ffn() -> nn.Module:
+    return randomise(repavit_ops.nn.JoinedBranchFFN(8, 12, 2, norm="batchnorm"))
+
+
+@pytest.fixture(scope="module")
+def idled():
+    """A student of one block, and the model that it was made from."""
+    teacher = tiny_vit(act_channels=None, depth=1)
+    return idle(teacher, steps=0), teacher
+
+
+@every_wrapper
+def test_idling_takes_models_out_of_their_wrappers(wrap, idled):
+    student, teacher = idled
+    wrapped, plain = wrap(copy.deepcopy(student)), copy.deepcopy(student)
+    expected = fidelity(teacher, student, [SEEN])
+    assert fidelity(wrap(teacher), wrapped, [SEEN]) == expected
+    trained = [
+        (repavit_ops.distill_blocks(s, t, [SEEN], steps=2, progress=False),
+         repavit_ops.distill(s, t, [SEEN], steps=1, progress=False))
+        for s, t in ((plain, teacher), (wrapped, wrap(teacher)))
+    ]  # fmt: skip
+    assert trained[0] == trained[1]
+    for p, other in zip(plain.parameters(), given.unwrapped(wrapped).parameters(), strict=True):
+        assert torch.equal(p, other)
+
+
+def test_a_student_of_several_processes_is_refused(idled, monkeypatch):
+    """Their gradients would not be averaged; no second process is here, so the count plays one."""
+    student, teacher = copy.deepcopy(idled[0]), idled[1]
+    wrapped = compiled(DistributedDataParallel(student))
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match=r"student: got DistributedDataParallel over 2 processes.*student\.module"):
+        repavit_ops.distill(wrapped, teacher, [SEEN], steps=1, progress=False)
+
+
 def verbs(model):
     yield lambda: repavit_ops.fuse(model)
     yield lambda: repavit_ops.reparameterize(model)
@@ -116,17 +175,42 @@ def verbs(model):
     yield lambda: repavit_ops.cuda_graph(model)
     yield lambda: repavit_ops.save_checkpoint(model, "never_written.safetensors")
     yield lambda: repavit_ops.idle_pretrained(model, [SEEN], progress=False)
+    yield lambda: repavit_ops.distill(model, vanilla(), [SEEN], steps=1, progress=False)
+    yield lambda: repavit_ops.distill(vanilla(), model, [SEEN], steps=1, progress=False)
+    yield lambda: repavit_ops.distill_blocks(vanilla(), model, [SEEN], progress=False)
+    yield lambda: fidelity(model, vanilla(), [SEEN])
+
+
+def sharded():
+    yield "FullyShardedDataParallel", FullyShardedDataParallel(vanilla(), device_id=torch.device("cpu")).eval()
+    yield "fully_shard at its root", fully_shard(vanilla(), mesh=mesh())
+    part = vanilla()
+    fully_shard(part.blocks[1], mesh=mesh())
+    yield r"fully_shard at blocks\.1", part
 
 
 def test_sharded_models_are_refused_with_how_to_gather_them():
-    flat = FullyShardedDataParallel(vanilla(), device_id=torch.device("cpu")).eval()
-    for verb in (*verbs(flat), lambda: repavit_ops.fusion_report(flat)):
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*get_model_state_dict"):
-            verb()
-    each = fully_shard(vanilla(), mesh=mesh())
-    for verb in (repavit_ops.fuse, repavit_ops.reparameterize):
-        with pytest.raises(ValueError, match=r"fully_shard.*get_model_state_dict"):
-            verb(each)
+    for place, model in sharded():
+        message = rf"{place}.*get_model_state_dict"
+        for verb in (*verbs(model), lambda m=model: models.complexity(m, 32)):
+            with pytest.raises(ValueError, match=message):
+                verb()
+        assert re.search(message, repavit_ops.can_fuse(model))
+        if place[0] == "F":
+            with pytest.raises(ValueError, match=message):
+                repavit_ops.fusion_report(model)
+
+
+@pytest.mark.parametrize("shard", [FullyShardedDataParallel, fully_shard], ids=["flat", "each"])
+def test_sharded_models_are_joined_and_recalibrated(shard):
+    plain, batch = joined_ffn(), torch.randn(5, 6, 8) + 3
+    options = {"mesh": mesh()} if shard is fully_shard else {"device_id": torch.device("cpu")}
+    model = shard(joined_ffn(), **options)
+    assert repavit_ops.set_join(model, 1.0) == repavit_ops.set_join(plain, 1.0) == 1
+    assert repavit_ops.recalibrate_bn(model, [batch]) == repavit_ops.recalibrate_bn(plain, [batch]) == 1
+    means = [b for name, b in model.named_buffers() if name.endswith("running_mean")]
+    torch.testing.assert_close(means, [plain.norm.running_mean])
+    torch.testing.assert_close(model(batch), plain(batch))
 
 
 # --- weights that cannot be folded ------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def test_identity_is_folded_only_where_it_is_exact():
         assert m.fuse(fold_identity=True).residual == (norm == "layernorm")
         assert m.fuse(fold_identity=False).residual
         assert relative_error(m.fuse(fold_identity=False)(x), m(x)) <= EXACT
+        assert m.float().fuse().residual == (norm == "layernorm")
         assert m.bfloat16().fuse().residual
         assert next(m.fuse().parameters()).dtype == torch.bfloat16
 

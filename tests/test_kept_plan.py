@@ -157,3 +157,12 @@ def test_a_bad_plan_is_refused():
     (weights, integers, scalars), _ = vit_plan()
     with pytest.raises(RuntimeError, match="plan: got"):
         KeptPlan((weights, integers[:-1], scalars))(torch.zeros(1, 17, 48))
+
+
+def test_weights_made_in_inference_mode_have_no_counters_to_keep():
+    with torch.inference_mode():
+        model, x = tiny_vit(), images()
+        with pytest.warns(UserWarning, match="inference_mode"):
+            fused = repavit_ops.fuse(model)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(fused(x), fused(x))

@@ -48,11 +48,35 @@ def registered(name):
     return getattr(torch_ops, operator.name)
 
 
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
 @pytest.mark.parametrize("name", ["partial_gelu_ffn", "gated_ffn", "rep_attention_turned", "window_rep_attention"])
 def test_opcheck(name):
+    """With the gradient of windows in symbolic sizes left out: 40 s, for what the next test has in the batch's."""
     _, tensors, static = CASES[name]
     tensors = tuple(t.float().requires_grad_() for t in tensors)
-    torch.library.opcheck(registered(name).default, tensors, static)
+    kinds = OPCHECK if name == "window_rep_attention" else (*OPCHECK, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(registered(name).default, tensors, static, test_utils=kinds)
+
+
+def test_gradients_of_windows_at_any_batch():
+    torch._dynamo.reset()
+    _, tensors, static = CASES["window_rep_attention"]
+    x, *weights = (t.float().requires_grad_() for t in tensors)
+    compiled = torch.compile(
+        lambda *t: registered("window_rep_attention")(*t, **static), fullgraph=True, backend="aot_eager"
+    )
+    for batch in (2, 3):
+        some = x[:1].detach().expand(batch, -1, -1, -1).clone().requires_grad_()
+        torch._dynamo.mark_dynamic(some, 0)
+        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+            ours = torch.autograd.grad(compiled(some, *weights).square().sum(), (some, *weights))
+        theirs = torch.autograd.grad(
+            reference.window_rep_attention(some, *weights, **static).square().sum(), (some, *weights)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_opcheck_without_optional_tensors():

@@ -225,6 +225,8 @@ def test_active_channels_as_the_authors_count(hidden, theta, m):
 def test_active_channels_refuses(theta):
     with pytest.raises(ValueError, match="idle_ratio: got"):
         active_channels(96, theta)
+    with pytest.raises(ValueError, match="hidden: got -1, wanted a number of channels"):
+        active_channels(-1, 0.5)
 
 
 @pytest.mark.parametrize(("idle", "adds"), [(0, False), (1, True), (12, True), (13, False), (96, False)])

@@ -313,6 +313,21 @@ def test_unequal_attention_branches_are_refused(join, change, message):
         join(branches)
 
 
+def test_the_second_branch_is_held_against_the_first():
+    *_, branches, _ = attention_case(15)
+    branches[1] = branches[1]._replace(scale=0.5)
+    with pytest.raises(ValueError, match=r"branches\[1\].scale: got 0.5, wanted 0.353553 as in branches\[0\]"):
+        widen_heads(branches)
+    branches[1] = branches[1]._replace(scale=None, norm_eps=float(str(branches[0].norm_eps)))  # equal, and another
+    widen_heads(branches)
+
+
+def test_branches_are_independent_unless_alpha_is_given():
+    for widen, branches in ((widen_ffn, ffn_case(18)[2]), (widen_heads, attention_case(18)[-2])):
+        for ours, theirs in zip(widen(branches)[:2], widen(branches, 0.0)[:2], strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_no_branches_and_bad_coefficients_are_refused():
     for join in (join_ffn, widen_ffn, join_attention_a, join_attention_b, widen_heads):
         with pytest.raises(ValueError, match="branches: got none"):

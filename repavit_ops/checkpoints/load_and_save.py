@@ -14,7 +14,7 @@ from ..models.patch_embed import pair
 from ..models.swin import SwinTransformer
 from ..models.vit import VisionTransformer
 from ..nn import ChannelIdleFFN, PartialGELUFFN
-from ..nn.given import require_weights, unwrapped
+from ..nn.given import require_weights, require_whole, unwrapped
 from . import config_from_shapes, idled_timm
 from .authors_layout import (
     CLASSES,
@@ -120,6 +120,7 @@ def save_checkpoint(
             ``model.float()``).
     """
     model = unwrapped(model)
+    require_whole(model, "save")
     require_weights(model, "save")
     if layout == "native":
         description = describe(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backends import Backend
 from ..nn import recorders
-from ..nn.given import reason_against_weights
+from ..nn.given import reason_against_weights, unwrapped, why_sharded
 
 T = TypeVar("T")
 FUSED_INSIDE = "what of it can be fused is fused"
@@ -111,9 +111,15 @@ def _first(found: Iterable[T | None]) -> T | None:
 
 
 def can_fuse(module: nn.Module) -> str | None:
-    """None if :func:`repavit_ops.fuse` can fuse this sub-block, else the reason in one line."""
+    """None if :func:`repavit_ops.fuse` can fuse this sub-block, else the reason in one line.
+
+    DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper are looked into, as ``fuse`` does.
+    """
+    module = unwrapped(module)
     rule = rule_of(module)
     if rule is None:
+        if (sharded := why_sharded(module, "fuse")) is not None:
+            return sharded
         return f"{type(module).__name__} is no sub-block that repavit_ops knows"
     if not rule.is_fused and any(map(has_hooks, [module] if rule.keeps_children else module.modules())):
         return "it has hooks, which a fused module would not call; remove them first"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN
-from ..nn.given import unwrapped
+from ..nn.given import require_weights, require_whole, unwrapped
 from .bar import bar
 from .blocks import in_call_order, open_blocks
 from .distillation import idled_blocks
@@ -64,6 +64,9 @@ def distill_blocks(
     if steps < 1:
         raise ValueError(f"steps: got {steps}, wanted a number of gradient steps >= 1")
     student, teacher = unwrapped(student), unwrapped(teacher)
+    for label, model in (("student", student), ("teacher", teacher)):
+        require_whole(model, "distill", label)
+        require_weights(model, "distill", label)
     names = idled_blocks(student, teacher)
     if not names:
         raise ValueError("student: got a model without idled blocks, wanted the result of idle_pretrained")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN
+from ..nn.given import processes_of, require_weights, require_whole, unwrapped
 from .bar import bar
 from .rates import adam, set_rates
 from .streams import images_of
@@ -48,8 +49,9 @@ def distill(
     (examples/idle). Compare before and after on images that took no part.
 
     Args:
-        student: of :func:`repavit_ops.idle_pretrained`, unfused; trained in place.
-        teacher: the original, or another model with blocks of the same names; not changed.
+        student: of :func:`repavit_ops.idle_pretrained`, unfused; trained in place, in one process.
+        teacher: the original, or another model with blocks of the same names; not changed. Both out of their wrappers
+            (DistributedDataParallel, DataParallel, AveragedModel, torch.compile), if they have any.
         loader: batches as for :func:`repavit_ops.idle_pretrained`, gone through as often as needed; fresh random crops
             each time teach more than the same ones.
         steps: batches to train on. minutes: or how long to train; the learning rate then follows the clock, and the
@@ -65,11 +67,22 @@ def distill(
 
     Raises:
         ValueError: neither or both of steps and minutes; the loader is empty; the student has no idled block, or the
-            teacher lacks one; the checkpoint is of another training.
+            teacher lacks one; the checkpoint is of another training; weights are sharded or on the meta device; the
+            student is DistributedDataParallel over several processes.
         RuntimeError: the loss is not finite.
     """
     if (steps is None) == (minutes is None):
         raise ValueError(f"steps, minutes: got {steps} and {minutes}, wanted exactly one of the two")
+    if (processes := processes_of(student)) > 1:
+        raise ValueError(
+            f"student: got DistributedDataParallel over {processes} processes, wanted one process: the losses here are "
+            "of inner parts, behind which it averages no gradients; distill student.module on one process, and give "
+            "its state_dict to the others"
+        )
+    student, teacher = unwrapped(student), unwrapped(teacher)
+    for label, model in (("student", student), ("teacher", teacher)):
+        require_whole(model, "distill", label)
+        require_weights(model, "distill", label)
     names = idled_blocks(student, teacher)
     if not names:
         raise ValueError("student: got a model without idled blocks, wanted the result of idle_pretrained")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..fusing import fuse
+from ..nn.given import require_weights, require_whole, unwrapped
 from .distillation import idled_blocks, outputs
 from .streams import images_of
 
@@ -45,11 +46,17 @@ def fidelity(original: nn.Module, idled: nn.Module, loader: Iterable[Any]) -> Fi
     """How far an idled model is from the one it was made from, on images that did not calibrate it.
 
     Args:
-        original, idled: in evaluation mode, ``idled`` unfused. loader: as for :func:`repavit_ops.idle_pretrained`.
+        original, idled: in evaluation mode, ``idled`` unfused; out of their wrappers, if they have any.
+        loader: as for :func:`repavit_ops.idle_pretrained`.
 
     Raises:
-        ValueError: the loader is empty or gives no finite images; the original lacks a block of ``idled``.
+        ValueError: the loader is empty or gives no finite images; the original lacks a block of ``idled``; weights are
+            sharded or on the meta device.
     """
+    original, idled = unwrapped(original), unwrapped(idled)
+    for label, model in (("original", original), ("idled", idled)):
+        require_whole(model, "compare", label)
+        require_weights(model, "compare", label)
     names = idled_blocks(idled, original)
     like = next(original.parameters())
     cosines: dict[str, list[Tensor]] = {name: [] for name in names}

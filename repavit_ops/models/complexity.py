@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..library import OPERATORS
+from ..nn.given import require_whole, unwrapped
 from .patch_embed import pair
 
 LAYER_NORM_MACS = 5  # per element: mean, variance, normalisation, scale, shift
@@ -53,7 +54,12 @@ def complexity(
         img_size: pixels, one number or (height, width).
         attention_products: count q kᵀ and p v (the paper's CLIP rows do, its others do not).
         in_chans: channels of the image.
+
+    Raises:
+        ValueError: the model is sharded by FSDP; says how to gather its weights.
     """
+    model = unwrapped(model)
+    require_whole(model, "count")
     meta = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((t.dtype for t in meta.values() if t.is_floating_point()), torch.float32)
     image = torch.empty(1, in_chans, *pair(img_size), device="meta", dtype=dtype)

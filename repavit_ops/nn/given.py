@@ -31,6 +31,15 @@ def unwrapped(model: nn.Module, keep_compiled: bool = False) -> nn.Module:
     return model
 
 
+def processes_of(model: nn.Module) -> int:
+    """How many processes average the gradients of a model, by the DistributedDataParallel among its wrappers."""
+    while (name := _inner(model)) is not None:
+        if isinstance(model, DistributedDataParallel):
+            return torch.distributed.get_world_size(model.process_group)
+        model = getattr(model, name)
+    return 1
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model is what ``torch.compile`` returns, whose parts cannot be watched."""
     return _is("torch._dynamo.eval_frame", "OptimizedModule", model)
@@ -51,37 +60,51 @@ def _is(module: str, name: str, model: nn.Module) -> bool:
     return cls is not None and isinstance(model, cls)
 
 
-def require_weights(model: nn.Module, verb: str) -> None:
+def require_weights(model: nn.Module, verb: str, label: str = "model") -> None:
     """Raise ValueError, naming the place and the fix, if weights of the model are on the meta device or sharded."""
     require_unsharded(model, verb)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(
-                f"model: its {name} is on the meta device, which holds no values to {verb}; load the weights first "
+                f"{label}: its {name} is on the meta device, which holds no values to {verb}; load the weights first "
                 "(load_state_dict(state, assign=True), or to_empty(device=...) and load_state_dict(state))"
             )
 
 
 def require_unsharded(model: nn.Module, verb: str) -> None:
     """Raise ValueError, naming the place and the fix, if a part is FullyShardedDataParallel, whose weights are flat."""
+    if (reason := _sharded_by("FullyShardedDataParallel", model, verb)) is not None:
+        raise ValueError(f"model: {reason}")
+
+
+def require_whole(model: nn.Module, verb: str, label: str = "model") -> None:
+    """As :func:`require_unsharded`, and refuse parts under fully_shard: for verbs that need plain tensors."""
+    if (reason := why_sharded(model, verb)) is not None:
+        raise ValueError(f"{label}: {reason}")
+
+
+def why_sharded(model: nn.Module, verb: str) -> str | None:
+    """What part of a model is sharded and how its weights are gathered; None if none is."""
+    flat = _sharded_by("FullyShardedDataParallel", model, verb)
+    return flat or _sharded_by("FSDPModule", model, verb)
+
+
+def _sharded_by(cls: str, model: nn.Module, verb: str) -> str | None:
     for name, module in model.named_modules():
-        if _is(SHARDED, "FullyShardedDataParallel", module):
-            raise ValueError(
-                f"model: got {type(module).__name__} at {name or 'its root'}, wanted whole weights to {verb}; gather "
-                "them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+        if _is(SHARDED, cls, module):
+            kind = "a module under fully_shard" if cls == "FSDPModule" else type(module).__name__
+            return (
+                f"got {kind} at {name or 'its root'}, wanted whole weights to {verb}; gather them with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)), load that into the model that is not sharded, and "
                 f"{verb} it"
             )
+    return None
 
 
 def copied(model: nn.Module, verb: str) -> nn.Module:
     """A deep copy, or ValueError that says why there can be none and what to do."""
-    if _is(SHARDED, "FSDPModule", model):
-        raise ValueError(
-            f"model: got one under fully_shard, wanted whole weights to {verb}; gather them with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-            f"StateDictOptions(full_state_dict=True)), load that into the model that is not sharded, and {verb} it"
-        )
+    require_whole(model, verb)
     try:
         return copy.deepcopy(model)
     except Exception as error:  # any part of the model may have its own reasons

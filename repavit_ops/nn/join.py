@@ -13,6 +13,7 @@ from .. import backends
 from ..reparam import Affine, compose, fold_affine_into_input, layernorm_affine
 from .branch import ResidualBranch
 from .channel_idle_ffn import affine_of
+from .given import unwrapped
 from .mode import require_eval
 from .norm import TokenBatchNorm
 
@@ -182,6 +183,7 @@ def set_join(model: nn.Module, alpha: float) -> int:
     """Set the join coefficient α of every joined-branch module of ``model``; returns how many there are.
 
     Raise it from 0 to 1 over training and hold it at 1 for the last epochs; merging is exact at 1 and refused below.
+    A model in any wrapper or sharded will do: α is a buffer, which each process has whole and sets for itself.
 
     Raises:
         ValueError: alpha lies outside [0, 1], or the model has no joined branches.
@@ -192,7 +194,7 @@ def set_join(model: nn.Module, alpha: float) -> int:
     joined = [module for module in model.modules() if isinstance(module, JoinedBranches)]
     if not joined:
         raise ValueError(
-            f"model: got {type(model).__name__} without joined branches, wanted one with JoinedBranchFFN or "
+            f"model: got {type(unwrapped(model)).__name__} without joined branches, wanted one with JoinedBranchFFN or "
             "JoinedBranchAttention (merging replaces them: set alpha on the training model)"
         )
     for module in joined:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends, library
+from .. import backends
 from .dropped_weight import DroppedWeight, stand_in
 from .given import tell_unfused
 
@@ -83,26 +83,30 @@ class PackedWeights(nn.Module):
         The copy is rebuilt first if a weight changed; None where no kernel takes one.
 
         Raises:
-            RuntimeError: an ONNX export is running, for which the operators have no equivalent, or another one that
-                would need weights that were dropped; says what to export.
+            RuntimeError: an export is running that would need weights that were dropped; says what to export.
         """
-        if torch.jit.is_tracing() and self.backend != "reference":  # the old exporter; the other asks the fakes
-            library.refuse_onnx()
         if backends.in_transform():
             return None, self.sources()
         copy = self._copy
+        if backends.exports_to_onnx():
+            self._require_exportable()
+            return None, self.sources()
         if torch.compiler.is_compiling():
-            if copy.alone and torch.compiler.is_exporting():
-                raise RuntimeError(
-                    f"{type(self).__name__} was fused with keep_unpacked=False and has no weights that a program could "
-                    "hold; export what fuse(keep_unpacked=True) gives"
-                )
+            if torch.compiler.is_exporting():
+                self._require_exportable()
             if copy.alone and not all(weight is None or isinstance(weight, DroppedWeight) for weight in self.sources()):
                 return None, self.sources()  # others in their places, for a while: torch.func.functional_call
         elif copy.stamp != self._stamp():
             self.repack()
             copy = self._copy
         return copy.packed, self.sources() if copy.operands is None else copy.operands
+
+    def _require_exportable(self) -> None:
+        if self._copy.alone:
+            raise RuntimeError(
+                f"{type(self).__name__} was fused with keep_unpacked=False and has no weights that a program could "
+                "hold; export what fuse(keep_unpacked=True) gives"
+            )
 
     @property
     def packed_copy(self) -> Tensor | None:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends import Backend
 from ..ops import _check
-from ..reparam import MergedFFN, cast
+from ..reparam import MergedFFN, cast, fold_identity, unfold_identity
 from ..stack_plan import Step
+from .given import is_plain
 from .init import linear_init_
 from .packed_weights import PackedWeights
 from .symbolic import call_of, is_proxy
+
+AS_MERGED, TAKEN_OUT = 2, 3  # versions of state dicts: w_merged as it was merged, and without the shortcut
 
 
 class PartialGELUFFN(PackedWeights):
@@ -51,6 +54,7 @@ class PartialGELUFFN(PackedWeights):
     operator = "partial_gelu_ffn"
     norm = "layer"  # of older pickles
     packed_names = ("w_in", "w_out", "w_merged")
+    shortcut_taken_out = False  # by take_out_shortcut
 
     def __init__(
         self,
@@ -129,6 +133,39 @@ class PartialGELUFFN(PackedWeights):
             setattr(module, name, None if value is None else nn.Parameter(value))
         module.hidden = hidden
         return module
+
+    def take_out_shortcut(self) -> None:
+        """In float32, add x itself where it was folded into w_merged as + I: ``w_merged - I``, and ``residual``.
+
+        The kernels add it in their epilogue at no cost. Folded, x passes a sum over C products, each rounded at x's
+        size: behind 12 blocks five times the error. State dicts of both forms load into either
+        (their ``_version`` tells them apart).
+        """
+        if self.w_merged is None or not is_plain(self.w_merged) or self.w_merged.dtype != torch.float32:
+            return
+        if self.residual or self.norm_eps is not None:
+            return
+        apart = unfold_identity(self.w_merged.detach()).float()
+        self.w_merged = nn.Parameter(apart, self.w_merged.requires_grad)
+        self.residual = self.shortcut_taken_out = True
+
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        """What ``state_dict`` says of the form. It is 1 for any other module, as of a program with these weights."""
+        return TAKEN_OUT if self.shortcut_taken_out else AS_MERGED
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        key, theirs = f"{prefix}w_merged", metadata.get("version")
+        given = state_dict.get(key)
+        other_form = theirs != self._version and theirs in (AS_MERGED, TAKEN_OUT) and self._may_hold_shortcut()
+        if other_form and given is not None and given.dtype.itemsize >= 4:  # 16 bits would lose w in 1 + w
+            converted = unfold_identity if self.shortcut_taken_out else fold_identity
+            state_dict = {**state_dict, key: converted(given).to(given.dtype)}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def _may_hold_shortcut(self) -> bool:
+        folded = not self.residual
+        return self.w_merged is not None and self.norm_eps is None and (folded or self.shortcut_taken_out)
 
     def pack(self, *weights: Tensor | None) -> Tensor:
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights)

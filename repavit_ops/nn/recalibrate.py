@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .given import unwrapped
+
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, loader: Iterable[Any]) -> int:
@@ -20,12 +22,14 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any]) -> int:
     is left as it was, statistics apart; one without BatchNorm is left alone.
 
     Args:
-        model: changed in place.
+        model: changed in place. DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper are
+            looked through: each process measures what its own loader gives.
         loader: batches of model inputs: a tensor each, or a tuple or list whose first element is one (labels follow).
 
     Raises:
         ValueError: the loader is empty.
     """
+    model = unwrapped(model)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return 0

@@ -26,6 +26,7 @@ def call(
     if (
         backend not in ("auto", "cpp")
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or backends.why_unavailable("cpp") is not None
         or torch.is_autocast_enabled("cpu")
         or backends.in_forward_mode()

@@ -39,7 +39,7 @@ def fused_blocks(x: Tensor, steps: Sequence[Step], *, backend: Backend = "auto")
         if step.operator not in stack_plan.KINDS:
             raise ValueError(f"steps: got operator {step.operator!r}, wanted one of {', '.join(stack_plan.KINDS)}")
     weights, plan, scalars = stack_plan.encode(steps)
-    if backend == "reference":
+    if backend == "reference" or backends.exports_to_onnx():
         return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
     backends.select(backend, x, "fused_blocks")
     return torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)

@@ -84,7 +84,7 @@ def gated_ffn(
     _check.same_kind(x, w_gate=w_gate, b_gate=b_gate, w_up=w_up, b_up=b_up, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 
-    if backend == "reference" or backends.in_forward_mode():
+    if backends.wants_formula(backend):
         return reference.gated_ffn(x, *weights, norm_eps=norm_eps, **static)
     backends.select(backend, x, "gated_ffn")
     return operator(x, *weights, packed, norm_eps=norm_eps, **static)

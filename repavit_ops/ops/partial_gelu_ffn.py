@@ -73,7 +73,7 @@ def partial_gelu_ffn(
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 
-    if backend == "reference" or backends.in_forward_mode():
+    if backends.wants_formula(backend):
         return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, **static)
     backends.select(backend, x, "partial_gelu_ffn")
     return operator(x, *weights, packed, norm_eps=norm_eps, **static)

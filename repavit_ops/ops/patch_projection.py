@@ -58,7 +58,7 @@ def patch_projection(
     _check.norm(norm_eps)
     _check.same_kind(x, weight=weight, bias=bias)
     _check.packed(x, packed)
-    if backend == "reference" or backends.in_forward_mode():
+    if backends.wants_formula(backend):
         return reference.patch_projection(
             x, weight, bias, patch=(ph, pw), channels_last=channels_last, norm_eps=norm_eps
         )

@@ -120,7 +120,7 @@ def rep_attention(
     )
     _check.packed(x, packed)
 
-    if backend == "reference" or backends.in_forward_mode():
+    if backends.wants_formula(backend):
         return reference.rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "rep_attention")
     return operator(*tensors, packed, norm_eps=norm_eps, **static)

@@ -98,7 +98,7 @@ def window_rep_attention(
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
     _check.packed(x, packed)
 
-    if backend == "reference" or backends.in_forward_mode():
+    if backends.wants_formula(backend):
         return reference.window_rep_attention(*tensors, norm_eps=norm_eps, **static)
     backends.select(backend, x, "window_rep_attention")
     return operator(*tensors, packed, norm_eps=norm_eps, **static)

@@ -129,6 +129,8 @@ def why_not_for(x: Tensor) -> str | None:
     """Why no modules go through one call on tensors of this device and dtype."""
     if backends.in_transform():
         return "a transform of torch.func is going on"
+    if backends.exports_to_onnx():
+        return "an export to ONNX is going on, where every sub-block is its formula"
     if x.device.type != "cpu":
         return f"one call is for the CPU; on {x.device.type} every sub-block is called by itself"
     if x.dtype not in PACKABLE:

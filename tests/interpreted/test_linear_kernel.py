@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from op_helpers import assert_follows_rule, randn, weight
 
 from repavit_ops import reference
+from repavit_ops.kernels.layer_norm import core, layer_norm_core
 from repavit_ops.kernels.linear import linear
+from repavit_ops.kernels.on_chip_ffn import on_chip_ffn
 from repavit_ops.kernels.operands import are_aligned
-from repavit_ops.kernels.tuning import Config
+from repavit_ops.kernels.tuning import Config, OnChip
 
 SMALL = Config(16, 32, 16, warps=1, stages=1, split=False)
 SPLIT = Config(16, 32, 16, warps=1, stages=1, split=True)
@@ -70,9 +72,49 @@ def test_activations_over_their_whole_range(activation, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("k", [1, 16, 37, 64])
 def test_layer_norm_core(k, dtype, prologue):
-    x, w, b, residual = operands(19, 33, k, dtype)
+    x, w, b, residual = operands(19, 12, k, dtype)
     for rows in (x, x + 30, x * 1e-3):  # ordinary, far from zero, small
         check(rows, w, b, residual, Config(16, 32, 16, 1, 1, norm_prologue=prologue), norm_eps=1e-6)
+
+
+def huge_rows(k, number):
+    """Rows whose sums or squares are beyond fp32, one that is constant, and an ordinary one among them."""
+    x = randn(5, k).float()
+    x[0] = number
+    x[1, ::2], x[1, 1::2] = number, -number
+    x[2, 0], x[3, -1] = number, -number
+    return x
+
+
+@pytest.mark.parametrize("number", [1e19, 3e38])
+@pytest.mark.parametrize("way", ["kernel_in_front", "prologue", "descriptors", "on_chip"])
+def test_layer_norm_core_beyond_the_sums_of_fp32(way, number):
+    for k in (37, 64):
+        x, eye = huge_rows(k, number), torch.eye(k)
+        truth = F.layer_norm(x.double(), (k,), eps=1e-6)
+        if way == "on_chip":
+            y = on_chip_ffn(x, eye[:0], None, eye[:, :0], eye, None, 1e-6, False, "gelu", OnChip(16, 16, 16, 1, 1))
+        else:
+            config = Config(16, 32, 16, 1, 1, tma=way == "descriptors", norm_prologue=way != "kernel_in_front")
+            y = linear(x, eye, norm_eps=1e-6, config=config)
+        assert torch.count_nonzero(y[0]) == 0
+        assert (y.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+        assert (y[4].double() - truth[4]).abs().max() <= 1e-6 * truth[4].abs().max()
+        x[1, 3] = float("inf")
+        assert linear(x, eye, norm_eps=1e-6, config=SMALL)[1].isnan().all()
+
+
+def test_constant_rows_beyond_the_sums_of_fp32():
+    """Whatever their mean was rounded to."""
+    x = torch.linspace(1e37, 3e38, 48)[:, None].expand(48, 37)
+    assert torch.count_nonzero(layer_norm_core(x.contiguous(), 1e-6)) == 0
+
+
+def test_root_mean_square_beyond_the_sums_of_fp32():
+    x = huge_rows(37, 3e38)
+    truth = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    error = (core(x, 1e-6, "rms").double() - truth).abs().max()
+    assert error <= 1e-6 * truth.abs().max()
 
 
 def test_optional_arguments_and_batch_dimensions():
@@ -90,6 +132,9 @@ def test_any_strides_and_offsets():
     check(x.t().contiguous().t(), w.t().contiguous().t(), b, residual.t().contiguous().t())
     check(x.view(4, 5, 16).transpose(0, 1), w, b, None)
     check(x[:1].expand(20, 16), w, torch.stack([b, b], 1)[:, 0], residual)
+    wide_residual = torch.zeros(20, 40)
+    wide_residual[:, 5:17] = residual
+    check(x, w, b, wide_residual[:, 5:17])
     check(wide[:, 1:17], w, b, residual, DESCRIPTORS)  # descriptors cannot: pointers, unasked and right
 
 
@@ -109,6 +154,11 @@ def test_result_of_a_row_is_independent_of_its_neighbours():
     whole = linear(x, w, b, residual=residual, activation="gelu", norm_eps=1e-6, config=SMALL)
     part = linear(x[5:9], w, b, residual=residual[5:9], activation="gelu", norm_eps=1e-6, config=SMALL)
     assert torch.equal(whole[5:9], part)
+
+
+def test_more_row_tiles_than_a_group():
+    """Tiles go column by column within groups of eight row tiles; here are ten and two."""
+    check(*operands(150, 33, 16, torch.float32))
 
 
 def test_tile_of_the_default_rule():

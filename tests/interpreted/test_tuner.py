@@ -99,11 +99,11 @@ def test_what_spills_is_no_entry(folder, monkeypatch):
 
 def test_nearest_rows_by_ratio(folder, monkeypatch):
     timer = timer_that_prefers(monkeypatch, FEW[0])
-    (few,) = tuner.tune([Product("linear", torch.float32, 16, 32, 16)], CPU, folder, timer=timer)
+    (few,) = tuner.tune([Product("linear", torch.float32, 4, 32, 16)], CPU, folder, timer=timer)
     timer = timer_that_prefers(monkeypatch, FEW[1])
-    (many,) = tuner.tune([Product("linear", torch.float32, 256, 32, 16)], CPU, folder, timer=timer)
+    (many,) = tuner.tune([Product("linear", torch.float32, 64, 32, 16)], CPU, folder, timer=timer)
     assert few.entry != many.entry
-    chosen = [tuning.choose("linear", INTERPRETER, torch.float32, m, 32, 16) for m in (1, 60, 70, 10_000)]
+    chosen = [tuning.choose("linear", INTERPRETER, torch.float32, m, 32, 16) for m in (1, 15, 17, 10_000)]
     assert chosen == [FEW[0], FEW[0], FEW[1], FEW[1]]
 
 
