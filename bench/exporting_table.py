@@ -3,7 +3,7 @@
 Each figure is the greatest error of the logits over the greatest logit, against float64, for two models whose weights
 are drawn as wide as trained ones are: with those of a fresh model, GELU's two forms are the same. Each row runs in a
 process of its own, so that a runtime that dies takes no other with it; one that is not installed is said to be missing.
-``--write`` puts the table into docs/exporting.md. The runtimes, beside the torch that is there:
+``--write`` puts the rows into the table of docs/exporting.md, whose other rows stay. The runtimes, beside torch:
 
     pip freeze | grep ^torch== > keep.txt
     pip install -c keep.txt onnx onnxscript onnxruntime openvino executorch litert-torch MNN ncnn pnnx coremltools
@@ -170,8 +170,8 @@ def coreml(**options: Any) -> Run:
         import coremltools as ct
 
         chosen = {key: getattr(ct.precision, value) for key, value in options.items()}
-        traced = torch.jit.trace(model, x)
-        ct.convert(traced, inputs=[ct.TensorType(shape=x.shape)], **chosen).save(str(folder / "model.mlpackage"))
+        program = torch.export.export(model, (x,)).run_decompositions({})  # it stops at a traced model beside numpy 2.4
+        ct.convert(program, **chosen).save(str(folder / "model.mlpackage"))
 
     return run
 
@@ -194,7 +194,7 @@ ROWS: dict[str, Row] = {
     "ncnn_right": Row("ncnn", "`fp16=False`, and `net.opt.use_fp16_*` off", pnnx_ncnn(full=True)),
     "openvino": Row("openvino", "`compile_model(convert_model(model), 'CPU')`", openvino()),
     "openvino_right": Row("openvino", "`INFERENCE_PRECISION_HINT` f32", openvino(INFERENCE_PRECISION_HINT="f32")),
-    "coreml": Row("coremltools", "`ct.convert(traced, …)`: float16", coreml()),
+    "coreml": Row("coremltools", "`ct.convert(program)`: float16", coreml()),
     "coreml_right": Row("coremltools", "`compute_precision` FLOAT32", coreml(compute_precision="FLOAT32")),
 }
 
@@ -230,8 +230,8 @@ def asked(name: str, model_name: str) -> str:
     return "raises" if done.returncode == 1 else f"dies ({done.returncode})"
 
 
-def table(names: list[str]) -> str:
-    lines = [f"| runtime | setting | {' | '.join(f'`{name}`' for name in MODELS)} |", "|---|---|---|---|"]
+def measured(names: list[str]) -> list[str]:
+    lines: list[str] = []
     for name in names:
         row = ROWS[name]
         try:
@@ -242,7 +242,19 @@ def table(names: list[str]) -> str:
         cells = [asked(name, model) for model in MODELS]
         lines.append(f"| {row.package} {version} | {row.setting} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    return "\n".join(lines)
+    return lines
+
+
+def merged_table(old: str, rows: list[str]) -> str:
+    """The table with ``rows`` in the place of those of the same runtime and setting, in the order of :data:`ROWS`."""
+
+    def key(line: str) -> tuple[str, str]:
+        _, runtime, setting, *_ = (cell.strip() for cell in line.split("|"))
+        return runtime.split()[0], setting
+
+    found = {key(line): line for line in [*old.splitlines(), *rows] if line.startswith("| ")}
+    heading = [f"| runtime | setting | {' | '.join(f'`{name}`' for name in MODELS)} |", "|---|---|---|---|"]
+    return "\n".join([*heading, *(found[k] for row in ROWS.values() if (k := (row.package, row.setting)) in found)])
 
 
 def main() -> None:
@@ -259,11 +271,11 @@ def main() -> None:
         return
     if unknown := set(arguments.rows) - set(ROWS):
         raise SystemExit(f"ROW: got {', '.join(sorted(unknown))}, wanted some of {', '.join(ROWS)}")
-    made = table(arguments.rows or list(ROWS))
+    rows = measured(arguments.rows or list(ROWS))
     if arguments.write:
         text = PAGE.read_text()
-        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        PAGE.write_text(f"{before}\n{made}\n{after}")
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        PAGE.write_text(f"{text[:begin]}\n{merged_table(text[begin:end], rows)}\n{text[end:]}")
 
 
 if __name__ == "__main__":
