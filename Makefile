@@ -1,13 +1,15 @@
 # Two commands on a machine with git, Python >= 3.10, make and a C++ compiler:  make demo  and  make test.
 #
 #   PYTHON=python3.12            the interpreter that .venv is made from
-#   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow)
+#   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow), in
+#                                an environment of its own: make test TORCH=torch==2.10.0
 #   EXAMPLES=2000                of each property that make fuzz draws
 #   WORKERS=2                    processes that run the Python tests; each uses PyTorch's threads besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV ?= .venv
+TORCH_NAME := $(subst ==,-,$(firstword $(TORCH)))
+VENV ?= .venv$(if $(filter torch-2.13.0,$(TORCH_NAME)),,-$(TORCH_NAME))
 
 WORKERS ?= 2
 EXAMPLES ?= 2000

@@ -291,3 +291,17 @@ def test_accumulators_stay_in_registers(k_loops, level, height, register):
         assert len(spills) <= (4 if whole else tile.products // 4), (tile, spills)
         moves = [i for i in loop if re.match(rf"vmov\w+\s+%{register}\d+,%{register}", i)]
         assert len(moves) <= tile.products // 2, (tile, moves)
+
+
+def test_another_torch_gets_an_environment_of_its_own():
+    """Else ``make test TORCH=…`` would test the torch that is there already."""
+
+    def commands(*arguments: str) -> str:
+        done = subprocess.run(["make", "-n", "-B", "lint", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout
+
+    assert ".venv/bin/ruff check" in commands()
+    other = commands("TORCH=torch==2.10.0")
+    assert ".venv-torch-2.10.0/bin/ruff check" in other
+    assert "install torch==2.10.0" in other
+    assert ".venv/" not in other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -87,10 +88,11 @@ def test_export_merges_writes_runs_and_compares(call, trained, tmp_path, precisi
 def test_export_fails_where_the_file_computes_something_else(call, trained, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from repavit_ops import exporting
+    from repavit_ops.exporting.checked import TARGETS
 
-    run = exporting._run_onnx
-    monkeypatch.setattr(exporting, "_run_onnx", lambda path, x: (run(path, x)[0], run(path, x)[1] * (1 + 1e-4)))
+    onnx = TARGETS[".onnx"]
+    wrong = onnx._replace(run=lambda path, x: (onnx.run(path, x)[0], onnx.run(path, x)[1] * (1 + 1e-4)))
+    monkeypatch.setitem(TARGETS, ".onnx", wrong)
     status, _, err = call("export", trained, tmp_path / "model.onnx", *LOAD)
     assert status == FAILED
     assert "FAILED: the file computes something else" in err
@@ -99,7 +101,9 @@ def test_export_fails_where_the_file_computes_something_else(call, trained, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("vanilla_vit_tiny", "model.bin"), "OUT: got model.bin, wanted a name that ends in .onnx"),
+        (("vanilla_vit_tiny", "model.bin"), "OUT: got model.bin, wanted a name that ends in .onnx, .pte, .tflite"),
+        (("vanilla_vit_tiny", "model.tflite", "--precision", "fp16"), "precision: got fp16, wanted fp32, the only one"),
+        (("vanilla_vit_tiny", "model.pte", "--batch", "0"), "batch: got 0 (any number), wanted a number of images"),
         (("vanilla_vit_teeny", "model.onnx"), "MODEL: vanilla_vit_teeny is no file, and no name that"),
         (("vanilla_vit_tiny", "model.onnx", "--batch", "-1"), "batch: got -1"),
     ],
@@ -108,6 +112,20 @@ def test_mistakes_of_export_are_one_line(call, arguments, words):
     status, _, err = call("export", *arguments)
     assert status == USAGE
     assert words in err
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".pte", "executorch"), (".tflite", "litert-torch")])
+def test_export_writes_for_phones_or_says_what_to_install(call, trained, tmp_path, suffix, package):
+    target = tmp_path / f"model{suffix}"
+    status, out, err = call("export", trained, target, *LOAD)
+    if importlib.util.find_spec(package.replace("-", "_")) is not None:
+        assert status == OK
+        assert "of the largest output, against float64" in out
+    else:
+        assert status != OK
+        assert f"{package} is not installed" in err
+        assert f"pip install -c keep.txt {package}" in err
+        assert "Traceback" not in err
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_bad_plans_are_refused():
     weights, plan, scalars = stack_plan.encode(part.step() for b in vit_blocks() for part in (b.attn, b.mlp))
     with pytest.raises(RuntimeError, match="plan: got 59 integers"):
         torch_ops.fused_blocks(x, weights, plan=plan[:-1], scalars=scalars)
-    for kind in (7, -1):
+    for kind in (8, -1):
         with pytest.raises(RuntimeError, match=f"kind {kind}"):
             torch_ops.fused_blocks(x, weights, plan=[kind, *plan[1:]], scalars=scalars)
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 5, 23\]"):

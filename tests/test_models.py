@@ -271,7 +271,7 @@ def test_swin_takes_any_image_size(size: tuple[int, int]) -> None:
     model = randomise(SwinTransformer(**TINY_SWIN, idle_ratio=0.5))
     x = images(2, 3, *size)
     assert model(x).shape == (2, 5)
-    first, last = model.forward_intermediates(x)
+    first, last = model.forward_intermediates(x, intermediates_only=True)
     h, w = -(-size[0] // 2), -(-size[1] // 2)
     assert first.shape == (2, 12, h, w)
     assert last.shape == (2, 24, -(-h // 2), -(-w // 2))
@@ -308,13 +308,13 @@ def test_intermediates_are_the_maps_of_forward_features(family: Any, config: dic
     model = randomise(family(**config, idle_ratio=0.5))
     x = images(2, 3, 32, 64)
     count = len(model.layers if "depths" in config else model.blocks)
-    every = model.forward_intermediates(x)
+    features, every = model.forward_intermediates(x)
+    assert torch.equal(features, model.forward_features(x))
     assert len(every) == count
-    for ours, theirs in zip(model.forward_intermediates(x, [-1, 0]), (every[-1], every[0]), strict=True):
+    chosen = model.forward_intermediates(x, [-1, 0], intermediates_only=True)
+    for ours, theirs in zip(chosen, (every[0], every[-1]), strict=True):
         assert torch.equal(ours, theirs)
-    assert len(model.forward_intermediates(x, 2)) == 2
-    last = model.forward_intermediates(x, 1, norm=True)[0]
-    features = model.forward_features(x)
+    (last,) = model.forward_intermediates(x, 1, norm=True, intermediates_only=True)
     if "depths" in config:
         assert torch.equal(last, features.permute(0, 3, 1, 2))
     else:

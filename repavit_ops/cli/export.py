@@ -23,9 +23,9 @@ class Precision(str, Enum):
 
 def export(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint, or a name (fresh weights).")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .onnx.")],
-    precision: Annotated[Precision, typer.Option(help="fp16 halves the file.")] = Precision.fp32,
-    batch: Annotated[int, typer.Option(help="Images per call; 0: any number.")] = 1,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .onnx, .pte or .tflite.")],
+    precision: Annotated[Precision, typer.Option(help="fp16 halves the file (.onnx, .pte).")] = Precision.fp32,
+    batch: Annotated[int, typer.Option(help="Images per call; 0: any number (.onnx).")] = 1,
     image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the model was built for.")] = None,
     idle_ratio: Annotated[
         str | None, typer.Option(help="θ that a training checkpoint was trained with; one, or one per block: 0.5,0.75.")

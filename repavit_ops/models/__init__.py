@@ -2,6 +2,7 @@
 
 from .complexity import Complexity, complexity
 from .dinov2 import load_dinov2_small
+from .features import FeatureExtractor
 from .joined import JoinedVisionTransformer
 from .lvvit import LVViT
 from .registry import create_model, list_models
@@ -12,6 +13,7 @@ from .vit import VisionTransformer
 
 __all__ = [
     "Complexity",
+    "FeatureExtractor",
     "JoinedVisionTransformer",
     "LVViT",
     "SwinTransformer",

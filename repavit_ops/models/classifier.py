@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,32 @@ class ImageClassifier(OneCall):
         num_classes: outputs of the head; 0 for no head.
         head_bias: whether the head has a bias.
         drop_rate: dropout probability in front of the head.
+        dynamic_img_size: whether images of other sizes than the model was built for are taken.
+
+    Attributes:
+        feature_indices, feature_format: what a :class:`FeatureExtractor` takes where it is not told: blocks or stages,
+            as timm does, and the layout of the maps.
     """
 
     global_pools: tuple[str, ...] = ("token", "avg")
+    feature_indices: int | None = None
+    feature_format = "NCHW"
+    formats: tuple[str, ...] = ("NCHW",)  # of forward_intermediates
+    dynamic_img_size = True
+    forward_intermediates: Callable[..., Any]  # images → features and the maps behind blocks or stages
 
     def __init__(
-        self, num_features: int, num_classes: int, *, global_pool: str, head_bias: bool, drop_rate: float
+        self,
+        num_features: int,
+        num_classes: int,
+        *,
+        global_pool: str,
+        head_bias: bool,
+        drop_rate: float,
+        dynamic_img_size: bool = True,
     ) -> None:
         super().__init__()
+        self.dynamic_img_size = dynamic_img_size
         self.set_global_pool(global_pool)
         self.num_features = self.head_hidden_size = num_features
         self.num_classes = num_classes
@@ -45,6 +64,29 @@ class ImageClassifier(OneCall):
         """Features → one vector per image [B, num_features]."""
         raise TypeError(f"{type(self).__name__} must define pool(x)")
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Of each block or stage: channels (num_chs), pixels of a cell's side (reduction) and name (module)."""
+        raise TypeError(f"{type(self).__name__} must define feature_info")
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cut off what ``forward_intermediates`` with these ``indices`` does not need.
+
+        Args:
+            indices: as ``forward_intermediates`` takes them.
+            prune_norm: whether the final norm goes, too. prune_head: whether the head does.
+
+        Returns:
+            The same blocks or stages, counted from the first.
+        """
+        raise TypeError(f"{type(self).__name__} must define prune_intermediate_layers(indices)")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks compute their activations again in the backward pass instead of keeping them."""
+        raise TypeError(f"{type(self).__name__} must define set_grad_checkpointing(enable)")
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features → logits [B, num_classes], or with ``pre_logits`` the pooled features [B, num_features]."""
         x = self.pool(x)
@@ -54,6 +96,23 @@ class ImageClassifier(OneCall):
         route = self.route(x)
         return self.forward_head(self.forward_features(x)) if route is None else route.run(x)
 
+    def check_size(self, x: Tensor) -> None:
+        """ValueError for images of another size than the model was built for, where that is not to be."""
+        if not self._size_is_taken(x):
+            (height, width), _ = image_of(self)
+            raise ValueError(
+                f"x: got images of {x.shape[-2]}x{x.shape[-1]}, wanted {height}x{width}, since dynamic_img_size is "
+                "False; resize them or build the model with dynamic_img_size=True"
+            )
+
+    def check_format(self, output_fmt: str) -> None:
+        """ValueError for a layout of maps that this model does not give."""
+        if output_fmt not in self.formats:
+            raise ValueError(f"output_fmt: got {output_fmt!r}, wanted one of {', '.join(self.formats)}")
+
+    def _size_is_taken(self, x: Tensor) -> bool:
+        return self.dynamic_img_size or x.dim() != 4 or tuple(x.shape[-2:]) == image_of(self)[0]
+
     def own_image(self) -> Tensor:
         (height, width), channels = image_of(self)
         like = next(self.parameters())
@@ -62,6 +121,8 @@ class ImageClassifier(OneCall):
     def _why_not_now(self, x: Tensor) -> str | None:
         if self.head_drop.training and self.head_drop.p > 0:
             return "the dropout in front of the head is in training mode"
+        if not self._size_is_taken(x):
+            return "images of this size are refused"
         return super()._why_not_now(x)
 
     def get_classifier(self) -> nn.Module:
@@ -105,7 +166,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Which of ``count`` stages or blocks are asked for: None all, a number the last n, a sequence those (may be < 0).
 
     Raises:
-        ValueError: an index or a number out of range.
+        ValueError: an index or a number out of range, or no index at all.
     """
     if indices is None:
         return list(range(count))
@@ -113,6 +174,8 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
         if not 0 < indices <= count:
             raise ValueError(f"indices: got the last {indices}, wanted 1 to {count}")
         return list(range(count - indices, count))
+    if not indices:
+        raise ValueError("indices: got none, wanted at least one, or None for all")
     for index in indices:
         if not -count <= index < count:
             raise ValueError(f"indices: got {index}, wanted {-count} <= index < {count}")
@@ -120,8 +183,8 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patch tokens [B, h·w, C] → map [B, C, h, w]."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+    """Patch tokens [B, h·w, C] → map [B, C, h, w], contiguous."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid).contiguous()
 
 
 def trunc_normal_parameter(*shape: int) -> nn.Parameter:

@@ -85,11 +85,9 @@ class JoinedVisionTransformer(VisionTransformer):
         self.register_buffer("join_step", None if join_steps is None else torch.zeros((), dtype=torch.int64))
         self._join_step = 0  # the same in Python: a forward waits for no device
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images → tokens [B, 1 + h·w, C] after the final norm, the class token first."""
+    def begin_forward(self) -> None:
         if self.training and self.join_step is not None:
             self._advance(self.join_step)
-        return super().forward_features(x)
 
     def no_weight_decay(self) -> set[str]:
         """As :class:`VisionTransformer`, and every branch's biases and affines: stacked [B, ...], they are not 1-D."""

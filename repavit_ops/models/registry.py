@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .features import FeatureExtractor
 from .joined import JoinedVisionTransformer
 from .lvvit import LVViT
 from .swin import SwinTransformer
@@ -75,6 +76,10 @@ def create_model(
     act_channels: int | Sequence[int] | None = None,
     img_size: int | tuple[int, int] = 224,
     num_classes: int | None = None,
+    pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    output_fmt: str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model by name, freshly initialised.
@@ -89,13 +94,24 @@ def create_model(
             none for ``joined_*``.
         img_size: pixels, one number or (height, width).
         num_classes: outputs of the head, 0 for none; default 1000, CLIP's 512-wide projection, none for DINO.
+        pretrained: no weights are published for these names, so True is refused with a sentence.
+        features_only: build a :class:`repavit_ops.models.FeatureExtractor` of maps, as timm does; its
+        out_indices, output_fmt: which blocks or stages, and the layout of the maps.
         overrides: other arguments of the model's class, e.g. ``form="deployed"``, ``drop_path_rate=0.1``.
 
     Raises:
-        ValueError: an unknown name (with close matches), idle channels for a model that has none, or what the
-            model's class raises.
+        ValueError: an unknown name (with close matches), idle channels for a model that has none, indices or a format
+            without features_only, or what the model's class raises.
+        RuntimeError: pretrained is True.
     """
     spec = find_model(name)
+    if pretrained:
+        raise RuntimeError(
+            f"{name}: pretrained=True, but no weights are published under this name; load a checkpoint of your own "
+            "with repavit_ops.load_checkpoint(path), or a pretrained DINOv2 with repavit_ops.models.load_dinov2_small()"
+        )
+    if not features_only and (out_indices is not None or output_fmt is not None):
+        raise ValueError("out_indices, output_fmt: they say which features are taken; add features_only=True")
     given = {"idle_ratio": idle_ratio, "act_channels": act_channels}
     given = {key: value for key, value in given.items() if value is not None}
     if given and spec.idle is None:
@@ -106,7 +122,8 @@ def create_model(
     config = {**spec.config, **(given or spec.idle or {}), "img_size": img_size, **overrides}
     if num_classes is not None:
         config["num_classes"] = num_classes
-    return spec.family(**config)
+    model: Any = spec.family(**config)
+    return FeatureExtractor(model, out_indices, output_fmt=output_fmt) if features_only else model
 
 
 def list_models() -> list[str]:

@@ -12,6 +12,7 @@ from ..nn import WindowAttention
 from ..nn.branch import ResidualBranch
 from ..stack import one_call
 from ..stack_plan import Step
+from .checkpointing import run_blocks
 from .classifier import ImageClassifier, take_indices
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import pair
@@ -75,20 +76,28 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """Blocks at one resolution, then the merging that leads to the next (nothing after the last stage)."""
 
+    grad_checkpointing = False
+
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.downsample = nn.Identity() if downsample is None else downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks(x))
+        return self.downsample(self.at_its_resolution(x))
+
+    def at_its_resolution(self, x: Tensor) -> Tensor:
+        """What comes out of the blocks, in front of the merging."""
+        return run_blocks(self.blocks, x, self.grad_checkpointing)
 
 
 class SwinTransformer(ImageClassifier):
     """Swin Transformer; vanilla, or with RePaViT's channel-idle FFN in every block.
 
     Patches → stages of blocks, every second one shifted by half a window → norm → mean over tokens → head. The state
-    dict of the training form has the authors' keys. Maps smaller than or equal to the window are not shifted.
+    dict of the training form has the authors' keys. As in their code, maps smaller than or equal to the window are not
+    shifted, and other maps are padded to whole windows first. (timm shifts both, and pads behind the shift: where every
+    stage has whole windows, more than one, the two are equal.)
 
     Shapes:
         x        [B, in_chans, H, W]  any H, W: patches, windows and mergings pad
@@ -105,6 +114,7 @@ class SwinTransformer(ImageClassifier):
         qkv_bias: whether qkv has a bias. norm_eps: variance offset of every LayerNorm.
         head_bias: whether the head has a bias. drop_rate: dropout probability in front of the head.
         drop_path_rate: DropPath probability of the last block, linear from 0 at the first.
+        dynamic_img_size: False to refuse images of another size than img_size.
 
     Raises:
         ValueError: an argument is out of range, depths and num_heads differ in length, both idle_ratio and act_channels
@@ -112,6 +122,8 @@ class SwinTransformer(ImageClassifier):
     """
 
     global_pools = ("avg",)  # no class token
+    feature_format = "NHWC"
+    formats = ("NCHW", "NHWC")
 
     def __init__(
         self,
@@ -133,11 +145,19 @@ class SwinTransformer(ImageClassifier):
         head_bias: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = True,
     ) -> None:
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths, num_heads: got {depths} and {num_heads}, wanted one number each for every stage")
         dims = [embed_dim * 2**stage for stage in range(len(depths))]
-        super().__init__(dims[-1], num_classes, global_pool="avg", head_bias=head_bias, drop_rate=drop_rate)
+        super().__init__(
+            dims[-1],
+            num_classes,
+            global_pool="avg",
+            head_bias=head_bias,
+            drop_rate=drop_rate,
+            dynamic_img_size=dynamic_img_size,
+        )
         hidden = [int(dim * mlp_ratio) for dim, depth in zip(dims, depths, strict=True) for _ in range(depth)]
         active = block_act_channels(hidden, idle_ratio, act_channels)
         check_form(form, vanilla=active[0] is None if active else True)
@@ -167,12 +187,13 @@ class SwinTransformer(ImageClassifier):
             ]
             self.layers.append(SwinStage(blocks, PatchMerging(dim, norm_eps=norm_eps) if dim != dims[-1] else None))
             size, first = [-(-side // 2) for side in size], first + depth
-        self.norm = nn.LayerNorm(dims[-1], eps=norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=norm_eps)
         self.head = self.make_head()
         self.init_weights()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images → map [B, H', W', num_features] after the final norm."""
+        self.check_size(x)
         return self.norm(self.layers(self.patch_embed(x)))
 
     def steps(self, x: Tensor) -> list[Step]:
@@ -190,29 +211,81 @@ class SwinTransformer(ImageClassifier):
         return x.mean(dim=(1, 2))
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
-    ) -> list[Tensor]:
-        """Maps [B, C_s, h_s, w_s] of the stages, each in front of its merging, for dense prediction.
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features, and the maps of stages, each in front of its merging, for dense prediction; as timm gives them.
+
+        Shapes:
+            features       [B, H', W', num_features] after the final norm
+            intermediates  in the order of the stages, each [B, C_s, h_s, w_s], or [B, h_s, w_s, C_s] for "NHWC"
 
         Args:
             x: images [B, in_chans, H, W].
-            indices: which stages: None all, a number the last n, a sequence those, in that order.
+            indices: which stages: None all, a number the last n, a sequence those (may be < 0).
             norm: apply the final norm to the last stage's map.
+            stop_early: run no stage behind the last one asked for; features are then its map, without the norm.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone.
 
         Raises:
-            ValueError: an index out of range.
+            ValueError: an index out of range; an unknown output_fmt.
         """
-        wanted = take_indices(len(self.layers), indices)
+        self.check_format(output_fmt)
+        self.check_size(x)
+        wanted, last = take_indices(len(self.layers), indices), len(self.layers) - 1
         x = self.patch_embed(x)
-        maps: dict[int, Tensor] = {}
-        stage: SwinStage
-        for index, stage in enumerate(self.layers):  # type: ignore[assignment]
-            x = stage.blocks(x)
+        maps: list[Tensor] = []
+        stages: Any = self.layers
+        for index, stage in enumerate(stages):
+            x = stage.at_its_resolution(x)
             if index in wanted:
-                last = norm and index == len(self.layers) - 1
-                maps[index] = (self.norm(x) if last else x).permute(0, 3, 1, 2).contiguous()
+                found = self.norm(x) if norm and index == last else x
+                maps.append(found if output_fmt == "NHWC" else found.permute(0, 3, 1, 2).contiguous())
+            if stop_early and index == max(wanted):
+                break
             x = stage.downsample(x)
-        return [maps[index] for index in wanted]
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if index == last else x), maps
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "module": f"layers.{index}",
+                "num_chs": self.embed_dim * 2**index,
+                "reduction": self.patch_size * 2**index,
+                "index": index,
+            }
+            for index in range(len(self.layers))
+        ]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        wanted, count = take_indices(len(self.layers), indices), len(self.layers)
+        kept: Any = self.layers[: max(wanted) + 1]
+        cut = len(kept) < count
+        if cut or prune_norm:
+            self.norm = nn.Identity()  # it is as wide as the last stage
+        if cut:
+            kept[-1].downsample = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[max(wanted)]["num_chs"]
+        self.layers = kept
+        if cut or prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stages: Any = self.layers
+        for stage in stages:
+            stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone (read by timm's optimizers)."""

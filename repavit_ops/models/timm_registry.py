@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from .features import FeatureExtractor
 from .lvvit import LVViT
 from .registry import MODELS, create_model
 
@@ -81,9 +82,9 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         cache_dir: Any = None,
         **kwargs: Any,
     ) -> nn.Module:
-        if pretrained:
-            raise RuntimeError(f"{name}: pretrained=True, but no weights are published; load a checkpoint of your own")
-        model = create_model(name, **kwargs)
+        if (feature_cls := kwargs.pop("feature_cls", None)) is not None:
+            kwargs["output_fmt"] = _format(name, feature_cls)
+        model = create_model(name, pretrained=pretrained, **kwargs)
         given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
         model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             "architecture": name,
@@ -91,11 +92,21 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             **given,
             **(pretrained_cfg_overlay or {}),
         }
+        if isinstance(model, FeatureExtractor):
+            for key in ("num_classes", "classifier"):
+                model.pretrained_cfg.pop(key, None)  # type: ignore[operator,union-attr]
         return model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"``repavit_ops.models.create_model({name!r}, …)``."
     return build
+
+
+def _format(name: str, feature_cls: Any) -> str | None:
+    """The layout of the maps of timm's feature classes: the getter's is NCHW, the list's the model's own."""
+    if feature_cls in ("getter", "list"):
+        return "NCHW" if feature_cls == "getter" else None
+    raise ValueError(f"feature_cls: got {feature_cls!r}, wanted 'getter' or 'list' for {name}")
 
 
 class TimmFinder(importlib.abc.MetaPathFinder):

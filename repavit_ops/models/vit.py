@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn import Attention, Block
 from ..stack import one_call
 from ..stack_plan import Step
+from .checkpointing import run_block, run_blocks
 from .classifier import ImageClassifier, take_indices, to_map, trunc_normal_parameter
 from .feed_forward import Form, check_form, feed_forward
 from .patch_embed import PatchEmbed, pair
@@ -61,6 +62,7 @@ class VisionTransformer(ImageClassifier):
         head_bias: whether the head has a bias. drop_rate: dropout probability in front of the head.
         drop_path_rate: DropPath probability of the last block, linear from 0 at the first.
         skip_lam, layer_scale: of every residual branch, as :class:`repavit_ops.nn.Attention`.
+        dynamic_img_size: False to refuse images of another size than img_size.
         embed_layer: builds the patch embedding from (patch_size, in_chans, embed_dim, bias=).
         block: builds a block from the arguments of :func:`vit_block`.
 
@@ -68,6 +70,10 @@ class VisionTransformer(ImageClassifier):
         ValueError: an argument is out of range, both idle_ratio and act_channels are given, a per-block sequence has
             the wrong length, a vanilla model is asked for deployed; at a call, the image size is not divisible.
     """
+
+    feature_indices = 3
+    formats = ("NCHW", "NLC")
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -93,10 +99,18 @@ class VisionTransformer(ImageClassifier):
         drop_path_rate: float = 0.0,
         skip_lam: float = 1.0,
         layer_scale: float | None = None,
+        dynamic_img_size: bool = True,
         embed_layer: Callable[..., nn.Module] = PatchEmbed,
         block: Callable[..., nn.Module] = vit_block,
     ) -> None:
-        super().__init__(embed_dim, num_classes, global_pool=global_pool, head_bias=head_bias, drop_rate=drop_rate)
+        super().__init__(
+            embed_dim,
+            num_classes,
+            global_pool=global_pool,
+            head_bias=head_bias,
+            drop_rate=drop_rate,
+            dynamic_img_size=dynamic_img_size,
+        )
         hidden = int(embed_dim * mlp_ratio)
         active = block_act_channels([hidden] * depth, idle_ratio, act_channels)
         check_form(form, vanilla=active[0] is None if active else True)
@@ -124,12 +138,17 @@ class VisionTransformer(ImageClassifier):
                 for m, rate in zip(active, drop_path_rates(drop_path_rate, depth), strict=True)
             )
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = self.make_head()
         self.init_weights()
 
+    def begin_forward(self) -> None:
+        """What a subclass does ahead of every forward, whether of features, logits or intermediates; here nothing."""
+
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images → tokens [B, 1 + h·w, C] in front of the blocks, and their grid (h, w)."""
+        self.check_size(x)
+        self.begin_forward()
         x = self.patch_embed(x)
         grid = (x.shape[2], x.shape[3])
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
@@ -137,7 +156,7 @@ class VisionTransformer(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images → tokens [B, 1 + h·w, C] after the final norm, the class token first."""
-        return self.norm(self.blocks(self.embed(x)[0]))
+        return self.norm(run_blocks(self.blocks, self.embed(x)[0], self.grad_checkpointing))
 
     def steps(self, x: Tensor) -> list[Step]:
         grid = one_call.patch_grid(self.patch_embed, PatchEmbed, x, self.patch_size)
@@ -153,26 +172,80 @@ class VisionTransformer(ImageClassifier):
         return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
-    ) -> list[Tensor]:
-        """Maps [B, C, h, w] of the patch tokens behind blocks, for dense prediction.
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features after the final norm, and the patch tokens behind blocks, for dense prediction; as timm gives them.
+
+        Shapes:
+            features       [B, 1 + h·w, C]
+            intermediates  in the order of the blocks, each [B, C, h, w], or [B, h·w, C] for ``output_fmt`` "NLC"
 
         Args:
             x: images [B, in_chans, H, W].
-            indices: which blocks: None all, a number the last n, a sequence those, in that order.
+            indices: which blocks: None all, a number the last n, a sequence those (may be < 0).
+            return_prefix_tokens: each intermediate becomes a pair: itself and the class token [B, 1, C].
             norm: apply the final norm to each.
+            stop_early: run no block behind the last one asked for; features are then those of that block.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: return the list alone.
+            output_dict: return {"image_features", "image_intermediates", "image_intermediates_prefix"}, of which the
+                last only with return_prefix_tokens, the first not with intermediates_only.
+
+        Returns:
+            (features, intermediates), or as the last two arguments say.
 
         Raises:
-            ValueError: an index out of range; the image size is not divisible by the patch.
+            ValueError: an index out of range; an unknown output_fmt; the image size is not divisible by the patch.
         """
+        self.check_format(output_fmt)
         wanted = take_indices(len(self.blocks), indices)
         x, grid = self.embed(x)
-        maps: dict[int, Tensor] = {}
+        tokens: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            if stop_early and index > max(wanted):
+                break
+            x = run_block(block, x, self.grad_checkpointing)
             if index in wanted:
-                maps[index] = to_map((self.norm(x) if norm else x)[:, 1:], grid)
-        return [maps[index] for index in wanted]
+                tokens.append(self.norm(x) if norm else x)
+        patches = [t[:, 1:] for t in tokens]
+        maps = patches if output_fmt == "NLC" else [to_map(t, grid) for t in patches]
+        prefixes = [t[:, :1] for t in tokens]
+        if output_dict:
+            answer: dict[str, Any] = {"image_intermediates": maps}
+            answer |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
+            return answer if intermediates_only else answer | {"image_features": self.norm(x)}
+        found: list[Any] = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
+        return found if intermediates_only else (self.norm(x), found)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        return [
+            {"module": f"blocks.{index}", "num_chs": self.embed_dim, "reduction": self.patch_size, "index": index}
+            for index in range(len(self.blocks))
+        ]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        wanted = take_indices(len(self.blocks), indices)
+        kept: Any = self.blocks[: max(wanted) + 1]
+        self.blocks = kept
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
 
     @torch.no_grad()
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
