@@ -261,11 +261,14 @@ const void* rotary_table(const char* name, const Tensor& given, const Tensor& x,
   return table.const_data_ptr();
 }
 
-void set_rotary(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& copies, repavit::RepAttentionArgs& args) {
-  STD_TORCH_CHECK(e.rotary_cos.has_value() == e.rotary_sin.has_value(), e.rotary_cos ? "rotary_sin" : "rotary_cos",
+}  // namespace
+
+void set_rotary(const MaybeTensor& rotary_cos, const MaybeTensor& rotary_sin, const Tensor& x, std::vector<Tensor>& copies,
+                repavit::RepAttentionArgs& args) {
+  STD_TORCH_CHECK(rotary_cos.has_value() == rotary_sin.has_value(), rotary_cos ? "rotary_sin" : "rotary_cos",
                   ": is missing beside the other table; both or none are wanted");
-  if (!e.rotary_cos) return;
-  const Tensor& cos = *e.rotary_cos;
+  if (!rotary_cos) return;
+  const Tensor& cos = *rotary_cos;
   STD_TORCH_CHECK(cos.dim() >= 2, "rotary_cos: got shape ", shape_of(cos), ", wanted [.., tokens, width]");
   repavit::QueryKeyArgs& qk = args.qk;
   qk.tokens = cos.size(cos.dim() - 2);
@@ -275,16 +278,14 @@ void set_rotary(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& 
                   " channels of a head, wanted an even number up to d_qk = ", args.shape.d_qk);
   const int64_t wanted[4] = {x.size(0), args.shape.heads, qk.tokens, qk.width};
   qk.cos = rotary_table("rotary_cos", cos, x, wanted, copies, qk.cos_strides);
-  qk.sin = rotary_table("rotary_sin", *e.rotary_sin, x, wanted, copies, qk.sin_strides);
-  qk.interleaved = e.interleaved;
+  qk.sin = rotary_table("rotary_sin", *rotary_sin, x, wanted, copies, qk.sin_strides);
   if (qk.tokens == 0 || qk.width == 0) qk.cos = nullptr;
 }
 
-}  // namespace
-
 void set_extras(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& copies, repavit::RepAttentionArgs& args) {
   set_attn_bias(e.attn_bias, x, copies, args);
-  set_rotary(e, x, copies, args);
+  args.qk.interleaved = e.interleaved;
+  set_rotary(e.rotary_cos, e.rotary_sin, x, copies, args);
   check_norm("qk_norm_eps", e.qk_norm_eps);
   const bool normed = e.qk_norm_eps.has_value();
   STD_TORCH_CHECK(e.q_norm.has_value() == normed && e.k_norm.has_value() == normed,

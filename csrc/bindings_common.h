@@ -183,6 +183,8 @@ struct AttentionExtras {
   repavit::Norm qk_norm;
   bool interleaved;
 };
+void set_rotary(const MaybeTensor& cos, const MaybeTensor& sin, const Tensor& x, std::vector<Tensor>& copies,
+                repavit::RepAttentionArgs& args);
 void set_extras(const AttentionExtras& extras, const Tensor& x, std::vector<Tensor>& copies,
                 repavit::RepAttentionArgs& args);
 repavit::WindowGrid window_grid(const Tensor& x, int64_t num_heads, const std::vector<int64_t>& window,

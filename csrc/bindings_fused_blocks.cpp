@@ -150,15 +150,32 @@ class Run {
     return true;
   }
 
-  // All steps, from x to y; in place where they are one.
-  void operator()(const Tensor& x, const Tensor& y) const {
+  // All steps, from x to y; in place where they are one. Tables, if there are any, turn q and k of every attention.
+  void operator()(const Tensor& x, const Tensor& y, const MaybeTensor& rotary_cos, const MaybeTensor& rotary_sin) const {
     if (x.numel() == 0) return;
     const RowView rows(x);
+    std::vector<repavit::StackStep> turned;
+    std::vector<Tensor> tables;
+    if (rotary_cos || rotary_sin) turned = list_;
+    const repavit::RepAttentionArgs* like = nullptr;  // most models' attentions are of one shape
+    for (repavit::StackStep& step : turned) {
+      repavit::RepAttentionArgs& args = step.attention;
+      if (args.packed == nullptr || args.windows != nullptr) continue;
+      if (like != nullptr && like->shape.heads == args.shape.heads && like->shape.d_qk == args.shape.d_qk) {
+        const repavit::QueryKeyArgs own = args.qk;
+        args.qk = like->qk;
+        args.qk.norm = own.norm, args.qk.norm_eps = own.norm_eps, args.qk.interleaved = own.interleaved;
+        args.qk.q_norm = own.q_norm, args.qk.k_norm = own.k_norm;
+        continue;
+      }
+      set_rotary(rotary_cos, rotary_sin, x, tables, args);
+      like = &args;
+    }
     repavit::StackArgs args{};
     args.batch = x.dim() > 2 ? x.size(0) : 1;
     args.tokens = rows.rows / args.batch;
     args.channels = x.size(x.dim() - 1);
-    args.steps = list_.data();
+    args.steps = turned.empty() ? list_.data() : turned.data();
     args.count = static_cast<int64_t>(list_.size());
     args.x = rows.owner.const_data_ptr();
     args.x_stride = rows.stride;
@@ -256,7 +273,7 @@ class Plan {
                     " for each step");
   }
 
-  Tensor operator()(const Tensor& x) {
+  Tensor operator()(const Tensor& x, const MaybeTensor& rotary_cos = {}, const MaybeTensor& rotary_sin = {}) {
     Tensor y = x;
     for (size_t i = 0; i < count_;) {
       if (!step(i).in_block()) {
@@ -267,7 +284,7 @@ class Plan {
       const std::shared_ptr<const Run> run = run_from(i, y, reading);
       const Tensor from = y;
       if (i == 0) y = new_empty(x.sizes().data(), x.dim(), aoti_dtype_of(x));  // others are this call's own
-      (*run)(from, y);
+      (*run)(from, y, rotary_cos, rotary_sin);
       i = end_of_run(i);
     }
     return y;
@@ -352,7 +369,9 @@ int64_t fused_blocks_keep(std::vector<MaybeTensor> weights, std::vector<int64_t>
   return Keeper::instance().keep(std::make_shared<Plan>(std::move(weights), std::move(plan), std::move(scalars)));
 }
 
-Tensor fused_blocks_kept(const Tensor& x, int64_t kept) { return (*Keeper::instance().find(kept))(x); }
+Tensor fused_blocks_kept(const Tensor& x, int64_t kept, const MaybeTensor& rotary_cos, const MaybeTensor& rotary_sin) {
+  return (*Keeper::instance().find(kept))(x, rotary_cos, rotary_sin);
+}
 
 void fused_blocks_drop(int64_t kept) { Keeper::instance().drop(kept); }
 

@@ -130,7 +130,7 @@ CPU_TOOLS = (
     "int[2] window, int[2] shift, bool roll_first=False) -> Tensor",
     # a plan of fused_blocks that is read once: its number, calls by number, and the end of it (nn/kept_plan.py)
     "fused_blocks_keep(Tensor?[] weights, int[] plan, float[] scalars) -> int",
-    "fused_blocks_kept(Tensor x, int kept) -> Tensor",
+    "fused_blocks_kept(Tensor x, int kept, Tensor? rotary_cos=None, Tensor? rotary_sin=None) -> Tensor",
     "fused_blocks_drop(int kept) -> ()",
     "cpu_isa() -> int",
     # scratch that the kernels of all threads hold now, kept from call to call

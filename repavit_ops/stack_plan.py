@@ -29,6 +29,7 @@ from torch import Tensor
 TENSORS, INTEGERS, SCALARS = 10, 10, 3
 IN_BLOCKS = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
+ROTARY = 6  # where a rep_attention has its tables
 NO_NORM = -1.0
 # Values of ``approximate``, ``activation``, the norms and ``rotary_layout``; a plan has the index (csrc/cpu/kernels.h).
 GELU_FORMS = ("none", "tanh", "quick")
@@ -126,6 +127,16 @@ def encode(steps: Iterable[Step]) -> Plan:
         eps = (static["norm_eps"], static.get(form.second_eps) if form.second_eps else None)
         scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
     return weights, plan, scalars
+
+
+def turned(plan: Plan, rotary: tuple[Tensor, Tensor]) -> Plan:
+    """The same steps with rotary tables (cos, sin) for every ``rep_attention``."""
+    weights, integers, scalars = plan
+    weights, kind = list(weights), KINDS.index("rep_attention")
+    for n, which in enumerate(integers[::INTEGERS]):
+        if which == kind:
+            weights[n * TENSORS + ROTARY : n * TENSORS + ROTARY + 2] = rotary
+    return weights, integers, scalars
 
 
 def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Sequence[float]) -> Iterator[Step]:

@@ -218,6 +218,19 @@ def test_state_dicts_with_and_without_the_shortcut_load_into_either():
     torch.testing.assert_close(lean(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+def test_state_dicts_that_do_not_say_their_form_load_into_their_own_alone():
+    """As safetensors keeps them: without _metadata."""
+    merged = repavit_ops.reparameterize(tiny_vit()).blocks[0].mlp
+    fused = repavit_ops.fuse(merged)
+    for target, state, words in (
+        (fused, merged.state_dict(), "holds the shortcut, which this module adds by itself"),
+        (merged, fused.state_dict(), "is without the shortcut, which this module has in w_merged"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            copy.deepcopy(target).load_state_dict(dict(state))
+        copy.deepcopy(target).load_state_dict(dict(target.state_dict()))
+
+
 def test_bad_arguments_are_named():
     model = tiny_vit()
     with pytest.raises(ValueError, match="backend: got 'gpu'"):

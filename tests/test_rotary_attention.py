@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from op_helpers import DTYPES, assert_follows_rule, randn, weight
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from repavit_ops import ops, reference, stack_plan
+from repavit_ops import backends, ops, reference, stack_plan
 from repavit_ops.fusing.folding import AttentionParts, fold_attention
 from repavit_ops.nn import RepAttention
+from repavit_ops.stack.kept_plan import KeptPlan
 from repavit_ops.stack_plan import Step
 
 SHAPES = {  # B, T, C, heads, d_qk, d_v
@@ -121,6 +123,33 @@ def test_stacks_turn_each_image_by_its_own_tables(batch, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, both, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(backends.why_unavailable("cpp") is not None, reason="kept plans are of the C++ library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per", ["all", "each"])
+def test_kept_plans_take_the_tables_of_each_call(per, dtype):
+    tensors = {n: t.to(dtype) for n, t in operands(3, 21, 16, 2, 8, 8, 1, norm=1e-6).items()}
+    x = tensors.pop("x")
+    static = static_of(2, 8, residual=True, qk_norm_eps=1e-6, norm_eps=1e-6, rotary_layout="interleaved")
+    weights = tuple(
+        tensors[n] if n else None for n in ("w_qkv", "b_qkv", "w_proj", "b_proj", None, None, None, "q_norm", "k_norm")
+    )
+    kept = KeptPlan(stack_plan.encode([Step("rep_attention", weights, static)] * 2))
+    for seed in (1, 2):
+        tables = operands(3, 21, 16, 2, 8, 8, 1, 8, per, seed=seed)
+        cos, sin = (tables[n].to(dtype) for n in ("rotary_cos", "rotary_sin"))
+        expected = x
+        for _ in range(2):
+            expected = ops.rep_attention(expected, **tensors, rotary_cos=cos, rotary_sin=sin, **static)
+        y = kept(x, (cos, sin))
+        assert torch.equal(y, expected)
+        with FlopCounterMode(display=False):
+            assert torch.equal(kept(x, (cos, sin)), expected)
+    with pytest.raises(RuntimeError, match="rotary_cos: is for 22 tokens"):
+        kept(x, (torch.ones(22, 8), torch.zeros(22, 8)))
+    plain = ops.rep_attention(ops.rep_attention(x, **tensors, **static), **tensors, **static)
+    assert torch.equal(kept(x), plain)
 
 
 BAD = {

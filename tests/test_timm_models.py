@@ -19,7 +19,7 @@ import repavit_ops
 from repavit_ops import backends
 from repavit_ops.nn import Block, PartialGELUFFN, RepAttention, WindowRepAttention
 from repavit_ops.nn.foreign_block import MaskedAttention
-from repavit_ops.stack import FusedStack
+from repavit_ops.stack import FusedStack, LoopedBlocks
 
 needs_cpp = pytest.mark.skipif(
     backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
@@ -346,3 +346,27 @@ def test_layernorms_over_other_dimensions_are_not_taken_for_layernorm(timm):
     model = build(timm)
     model.blocks[0].norm2 = timm.layers.LayerNorm2d(48).eval()
     assert "without norm (LayerNorm2d)" in unfused_reason(model, "blocks.0.mlp")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_224"])
+def test_blocks_with_rotary_embedding_are_one_call(timm, name):
+    side = FAMILIES[name][1]
+    model = build(timm, name)
+    fused, x = repavit_ops.fuse(model), images(2, side)
+    blocks = fused.blocks
+    assert isinstance(blocks, LoopedBlocks)
+    together = fused(x)
+    assert blocks._routes
+    torch.testing.assert_close(together, model(x), rtol=1e-4, atol=1e-4)
+    with torch.enable_grad():
+        apart = fused(x.clone().requires_grad_())
+    torch.testing.assert_close(together, apart.detach(), rtol=0, atol=0)
+    other = images(2, side).flip(0)
+    torch.testing.assert_close(fused(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tables_of_each_block_keep_the_blocks_apart(timm):
+    fused = repavit_ops.fuse(build(timm, "vit_small_patch16_rope_mixed_ape_224"))
+    assert type(fused.blocks) is nn.ModuleList

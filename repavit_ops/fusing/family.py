@@ -33,7 +33,7 @@ from .folding import (
     reason_against,
 )
 from .patches import MergingParts, fold_merging, fuse_convolution
-from .rules import FUSED_INSIDE, Meaning, Projection, Rule, can_fuse, plain
+from .rules import FUSED_INSIDE, Loop, Meaning, Projection, Rule, can_fuse, plain
 
 
 class WholeBlock(NamedTuple):
@@ -142,7 +142,7 @@ class Family:
         why_unknown: of a module of such a class, what is in the way; None where it does not say.
         meanings: norms, activations, scales and no-ops as PyTorch's own.
         loops: name of the list of blocks that forward loops over, calling each with what the one before returned and
-            looking at nothing in between.
+            looking at nothing in between; or what finds it in a module, where not all of the class do.
         resets: what makes a module forget state of earlier calls.
         patch_embeddings: name of the convolution over patches in them.
         mergings: parts of Swin's mergings of patches.
@@ -161,7 +161,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
     resembling: Callable[[type[nn.Module]], bool] = lambda cls: False
     why_unknown: Callable[[nn.Module], str | None] = lambda module: None
-    loops: Mapping[str, str] = field(default_factory=dict)
+    loops: Mapping[str, Loop] = field(default_factory=dict)
     resets: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     patch_embeddings: Mapping[str, str] = field(default_factory=dict)
@@ -182,8 +182,8 @@ class Family:
             return lambda merging, backend: fold_merging(parts(merging), backend) or merging
         return None
 
-    def loop_for(self, cls: type[nn.Module]) -> str | None:
-        name: str | None = self._listed(cls, self.loops)
+    def loop_for(self, cls: type[nn.Module]) -> Loop | None:
+        name: Loop | None = self._listed(cls, self.loops)
         return name
 
     def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:

@@ -19,6 +19,7 @@ from ..nn.given import reason_against_weights, unwrapped, why_sharded
 T = TypeVar("T")
 FUSED_INSIDE = "what of it can be fused is fused"
 Projection = Callable[[Any, Backend], nn.Module]  # (module, backend) → the module on a fused projection of patches
+Loop = str | Callable[[Any], str | None]  # the name of a list of blocks, or a module → that name
 Meaning = Callable[[Any], nn.Module]  # a module → PyTorch's own that computes the same, on the same parameters
 
 
@@ -52,8 +53,8 @@ class Source(Protocol):
     def projection_for(self, cls: type[nn.Module]) -> Projection | None:
         """What replaces a patch embedding or a merging of patches of exactly this class; None if it is neither."""
 
-    def loop_for(self, cls: type[nn.Module]) -> str | None:
-        """Name of the list of blocks that the forward of exactly this class loops over; None if it has none."""
+    def loop_for(self, cls: type[nn.Module]) -> Loop | None:
+        """The list of blocks that the forward of exactly this class loops over; None if it has none."""
 
     def reset_for(self, cls: type[nn.Module]) -> Callable[[Any], None] | None:
         """What makes a module of exactly this class forget state of earlier calls; None where it keeps none."""
@@ -85,7 +86,8 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 def loop_of(module: nn.Module) -> str | None:
     """Name of the list of blocks that the forward of a module of exactly this class loops over."""
-    return _first(source.loop_for(type(module)) for source in _SOURCES)
+    found = _first(source.loop_for(type(module)) for source in _SOURCES)
+    return found(module) if callable(found) else found
 
 
 def reset(module: nn.Module) -> None:

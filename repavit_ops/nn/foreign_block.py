@@ -69,44 +69,6 @@ class MaskedBlock(Block):
         return self.mlp(self.attn(x, additive_mask(x, attn_mask, is_causal)))
 
 
-class RotaryBlock(Block):
-    """:class:`Block` under the signature of timm's blocks with rotary embedding.
-
-    Shapes:
-        x, returns  [B, T, C]
-        rope        [.., tokens, 2 width]: sines, then cosines, broadcastable over images and heads; or None
-        attn_mask   broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
-    """
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        if isinstance(self.attn, RepAttention):
-            return self.mlp(self.attn(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope)))
-        return self.mlp(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal))
-
-
-class RotaryAttention(nn.Module):
-    """Attention alone under the signature of timm's with rotary embedding. Shapes as :class:`RotaryBlock`."""
-
-    def __init__(self, attention: RepAttention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return self.attention(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope))
-
-
-def rotary_tables(rope: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """timm's sines and cosines in one as (cos, sin)."""
-    if rope is None:
-        return None
-    sin, cos = rope.chunk(2, dim=-1)
-    return cos, sin
-
-
 class MaskedAttention(nn.Module):
     """Attention alone under timm's signature: no norm, no shortcut. Shapes and errors as :class:`MaskedBlock`."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .foreign_block import MaskedAttention, OpenBranch
+from .foreign_block import MaskedAttention, OpenBranch, additive_mask
 from .patch_projection import PatchProjection
 from .recorders import recording
 from .rep_attention import RepAttention
@@ -24,6 +24,10 @@ class SignatureBlock(Block):
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """The tokens of a call whose other arguments change nothing; None if they do."""
         raise TypeError(f"{type(self).__name__} must define enter()")
+
+    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        """Tables (cos, sin) that turn q and k in a call that :meth:`enter` let in; None for none."""
+        return None
 
     def leave(self, y: Tensor, x: Tensor) -> Any:
         """What callers get for the result y, having passed x."""
@@ -54,6 +58,57 @@ class FirstOfTuple(OpenBranch):
         return x + self.after(self.body(self.norm(x), *args, **kwargs)[0])
 
 
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+class RotaryBlock(SignatureBlock):
+    """A block under the signature of timm's with rotary embedding.
+
+    Shapes:
+        x, returns  [B, T, C]
+        rope        [.., tokens, 2 width]: sines, then cosines, broadcastable over images and heads; or None
+        attn_mask   broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if isinstance(self.attn, RepAttention):
+            return self.mlp(self.attn(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope)))
+        return self.mlp(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal))
+
+    def enter(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | None:
+        return x if attn_mask is None and not is_causal else None
+
+    def rotary(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        return rotary_tables(rope)
+
+
+class RotaryAttention(nn.Module):
+    """Attention alone under the signature of timm's with rotary embedding. Shapes as :class:`RotaryBlock`."""
+
+    def __init__(self, attention: RepAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        return self.attention(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope))
+
+
+def rotary_tables(rope: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """timm's sines and cosines in one as (cos, sin)."""
+    if rope is None:
+        return None
+    sin, cos = rope.chunk(2, dim=-1)
+    return cos, sin
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +137,7 @@ class TransformersLayer(SignatureBlock):
         return self.mlp(attend(self.attn, hidden_states, attention_mask, kwargs, rotates=self.rotates))
 
     def enter(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        named = ("attention_mask", "is_causal", "position_bias", "cu_seqlens", *["position_embeddings"] * self.rotates)
+        named = ("attention_mask", "is_causal", "position_bias", "cu_seqlens")
         asked = (*args, *(kwargs.get(name) for name in named))
         maps = kwargs.get("output_attentions")
         return None if maps or any(value is not None and value is not False for value in asked) else x
@@ -92,6 +147,9 @@ class RotaryLayer(TransformersLayer):
     """As :class:`TransformersLayer`; its ``position_embeddings`` (cos, sin), [tokens, width] each, turn q and k."""
 
     rotates = True
+
+    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        return kwargs.get("position_embeddings")
 
 
 class TransformersAttention(MaskedAttention):

@@ -13,12 +13,17 @@ from ..backends import Backend
 from ..ops import _check
 from ..reparam import MergedFFN, cast, fold_identity, unfold_identity
 from ..stack_plan import Step
+from .dropped_weight import DroppedWeight
 from .given import is_plain
 from .init import linear_init_
 from .packed_weights import PackedWeights
 from .symbolic import call_of, is_proxy
 
 AS_MERGED, TAKEN_OUT = 2, 3  # versions of state dicts: w_merged as it was merged, and without the shortcut
+NO_FORM = (
+    "the state dict does not say which it is (its _metadata, which torch.save keeps): load it into a model of the kind "
+    "that it was taken from, fused in float32 or not, and pass that one's state_dict() on"
+)
 
 
 class PartialGELUFFN(PackedWeights):
@@ -161,6 +166,12 @@ class PartialGELUFFN(PackedWeights):
         if other_form and given is not None and given.dtype.itemsize >= 4:  # 16 bits would lose w in 1 + w
             converted = unfold_identity if self.shortcut_taken_out else fold_identity
             state_dict = {**state_dict, key: converted(given).to(given.dtype)}
+        elif theirs not in (AS_MERGED, TAKEN_OUT) and given is not None and self._may_hold_shortcut():
+            own: Any = self.w_merged
+            if self.shortcut_taken_out and _holds_shortcut(given):
+                args[-1].append(f"{key}: holds the shortcut, which this module adds by itself; {NO_FORM}")
+            elif not self.residual and _holds_shortcut(own) and not _holds_shortcut(given):
+                args[-1].append(f"{key}: is without the shortcut, which this module has in w_merged; {NO_FORM}")
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def _may_hold_shortcut(self) -> bool:
@@ -206,3 +217,11 @@ class PartialGELUFFN(PackedWeights):
             f"merged={self.w_merged is not None}, norm_eps={self.norm_eps}, residual={self.residual}, "
             f"approximate={self.approximate!r}, backend={self.backend!r}"
         )
+
+
+def _holds_shortcut(w_merged: Tensor) -> bool:
+    """Whether a merged matrix has the identity in it, as far as its diagonal tells: about 1 with it, else 0."""
+    square = w_merged.dim() == 2 and w_merged.shape[0] == w_merged.shape[1] > 0
+    if not square or w_merged.is_meta or isinstance(w_merged, DroppedWeight):
+        return False
+    return bool(w_merged.detach().diagonal().double().mean() > 0.5)

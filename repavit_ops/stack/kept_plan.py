@@ -18,18 +18,19 @@ class KeptPlan:
 
     Shapes:
         x, returns  as :func:`repavit_ops.ops.fused_blocks`; on the CPU alone, without derivatives
+        rotary      (cos, sin) of this call for every rep_attention, broadcastable to [B, h, tokens, width]; or None
     """
 
     def __init__(self, plan: stack_plan.Plan) -> None:
         self._plan = plan
         self._number: int | None = None  # once it is kept
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():  # where derivatives are looked for, every weight is looked at
             if torch._C._len_torch_dispatch_stack():  # whoever records operators gets the one that says it all
-                weights, plan, scalars = self._plan
+                weights, plan, scalars = self._plan if rotary is None else stack_plan.turned(self._plan, rotary)
                 return torch.ops.repavit_ops.fused_blocks.default(x, weights, plan=plan, scalars=scalars)
-            return torch.ops.repavit_ops.fused_blocks_kept.default(x, self._number or self._keep())
+            return torch.ops.repavit_ops.fused_blocks_kept.default(x, self._number or self._keep(), *(rotary or ()))
 
     def _keep(self) -> int:
         number = torch.ops.repavit_ops.fused_blocks_keep(*self._plan)

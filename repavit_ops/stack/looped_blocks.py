@@ -61,10 +61,12 @@ class LoopedBlocks(BlockRuns, nn.ModuleList):
         blocks: Any = list(self._modules.values())
         entered = blocks[0].enter(x, *args, **kwargs)
         route = None
-        if entered is not None and not recording() and why_not_plain(self, entered) is None:
+        rotary = None if entered is None else blocks[0].rotary(x, *args, **kwargs)
+        wanted = torch.is_grad_enabled() and rotary is not None and any(t.requires_grad for t in rotary)
+        if entered is not None and not wanted and not recording() and why_not_plain(self, entered) is None:
             route = self._route(entered)
         if route is not None:
-            return blocks[-1].leave(route.run(entered), x)
+            return blocks[-1].leave(route.run(entered, rotary), x)
         result = x
         for block in blocks:
             result = block(result[0] if isinstance(result, tuple) else result, *args, **kwargs)

@@ -43,7 +43,7 @@ class Route:
         copied_state: where they stood then and what was in them.
     """
 
-    calls: Sequence[Callable[[Tensor], Tensor]]
+    calls: Sequence[Callable[..., Tensor]]
     entries: Columns = ((), (), ())
     sizes: Columns = ((), ())
     versions: Columns = ((), ())
@@ -74,10 +74,10 @@ class Route:
             and (not self.copied or self.copied_state == _state_of(self.copied))
         )
 
-    def run(self, x: Tensor) -> Tensor:
-        """The module's output for ``x``."""
+    def run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The module's output for ``x``; rotary tables go to every run of steps."""
         for call in self.calls:
-            x = call(x)
+            x = call(x, rotary) if rotary is not None and isinstance(call, KeptPlan) else call(x)
         return x
 
 

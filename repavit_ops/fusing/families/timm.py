@@ -17,9 +17,8 @@ from ...nn.foreign_block import (
     MaskedAttention,
     MaskedBlock,
     OpenBranch,
-    RotaryAttention,
-    RotaryBlock,
 )
+from ...nn.foreign_signatures import RotaryAttention, RotaryBlock
 from ..family import Described, Family, WindowBlock
 from ..folding import AttentionParts, FFNParts, GatedFFNParts, WindowParts, halves_of, layer_norm, linear, rms_norm
 from ..patches import MergingParts
@@ -258,6 +257,8 @@ TIMM = Family(
         "timm.models.vision_transformer.LayerScale": _layer_scale,
         "timm.layers.DropPath": lambda _: nn.Identity(),
     },
+    # with mixed frequencies each block gets tables of its own
+    loops={"timm.models.eva.Eva": lambda eva: None if getattr(eva, "rope_mixed", False) else "blocks"},
     patch_embeddings={"timm.layers.patch_embed.PatchEmbed": "proj"},
     mergings={
         "timm.models.swin_transformer.PatchMerging": lambda merging: MergingParts(merging.norm, merging.reduction)

@@ -218,7 +218,7 @@ TRANSFORMERS = Family(
         f"{MODELS}vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneEncoder": "layer",
         f"{MODELS}donut.modeling_donut_swin.DonutSwinStage": "blocks",
         f"{MODELS}dpt.modeling_dpt.DPTViTEncoder": "layer",
-        **_classes(LOOP, "layer", DINO_LIKE, TIPS_LIKE, INTERNVL_LIKE),
+        **_classes(LOOP, "layer", DINO_LIKE, DINO3_LIKE, TIPS_LIKE, INTERNVL_LIKE),
         **_classes(LOOP, "blocks", SWIN_LIKE),
     },
     resets={
