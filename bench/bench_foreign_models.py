@@ -48,6 +48,14 @@ def _hf(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model: nn.Module = pytest.importorskip("timm").create_model(name, num_classes=0)
+        return model
+
+    return build
+
+
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         models = pytest.importorskip("torchvision").models
@@ -81,6 +89,26 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, dict[str, Any]]
         _hf("SiglipVisionModel", "SiglipVisionConfig", **BASE, image_size=224, patch_size=16),
         224,
         ("vit_base_patch16_siglip_224", {}),
+    ),
+    "transformers dinov3_s16": (
+        _hf("DINOv3ViTModel", "DINOv3ViTConfig", **SMALL, intermediate_size=1536, image_size=224),
+        224,
+        ("vit_small_patch16_dinov3", {"img_size": 224}),
+    ),
+    "transformers dinov3_b16": (
+        _hf("DINOv3ViTModel", "DINOv3ViTConfig", **BASE, intermediate_size=3072, image_size=224),
+        224,
+        ("vit_base_patch16_dinov3", {"img_size": 224}),
+    ),
+    "timm eva02_s14": (
+        _timm("eva02_small_patch14_224"),
+        224,
+        ("eva02_small_patch14_224", {}),
+    ),
+    "timm eva02_b14": (
+        _timm("eva02_base_patch14_224"),
+        224,
+        ("eva02_base_patch14_224", {}),
     ),
     "transformers swin_t": (_hf("SwinModel", "SwinConfig"), 224, ("swin_tiny_patch4_window7_224", {})),
     "torchvision vit_b16": (_torchvision("vit_b_16"), 224, ("vit_base_patch16_224", {})),
