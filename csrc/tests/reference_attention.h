@@ -18,7 +18,31 @@ struct Attention {
   repavit::Norm norm = repavit::kNoNorm;
   const repavit::WindowGrid* windows = nullptr;
   std::vector<double> rel_bias, padding;  // of the windows; empty padding: None
+  repavit::Norm qk_norm = repavit::kNoNorm;
+  std::vector<double> q_norm, k_norm;     // [2, d_qk]
+  std::vector<double> cos, sin;           // [h, tokens - prefix, turned]; empty: no rotation
+  int64_t prefix = 0, turned = 0;
+  bool interleaved = false;
 };
+
+// One query or key of a head through norm and rotation.
+inline void turn(const Attention& p, const std::vector<double>& affine, int64_t head, int64_t token, double* v) {
+  if (p.qk_norm != repavit::kNoNorm) {
+    const std::vector<double> core = normed(v, p.d_qk, p.qk_norm, p.norm_eps);
+    for (int64_t i = 0; i < p.d_qk; ++i) {
+      v[i] = core[static_cast<size_t>(i)] * affine[static_cast<size_t>(i)] + affine[static_cast<size_t>(p.d_qk + i)];
+    }
+  }
+  if (p.cos.empty() || token < p.prefix) return;
+  const std::vector<double> before(v, v + p.turned);
+  const int64_t place = (head * (p.tokens - p.prefix) + token - p.prefix) * p.turned, half = p.turned / 2;
+  for (int64_t i = 0; i < p.turned; ++i) {
+    const int64_t partner = p.interleaved ? i ^ 1 : (i + half) % p.turned;
+    const double sign = (p.interleaved ? i % 2 == 0 : i < half) ? -1.0 : 1.0;
+    const size_t at = static_cast<size_t>(place + i);
+    v[i] = before[static_cast<size_t>(i)] * p.cos[at] + sign * before[static_cast<size_t>(partner)] * p.sin[at];
+  }
+}
 
 // q | k | v of one token, or of a padded one (x null).
 inline std::vector<double> qkv_row(const Attention& p, const double* x) {
@@ -122,7 +146,13 @@ inline std::vector<double> rep_attention(const Attention& p) {
       o = windowed(p, image);
     } else {
       std::vector<std::vector<double>> qkv;
-      for (int64_t t = 0; t < p.tokens; ++t) qkv.push_back(qkv_row(p, image + t * p.channels));
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        qkv.push_back(qkv_row(p, image + t * p.channels));
+        for (int64_t h = 0; h < p.heads; ++h) {
+          turn(p, p.q_norm, h, t, qkv.back().data() + h * p.d_qk);
+          turn(p, p.k_norm, h, t, qkv.back().data() + (p.heads + h) * p.d_qk);
+        }
+      }
       o = attend(p, qkv, [&](int64_t h, int64_t i, int64_t j) {
         return p.bias.empty() ? 0.0 : p.bias[static_cast<size_t>(((b * p.heads + h) * p.tokens + i) * p.tokens + j)];
       });

@@ -15,6 +15,9 @@ struct AttentionCase {
   bool b_qkv, b_proj, bias, normalize, residual;
   const repavit::WindowGrid* windows;  // its bias and padding are drawn here; tokens is then that of the map
   bool padding;
+  repavit::Norm qk_norm = repavit::kNoNorm;
+  int64_t prefix = 0, turned = 0;  // tokens and channels of a head that rotation leaves alone, and that it turns
+  bool interleaved = false;
 
   repavit::Norm norm() const {
     return !normalize ? repavit::kNoNorm : tokens % 3 == 0 ? repavit::kRmsNorm : repavit::kLayerNorm;
@@ -23,12 +26,13 @@ struct AttentionCase {
     std::string text(level);
     for (const auto& [key, value] : {std::pair(" B=", batch), {" T=", tokens}, {" C=", channels},
                                      {" C_out=", channels_out}, {" h=", heads}, {" d_qk=", d_qk}, {" d_v=", d_v},
-                                     {" gap=", gap}}) {
+                                     {" gap=", gap}, {" qk_norm=", qk_norm}, {" turned=", turned},
+                                     {" prefix=", prefix}}) {
       text += key + std::to_string(value);
     }
     for (const auto& [on, flag] : {std::pair(b_qkv, " b_qkv"), {b_proj, " b_proj"}, {bias, " bias"},
                                    {normalize, " norm"}, {residual, " residual"}, {windows != nullptr, " windows"},
-                                   {padding, " padding"}}) {
+                                   {padding, " padding"}, {interleaved, " interleaved"}}) {
       if (on) text += flag;
     }
     return text;
@@ -67,6 +71,12 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
     truth.windows = &grid;
   }
 
+  using Table = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  truth.qk_norm = t.qk_norm, truth.prefix = t.prefix, truth.turned = t.turned, truth.interleaved = t.interleaved;
+  auto q_norm = draw<T>(random, size(2, t.d_qk), 1.0, truth.q_norm), k_norm = draw<T>(random, size(2, t.d_qk), 1.0, truth.k_norm);
+  const size_t table = size(t.heads * (t.tokens - t.prefix), t.turned);
+  auto cos = draw<Table>(random, table, 0.7, truth.cos), sin = draw<Table>(random, table, 0.7, truth.sin);
+
   const int64_t rows = t.batch * t.tokens;  // strided: what lies between the rows is NaN and must not be read
   Guarded<T> x(rows > 0 ? size(rows - 1, stride) + size(t.channels, 1) : 0);
   for (int64_t r = 0; r < rows; ++r) {
@@ -96,6 +106,12 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   args.windows = truth.windows, args.y = y.data();
   args.scale = truth.scale, args.norm_eps = truth.norm_eps;
   args.norm = t.norm(), args.residual = t.residual;
+  args.qk.norm = t.qk_norm, args.qk.norm_eps = truth.norm_eps, args.qk.interleaved = t.interleaved;
+  args.qk.q_norm = q_norm.data(), args.qk.k_norm = k_norm.data();
+  args.qk.tokens = t.tokens - t.prefix, args.qk.width = t.turned;
+  args.qk.cos = table > 0 ? cos.data() : nullptr, args.qk.sin = sin.data();
+  args.qk.cos_strides[1] = args.qk.sin_strides[1] = args.qk.tokens * t.turned;
+  args.qk.cos_strides[2] = args.qk.sin_strides[2] = t.turned;
   kernels.rep_attention[dtype](args, kThreaded);
   expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
   args.y = again.data();
@@ -104,7 +120,8 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
 
   // Every product's operands are rounded to T once; sums of random sign are in fp32 (or double).
   const int64_t sums = t.channels + t.heads * t.d_v + t.d_qk + t.tokens;
-  expect_near(y, reference::rep_attention(truth), 16, 8 * sums, dtype, name);
+  const int turns = t.qk_norm != repavit::kNoNorm ? 4 : t.turned > 0 ? 2 : 1;  // q and k are rounded once more each
+  expect_near(y, reference::rep_attention(truth), 16 * turns, 8 * turns * sums, dtype, name);
 }
 
 // The same without weights: x holds q | k | v, y gets o.
@@ -173,6 +190,15 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                             {batch, tokens, width, 0, heads, d_qk, d_v, bit(5) ? 3 : 0, false, false, bit(2), false, false,
                              nullptr, false},
                             level);
+        for (const int form : {0, 1, 2}) {  // QK-norm alone, rotation alone, both
+          if (form != 1 && d_qk < 7) continue;  // the norm of few numbers is noise
+          const int64_t turned = form == 0 ? 0 : (batch == 1 ? d_qk : d_qk - 4 * (d_qk > 8)) / 2 * 2;
+          const repavit::Norm norm = form == 1 ? repavit::kNoNorm : bit(0) ? repavit::kRmsNorm : repavit::kLayerNorm;
+          test_attention_case<T>(kernels, dtype,
+                                 {batch, tokens, c, c, heads, d_qk, d_v, 0, bit(0), bit(1), bit(2), bit(3), bit(4), nullptr,
+                                  false, norm, tokens > 3 ? 2 : 0, turned, bit(5)},
+                                 level);
+        }
       }
     }
   }
