@@ -45,7 +45,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour and thread sanitizers
 	csrc/tests/run.sh asan
-	csrc/tests/run.sh tsan
+	csrc/tests/run.sh tsan threads
 
 test-aarch64: ## the C++ kernels cross-compiled for ARM, under qemu; says so where the tools are missing
 	csrc/tests/run.sh aarch64

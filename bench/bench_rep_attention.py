@@ -194,3 +194,43 @@ def test_block(benchmark, report, c, batch, dtype):
         rows = batch * TOKENS
         flop = 2 * rows * c * (4 * c) + 4 * rows * TOKENS * c
         record(benchmark, report, present, f"block C{c} batch {batch}", dtype, flop)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("c", "batch"), BLOCKS, ids=[f"C{c}-batch{b}" for c, b in BLOCKS])
+def test_turned_block(benchmark, report, c, batch, dtype):
+    """Rotary embedding of all but the class token, and QK-norm on top: over the block without, and over eager."""
+    heads = c // 64
+    x = randn(batch, TOKENS, c, dtype=dtype, seed=0)
+    weights = (
+        randn(3 * c, c, dtype=dtype, seed=1, scale=c**-0.5),
+        randn(3 * c, dtype=dtype, seed=2, scale=0.1),
+        randn(c, c, dtype=dtype, seed=3, scale=c**-0.5),
+        randn(c, dtype=dtype, seed=4, scale=0.1),
+    )
+    angles = randn(TOKENS - 1, 64, dtype=torch.float32, seed=5)
+    rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    norm = {"q_norm": torch.ones(2, 64, dtype=dtype), "k_norm": torch.ones(2, 64, dtype=dtype), "qk_norm_eps": 1e-6}
+    static: dict[str, Any] = {"num_heads": heads, "scale": 64**-0.5, "d_qk": 64, "norm_eps": 1e-6, "residual": True}
+    packed = OP.rep_attention_pack(weights[0], weights[2], num_heads=heads, d_qk=64)
+
+    def block(**more: Any) -> peers.Call:
+        return lambda: ops.rep_attention(x, *weights, packed=packed, **static, **more)
+
+    def eager() -> Tensor:
+        return reference.rep_attention(x, *weights, **rotary, **norm, **static)
+
+    with torch.no_grad():
+        calls = {
+            "repavit_ops": block(**rotary, **norm),
+            "without both": block(),
+            "rotary alone": block(**rotary),
+            "qk-norm alone": block(**norm),
+            "eager": eager,
+        }
+        wide = {name: t.double() if isinstance(t, Tensor) else t for name, t in {**rotary, **norm}.items()}
+        truth = reference.rep_attention(x.double(), *(w.double() for w in weights), **wide, **static)
+        check("repavit_ops", calls["repavit_ops"](), eager(), truth)
+        rows = batch * TOKENS
+        flop = 2 * rows * c * (4 * c) + 4 * rows * TOKENS * c
+        record(benchmark, report, calls, f"turned block C{c} batch {batch}", dtype, flop)

@@ -61,6 +61,8 @@ def pytest_terminal_summary(terminalreporter):
     for row in ROWS:
         peers = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items())
         share = f"  {row['share_of_peak']:.0%} of peak" if row.get("share_of_peak") else ""
+        if row.get("plain_share_of_peak"):
+            share += f" (plain {row['plain_share_of_peak']:.0%})"
         rate = f" {row['gflops']:7.1f} GFLOP/s" if "gflops" in row else ""
         line = f"{row['case']:<34} {row['dtype']:<9}{rate}{share}  best peer {row['ratio']:.2f}x"
         terminalreporter.write_line(f"{line}  ({peers})")

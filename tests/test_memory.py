@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -27,12 +28,17 @@ def bytes_held(model: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@functools.cache
+def made(name):
+    return repavit_ops.create_model(name).eval()
+
+
 @needs_cpp
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["repa_deit_tiny", "repa_swin_tiny", "vanilla_deit_tiny"])
 def test_packed_copies_stay_within_bounds(name, dtype):
-    merged = repavit_ops.reparameterize(repavit_ops.create_model(name).eval()).to(dtype)
+    merged = repavit_ops.reparameterize(made(name)).to(dtype)
     x = torch.zeros(1, 3, 224, 224, dtype=dtype)
     weights = bytes_held(merged)
     for keep_unpacked, bound in ((True, 2.1), (False, 1.15)):

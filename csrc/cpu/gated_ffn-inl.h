@@ -22,21 +22,21 @@ struct GatedToScratch {
 
   template <int N>
   REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int) const {
-    if constexpr (N % 2 == 0) {  // half a tile is never asked for
-      REPAVIT_UNROLL
-      for (int i = 0; i < N; i += 2) {
-        V gate = acc[i], up = acc[i + 1];
-        S::unzip_runs(gate, up);
-        const ptrdiff_t at = (col + i * S::kLanes) / 2;
-        const ptrdiff_t left = hidden - at;
-        const int n = left < S::kLanes ? static_cast<int>(left) : S::kLanes;
-        if (b_gate != nullptr) gate += load_bias(b_gate, at, n);
-        if (b_up != nullptr) up += load_bias(b_up, at, n);
-        S::store(h + row * stride + at, activate<Accumulator<T>, kForm>(gate) * up);
-      }
+    REPAVIT_UNROLL
+    for (int i = 0; i < N; i += 2) {
+      V gate = acc[i], up = acc[i + 1];
+      S::unzip_runs(gate, up);
+      const ptrdiff_t at = (col + i * S::kLanes) / 2;
+      const ptrdiff_t left = hidden - at;
+      const int n = left < S::kLanes ? static_cast<int>(left) : S::kLanes;
+      if (b_gate != nullptr) gate += load_bias(b_gate, at, n);
+      if (b_up != nullptr) up += load_bias(b_up, at, n);
+      S::store(h + row * stride + at, activate<Accumulator<T>, kForm>(gate) * up);
     }
   }
 };
+template <class T, Activation kForm>
+constexpr bool kWholeTiles<GatedToScratch<T, kForm>> = true;
 
 // gated_ffn_<T>: see GatedFfnArgs.
 template <class T>

@@ -77,6 +77,10 @@ struct PointerPerThree {
   REPAVIT_INLINE void skip(ptrdiff_t) {}
 };
 
+// Whether a product with this epilogue has whole tiles of columns alone, so that no narrower ones are compiled.
+template <class Epilogue>
+constexpr bool kWholeTiles = false;
+
 template <class T, int kRows, int kVectors>
 struct Tile {
   using S = SimdOf<T>;
@@ -224,10 +228,10 @@ void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* pa
       for (ptrdiff_t t = 0; t < tiles; ++t) {
         const ptrdiff_t row = rows * t / tiles;
         const int height = static_cast<int>(rows * (t + 1) / tiles - row);
-        if (valid > kLanes) {
+        if (kWholeTiles<Epilogue> || valid > kLanes) {
           choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue,
                                                 fetch);
-        } else {
+        } else if constexpr (!kWholeTiles<Epilogue>) {
           choose_rows<kTileRows, 1>(height, segments, count, panel, row, col, valid, epilogue, fetch);
         }
       }

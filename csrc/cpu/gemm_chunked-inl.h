@@ -121,9 +121,9 @@ void run_columns(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* pan
       const T* next = col + kWide < last ? at + kWide * kInterleave<T> : panels + panel_stride + offset;
       if (col + kWide >= columns) next = after;
       const int valid = static_cast<int>(least(last - col, kWide));
-      if (valid > kLanes) {
+      if (kWholeTiles<Epilogue> || valid > kLanes) {
         run_strip<kTileVectors>(a, begin, rows, at, next, sums + col * rows, place, col, valid, epilogue);
-      } else {
+      } else if constexpr (!kWholeTiles<Epilogue>) {
         run_strip<1>(a, begin, rows, at, next, sums + col * rows, place, col, valid, epilogue);
       }
     }

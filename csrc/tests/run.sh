@@ -1,5 +1,5 @@
 #!/bin/sh
-# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough]
+# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough] [threads]
 #
 # aarch64 needs g++-aarch64-linux-gnu and qemu-user; avx512 and avx512-asan, which run the AVX-512 levels on a machine
 # that has AVX2 alone (emulated_avx512.h), need SIMDe. Without them they say so and succeed.

@@ -70,21 +70,19 @@ class RotaryBlock(SignatureBlock):
         attn_mask   broadcastable to [B, h, T, T]: bool (True attends) or float, added before softmax
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if isinstance(self.attn, RepAttention):
             return self.mlp(self.attn(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope)))
         return self.mlp(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal))
 
-    def enter(  # type: ignore[override]
+    def enter(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor | None:
         return x if attn_mask is None and not is_causal else None
 
-    def rotary(  # type: ignore[override]
-        self, x: Tensor, rope: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, x: Tensor, rope: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor] | None:
         return rotary_tables(rope)
 
 
