@@ -220,6 +220,11 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
+def _stays_wide(name: str, t: Tensor | None) -> bool:
+    """Whether autocast leaves a tensor as it is: tables of float32, which stand beside tokens of any dtype."""
+    return name in ("rotary_cos", "rotary_sin") and t is not None and t.dtype == torch.float32
+
+
 def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if t is None or not t.is_floating_point() or t.dtype is torch.float64:
@@ -230,7 +235,8 @@ def _autocast(operator: Operator, device_type: str) -> Callable[..., Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             # Packed weights are those of the stored dtype, so they stay behind.
-            return operator(*(cast(t, dtype) for t in tensors[: operator.inputs]), **static)
+            given = zip(operator.tensor_names, tensors[: operator.inputs], strict=False)
+            return operator(*(t if _stays_wide(name, t) else cast(t, dtype) for name, t in given), **static)
 
     return run
 

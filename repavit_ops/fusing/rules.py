@@ -86,8 +86,10 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 def loop_of(module: nn.Module) -> str | None:
     """Name of the list of blocks that the forward of a module of exactly this class loops over."""
-    found: Loop | None = _first(source.loop_for(type(module)) for source in _SOURCES)
-    return found if found is None or isinstance(found, str) else found(module)
+    for source in _SOURCES:
+        if (found := source.loop_for(type(module))) is not None:
+            return found if isinstance(found, str) else found(module)
+    return None
 
 
 def reset(module: nn.Module) -> None:
