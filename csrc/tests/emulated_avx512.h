@@ -95,6 +95,25 @@ __m256i cvtps_ph(__m512 v) {
   return v[0];
 }
 
+// Blocks of four lanes: two of a, then two of b, chosen by two bits each.
+template <int kBlocks>
+__m512 shuffle_f32x4(__m512 a, __m512 b) {
+  __v16sf r;
+  for (int i = 0; i < 16; ++i) {
+    const int from = 4 * (kBlocks >> 2 * (i / 4) & 3) + i % 4;
+    r[i] = i < 8 ? a[from] : b[from];
+  }
+  return r;
+}
+
+// Lanes within blocks of four, the same in each.
+template <int kLanes>
+__m512 permute_ps(__m512 a) {
+  __v16sf r;
+  for (int i = 0; i < 16; ++i) r[i] = a[i / 4 * 4 + (kLanes >> 2 * (i % 4) & 3)];
+  return r;
+}
+
 // What rounding leaves of x: x - whole, and 0 of an infinity.
 [[gnu::noinline]] inline __m512 reduced(__m512 x, __m512 whole) {
   for (int i = 0; i < 16; ++i) x[i] = __builtin_isinf(x[i]) ? 0.0f : x[i] - whole[i];
@@ -116,6 +135,8 @@ __m256i cvtps_ph(__m512 v) {
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
 #undef _mm512_reduce_ps
+#undef _mm512_shuffle_f32x4
+#undef _mm512_permute_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16
@@ -128,6 +149,8 @@ __m256i cvtps_ph(__m512 v) {
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
+#define _mm512_shuffle_f32x4(a, b, blocks) emulated::shuffle_f32x4<(blocks)>((a), (b))
+#define _mm512_permute_ps(a, lanes) emulated::permute_ps<(lanes)>(a)
 #define _mm512_reduce_ps(x, rounding) emulated::reduced(x, _mm512_roundscale_ps(x, (rounding)))
 
 // The two products that the kernels write as instructions (simd-inl.h).
