@@ -218,6 +218,28 @@ def test_state_dicts_with_and_without_the_shortcut_load_into_either():
     torch.testing.assert_close(lean(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_forms_are_told_apart_behind_a_cast_and_a_file(tmp_path):
+    """What was fused in bfloat16, or comes from a file, takes the other form's weights too."""
+    merged, other = (repavit_ops.reparameterize(tiny_vit(seed)) for seed in (0, 3))
+    repavit_ops.save_checkpoint(repavit_ops.fuse(merged), tmp_path / "fused.safetensors")
+    for target, state, close in (
+        (repavit_ops.load_checkpoint(tmp_path / "fused.safetensors"), other.state_dict(), 1e-4),
+        (repavit_ops.fuse(merged, dtype=torch.bfloat16), other.state_dict(), 5e-2),
+        (repavit_ops.fuse(merged), repavit_ops.fuse(other, dtype=torch.bfloat16).state_dict(), 5e-2),
+        (copy.deepcopy(merged), repavit_ops.fuse(other, dtype=torch.bfloat16).state_dict(), 5e-2),
+    ):
+        for block, name in ((b, f"blocks.{i}.mlp.") for i, b in enumerate(target.blocks)):
+            part = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+            part = type(state)(part)
+            part._metadata = {"": state._metadata[name[:-1]]}
+            block.mlp.load_state_dict(part)
+            tokens = torch.randn(2, 5, 48)
+            dtype = block.mlp.w_in.dtype
+            expected = other.get_submodule(name[:-1])(tokens)
+            torch.testing.assert_close(block.mlp(tokens.to(dtype)).float(), expected, rtol=close, atol=close)
+
+
 def test_state_dicts_that_do_not_say_their_form_load_into_their_own_alone():
     """As safetensors keeps them: without _metadata."""
     merged = repavit_ops.reparameterize(tiny_vit()).blocks[0].mlp

@@ -59,7 +59,6 @@ class PartialGELUFFN(PackedWeights):
     operator = "partial_gelu_ffn"
     norm = "layer"  # of older pickles
     packed_names = ("w_in", "w_out", "w_merged")
-    shortcut_taken_out = False  # by take_out_shortcut
 
     def __init__(
         self,
@@ -152,31 +151,33 @@ class PartialGELUFFN(PackedWeights):
             return
         apart = unfold_identity(self.w_merged.detach()).float()
         self.w_merged = nn.Parameter(apart, self.w_merged.requires_grad)
-        self.residual = self.shortcut_taken_out = True
+        self.residual = True
 
     @property
     def _version(self) -> int:  # type: ignore[override]
         """What ``state_dict`` says of the form. It is 1 for any other module, as of a program with these weights."""
-        return TAKEN_OUT if self.shortcut_taken_out else AS_MERGED
+        return TAKEN_OUT if self.residual and self._may_hold_shortcut() else AS_MERGED
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         key, theirs = f"{prefix}w_merged", metadata.get("version")
         given = state_dict.get(key)
-        other_form = theirs != self._version and theirs in (AS_MERGED, TAKEN_OUT) and self._may_hold_shortcut()
-        if other_form and given is not None and given.dtype.itemsize >= 4:  # 16 bits would lose w in 1 + w
-            converted = unfold_identity if self.shortcut_taken_out else fold_identity
-            state_dict = {**state_dict, key: converted(given).to(given.dtype)}
-        elif theirs not in (AS_MERGED, TAKEN_OUT) and given is not None and self._may_hold_shortcut():
+        known = theirs in (AS_MERGED, TAKEN_OUT)
+        if given is None or not self._may_hold_shortcut():
+            pass
+        elif known and theirs != self._version:
+            converted = unfold_identity if self.residual else fold_identity
+            dtype = given.dtype if given.dtype.itemsize >= 4 else torch.float32  # 16 bits would lose w in 1 + w
+            state_dict = {**state_dict, key: converted(given).to(dtype)}
+        elif not known:
             own: Any = self.w_merged
-            if self.shortcut_taken_out and _holds_shortcut(given):
+            if self.residual and _holds_shortcut(given):
                 args[-1].append(f"{key}: holds the shortcut, which this module adds by itself; {NO_FORM}")
             elif not self.residual and _holds_shortcut(own) and not _holds_shortcut(given):
                 args[-1].append(f"{key}: is without the shortcut, which this module has in w_merged; {NO_FORM}")
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def _may_hold_shortcut(self) -> bool:
-        folded = not self.residual
-        return self.w_merged is not None and self.norm_eps is None and (folded or self.shortcut_taken_out)
+        return self.w_merged is not None and self.norm_eps is None
 
     def pack(self, *weights: Tensor | None) -> Tensor:
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights)
