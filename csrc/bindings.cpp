@@ -17,6 +17,7 @@ using namespace repavit_bindings;
 int64_t product_peak(const Tensor& like, int64_t iterations) {
   constexpr int64_t kMost = int64_t{1} << 32;  // a minute or so; nothing interrupts it
   STD_TORCH_CHECK(0 <= iterations && iterations <= kMost, "iterations: got ", iterations, ", wanted 0 to ", kMost);
+  if (like.scalar_type() == ScalarType::Char) return repavit::int8_kernels().int8_product_peak(iterations, torch_pool());
   return repavit::kernels().product_peak[check_input("like", like)](iterations, torch_pool());
 }
 

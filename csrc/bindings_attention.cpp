@@ -32,60 +32,81 @@ using namespace repavit_bindings;
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 
-repavit::PackedAttentionHeader header_of(const Tensor& packed) {
-  const auto bytes_of = [](const repavit::PackedAttentionHeader& h) {
+// The functions of the table for weights in floats, or of int8.
+struct Packing {
+  decltype(&repavit::Kernels::rep_attention_packed_bytes) packed_bytes;
+  decltype(&repavit::Kernels::rep_attention_pack) pack;
+  decltype(&repavit::Kernels::rep_attention_unpack) unpack;
+  const char (&magic)[8];
+
+  int64_t bytes(DType dtype, const repavit::AttentionShape& shape) const {
+    const auto size = (repavit::kernels().*packed_bytes)[dtype];
+    return size == nullptr ? kNoSize : size(shape);
+  }
+};
+const Packing kFloats{&repavit::Kernels::rep_attention_packed_bytes, &repavit::Kernels::rep_attention_pack,
+                      &repavit::Kernels::rep_attention_unpack, repavit::kPackedAttentionMagic};
+const Packing kInt8{&repavit::Kernels::rep_attention_int8_packed_bytes, &repavit::Kernels::rep_attention_int8_pack,
+                    &repavit::Kernels::rep_attention_int8_unpack, repavit::kPackedInt8AttentionMagic};
+const Packing& packing(bool int8) { return int8 ? kInt8 : kFloats; }
+
+repavit::PackedAttentionHeader header_of(bool int8, const Tensor& packed) {
+  const auto bytes_of = [int8](const repavit::PackedAttentionHeader& h) {
     const repavit::AttentionShape shape{h.channels, h.channels_out, h.heads, h.d_qk, h.d_v};
     const bool sizes = h.heads >= 1 && h.d_qk >= 1;
-    return sizes ? repavit::kernels().rep_attention_packed_bytes[h.dtype](shape) : kNoSize;
+    return sizes ? packing(int8).bytes(static_cast<DType>(h.dtype), shape) : kNoSize;
   };
-  return read_header<repavit::PackedAttentionHeader>(packed, repavit::kPackedAttentionMagic, "rep_attention_pack",
-                                                     bytes_of);
+  return read_header<repavit::PackedAttentionHeader>(packed, packing(int8).magic, "rep_attention_pack", bytes_of);
 }
 
 // Writes a packed copy of weights that were checked to `to`, which has room for it.
-void write_packed(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape, void* to) {
+void write_packed(bool int8, const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape, void* to) {
   std::vector<Tensor> copies;
   const repavit::AttentionWeights weights{shape, ordered_data(w_qkv, copies), ordered_data(w_proj, copies)};
-  repavit::kernels().rep_attention_pack[dtype_of("w_qkv", w_qkv)](weights, to, torch_pool());
+  (repavit::kernels().*packing(int8).pack)[dtype_of("w_qkv", w_qkv)](weights, to, torch_pool());
 }
 
-Tensor pack(const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
+Tensor pack(bool int8, const Tensor& w_qkv, const Tensor& w_proj, const repavit::AttentionShape& shape) {
   const DType dtype = check_input("w_qkv", w_qkv);
   check_same_kind("w_proj", w_proj, w_qkv);
-  Tensor packed = new_packed("w_qkv, w_proj", repavit::kernels().rep_attention_packed_bytes[dtype](shape));
-  pack_into(packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(w_qkv, w_proj, shape, to); });
+  check_int8(int8, dtype, {shape.channels, w_proj.size(1)});
+  Tensor packed = new_packed("w_qkv, w_proj", packing(int8).bytes(dtype, shape));
+  pack_into(packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(int8, w_qkv, w_proj, shape, to); });
   return packed;
 }
 
-Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num_heads, int64_t d_qk) {
+Tensor rep_attention_pack(const Tensor& w_qkv, const Tensor& w_proj, int64_t num_heads, int64_t d_qk,
+                          std::string quantize) {
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
-  return pack(w_qkv, w_proj, attention_shape(w_qkv, w_proj, num_heads, d_qk));
+  return pack(wants_int8(quantize), w_qkv, w_proj, attention_shape(w_qkv, w_proj, num_heads, d_qk));
 }
 
 std::vector<Tensor> rep_attention_unpack(const Tensor& packed) {
-  const repavit::PackedAttentionHeader h = header_of(packed);
+  const bool int8 = is_packed_as(packed, kInt8.magic);
+  const repavit::PackedAttentionHeader h = header_of(int8, packed);
   const int64_t rows = size_product(h.heads, size_sum(size_product(2, h.d_qk), h.d_v));
   STD_TORCH_CHECK(rows != kNoSize, "packed: the heads that it says it holds have more rows than 64 bits count");
   const int64_t shapes[2][2] = {{rows, h.channels}, {h.channels_out, checked_product("packed", "its values", h.heads, h.d_v)}};
   std::vector<Tensor> weights;
   const Reading reading;
   for (const auto& shape : shapes) weights.push_back(new_empty(shape, 2, aoti_dtype_of(static_cast<DType>(h.dtype))));
-  repavit::kernels().rep_attention_unpack[h.dtype](
+  (repavit::kernels().*packing(int8).unpack)[h.dtype](
       packed.const_data_ptr(), {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr()}, torch_pool());
   return weights;
 }
 
 // Packed weights of this call: those given, once they hold these weights, else fresh ones.
-Tensor packed_for(Reading& reading, const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv,
+Tensor packed_for(bool int8, Reading& reading, const MaybeTensor& packed, const Tensor& x, const Tensor& w_qkv,
                   const Tensor& w_proj, const repavit::AttentionShape& shape) {
-  if (!packed) return pack(w_qkv, w_proj, shape);
-  const repavit::PackedAttentionHeader h = header_of(*packed);
+  if (!packed) return pack(int8, w_qkv, w_proj, shape);
+  check_packed_kind(int8, is_packed_as(*packed, kInt8.magic));
+  const repavit::PackedAttentionHeader h = header_of(int8, *packed);
   STD_TORCH_CHECK(h.dtype == dtype_of("x", x) && h.channels == shape.channels && h.channels_out == shape.channels_out &&
                       h.heads == shape.heads && h.d_qk == shape.d_qk && h.d_v == shape.d_v,
                   "packed: holds C = ", h.channels, ", num_heads = ", h.heads, ", d_qk = ", h.d_qk, ", d_v = ", h.d_v,
                   ", C_out = ", h.channels_out,
                   ", which is not what x, w_qkv and w_proj say; pack the weights again");
-  return up_to_date(reading, *packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(w_qkv, w_proj, shape, to); });
+  return up_to_date(reading, *packed, {&w_qkv, &w_proj}, [&](void* to) { write_packed(int8, w_qkv, w_proj, shape, to); });
 }
 
 // ---- The operators --------------------------------------------------------------------------------------------------
@@ -102,7 +123,7 @@ namespace repavit_bindings {
 
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
-                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual,
+                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual, bool int8,
                                      Reading& reading, std::vector<Tensor>& copies) {
   STD_TORCH_CHECK(x.size(x.dim() - 1) == shape.channels, "x: got shape ", shape_of(x), ", wanted [..., ",
                   shape.channels, "]");
@@ -116,7 +137,9 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                   " channels but w_proj gives ", shape.channels_out, "; they must agree");
   repavit::RepAttentionArgs args{};
   args.shape = shape;
-  copies.push_back(packed_for(reading, packed, x, w_qkv, w_proj, shape));
+  args.int8 = int8;
+  check_int8(int8, dtype_of("x", x), {shape.channels, w_proj.size(1)});
+  copies.push_back(packed_for(int8, reading, packed, x, w_qkv, w_proj, shape));
   args.packed = copies.back().const_data_ptr();
   args.b_qkv = ordered_data(b_qkv, copies);
   args.b_proj = ordered_data(b_proj, copies);
@@ -169,7 +192,7 @@ void check_scratch(const repavit::RepAttentionArgs& args, int64_t rows) {
 
 // Runs args (all but x, y and their sizes filled in) on tokens x [B, ..., columns] → [B, ..., columns_out].
 Tensor run(repavit::RepAttentionArgs& args, const Tensor& x, int64_t columns_out) {
-  const auto kernel = repavit::kernels().rep_attention[check_input("x", x)];
+  const auto kernel = kernels_for(args.int8).rep_attention[check_input("x", x)];
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = columns_out;
   Tensor y = new_empty(sizes.data(), x.dim(), aoti_dtype_of(x));
@@ -312,14 +335,16 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
                      const MaybeTensor& rotary_sin, const MaybeTensor& q_norm, const MaybeTensor& k_norm,
                      const MaybeTensor& packed, int64_t num_heads, double scale, int64_t d_qk,
                      std::optional<double> norm_eps, bool residual, std::string norm,
-                     std::optional<double> qk_norm_eps, std::string qk_norm, std::string rotary_layout) {
+                     std::optional<double> qk_norm_eps, std::string qk_norm, std::string rotary_layout,
+                     std::string quantize) {
   STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
   std::vector<Tensor> copies;
   Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, reading, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, wants_int8(quantize),
+                 reading, copies);
   args.scale = scale;
   set_extras({attn_bias, rotary_cos, rotary_sin, q_norm, k_norm, qk_norm_eps, norm_args({}, qk_norm).kind,
               is_interleaved(rotary_layout)}, x, copies, args);
@@ -330,13 +355,14 @@ Tensor window_rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTen
                             const MaybeTensor& b_proj, const Tensor& rel_bias, const MaybeTensor& pad_kv,
                             const MaybeTensor& packed, int64_t num_heads, double scale, std::vector<int64_t> window,
                             std::vector<int64_t> shift, std::optional<double> norm_eps, bool residual,
-                            bool roll_first, std::string norm) {
+                            bool roll_first, std::string norm, std::string quantize) {
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, std::nullopt);
   std::vector<Tensor> copies;
   repavit::WindowGrid grid = window_grid(x, num_heads, window, shift, roll_first, rel_bias, copies);
   Reading reading;
   repavit::RepAttentionArgs args =
-      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, reading, copies);
+      block_args(x, w_qkv, b_qkv, w_proj, b_proj, packed, shape, norm_args(norm_eps, norm), residual, wants_int8(quantize),
+                 reading, copies);
   check_optional("pad_kv", pad_kv, x, padding_elements(shape));
   grid.padding = ordered_data(pad_kv, copies);
   args.windows = &grid;

@@ -99,6 +99,21 @@ inline NormArgs norm_args(std::optional<double> eps, const std::string& norm) {
   return {norm == "rms" ? repavit::kRmsNorm : repavit::kLayerNorm, eps};
 }
 
+// Whether weights are to be quantized to int8: what `quantize` says, for x of a dtype that has such a form.
+inline bool wants_int8(const std::string& quantize) {
+  STD_TORCH_CHECK(quantize == "none" || quantize == "int8", "quantize: got '", quantize, "', wanted 'none' or 'int8'");
+  return quantize == "int8";
+}
+inline void check_int8(bool int8, DType dtype, std::initializer_list<int64_t> depths) {
+  if (!int8) return;
+  STD_TORCH_CHECK(dtype != repavit::kFloat64,
+                  "quantize: 'int8' is for float32, bfloat16 and float16, got float64; convert with .float()");
+  for (const int64_t depth : depths) {
+    STD_TORCH_CHECK(depth <= repavit::kInt8Depth, "quantize: got weights of ", depth, " inputs, wanted at most ",
+                    repavit::kInt8Depth, ", whose sums int32 holds; leave these in floats");
+  }
+}
+
 // The product of some sizes, for an argument that wants one; `what` says of what.
 template <class... Sizes>
 int64_t checked_product(const char* name, const char* what, Sizes... sizes) {

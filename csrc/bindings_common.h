@@ -116,6 +116,9 @@ inline void run_on_torch_pool(int64_t count, repavit::Pool::Body body, void* con
   if (failed) throw std::runtime_error(failure);
 }
 
+// The table for a call whose weights are of int8 or not.
+inline const repavit::Kernels& kernels_for(bool int8) { return int8 ? repavit::int8_kernels() : repavit::kernels(); }
+
 inline repavit::Pool torch_pool() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_pool}; }
 
 // The tensor as rows of its last dimension at one distance from each other: itself where it has that form (contiguous,
@@ -158,6 +161,7 @@ struct FfnWeightTensors {  // and biases: of a plain FFN w_in and b_in stand whe
   const MaybeTensor& b_up;
   const Tensor& w_out;
   const MaybeTensor &w_merged, &bias, &packed;
+  bool int8 = false;
 };
 repavit::PartialGeluFfnArgs partial_gelu_ffn_args(const Tensor& x, const FfnWeightTensors& weights, const NormArgs& norm,
                                                   bool residual, repavit::Activation gelu, Reading& reading,
@@ -174,7 +178,7 @@ inline int64_t padding_elements(const repavit::AttentionShape& shape) {  // k | 
 }
 repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_qkv,
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
-                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual,
+                                     const repavit::AttentionShape& shape, const NormArgs& norm, bool residual, bool int8,
                                      Reading& reading, std::vector<Tensor>& copies);
 // What may join an attention that has no windows; `qk_norm_eps` none: no QK-norm.
 struct AttentionExtras {

@@ -15,13 +15,17 @@ struct FfnOperator {
   decltype(&repavit::Kernels::gated_ffn_unpack) unpack;
 
   int64_t bytes(DType dtype, int64_t channels, int64_t active, bool merged) const {
-    return (repavit::kernels().*packed_bytes)[dtype](channels, active, merged);
+    const auto size = (repavit::kernels().*packed_bytes)[dtype];
+    return size == nullptr ? kNoSize : size(channels, active, merged);
   }
 };
 
 const FfnOperator kPlain{false, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack", repavit::kPackedFfnMagic,
                          &repavit::Kernels::partial_gelu_ffn_packed_bytes, &repavit::Kernels::partial_gelu_ffn_pack,
                          &repavit::Kernels::partial_gelu_ffn_unpack};
+const FfnOperator kInt8{false, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack",
+                        repavit::kPackedInt8FfnMagic, &repavit::Kernels::partial_gelu_ffn_int8_packed_bytes,
+                        &repavit::Kernels::partial_gelu_ffn_int8_pack, &repavit::Kernels::partial_gelu_ffn_int8_unpack};
 const FfnOperator kGated{true, "w_gate", "b_gate", "w_gate, w_up, w_out, w_merged", "gated_ffn_pack",
                          repavit::kPackedGatedFfnMagic, &repavit::Kernels::gated_ffn_packed_bytes,
                          &repavit::Kernels::gated_ffn_pack, &repavit::Kernels::gated_ffn_unpack};
@@ -61,6 +65,7 @@ Tensor pack(const FfnOperator& ffn, const Matrices& w) {
   STD_TORCH_CHECK(w.w_in.dim() == 2, ffn.w_in, ": got shape ", shape_of(w.w_in), ", wanted [m, C]");
   const DType dtype = check_input(ffn.w_in, w.w_in);
   const int64_t active = w.active(), channels = w.channels();
+  check_int8(&ffn == &kInt8, dtype, {channels, active});
   if (w.w_up != nullptr) {
     check_shape("w_up", *w.w_up, {active, channels});
     check_same_kind("w_up", *w.w_up, w.w_in);
@@ -76,8 +81,8 @@ Tensor pack(const FfnOperator& ffn, const Matrices& w) {
   return packed;
 }
 
-Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged) {
-  return pack(kPlain, {w_in, nullptr, w_out, w_merged});
+Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged, std::string quantize) {
+  return pack(wants_int8(quantize) ? kInt8 : kPlain, {w_in, nullptr, w_out, w_merged});
 }
 
 Tensor gated_ffn_pack(const Tensor& w_gate, const Tensor& w_up, const Tensor& w_out, const MaybeTensor& w_merged) {
@@ -99,12 +104,15 @@ std::vector<Tensor> unpack(const FfnOperator& ffn, const Tensor& packed) {
   return weights;
 }
 
-std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) { return unpack(kPlain, packed); }
+std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
+  return unpack(is_packed_as(packed, kInt8.magic) ? kInt8 : kPlain, packed);
+}
 std::vector<Tensor> gated_ffn_unpack(const Tensor& packed) { return unpack(kGated, packed); }
 
 // Packed weights of this call: those given, once they hold these weights, else fresh ones.
 Tensor packed_for(const FfnOperator& ffn, Reading& reading, const MaybeTensor& packed, const Tensor& x, const Matrices& w) {
   if (!packed) return pack(ffn, w);
+  if (!ffn.gated) check_packed_kind(&ffn == &kInt8, is_packed_as(*packed, kInt8.magic));
   const repavit::PackedFfnHeader header = header_of(ffn, *packed);
   const bool merged = w.w_merged.has_value() && w.w_merged->numel() > 0;
   STD_TORCH_CHECK(header.dtype == dtype_of("x", x) && header.channels == w.channels() && header.active == w.active() &&
@@ -143,6 +151,8 @@ void fill(const FfnOperator& ffn, const Tensor& x, const FfnWeightTensors& w, co
     check_shape("w_merged", *w.w_merged, {channels, channels});
     check_same_kind("w_merged", *w.w_merged, x);
   }
+  args.int8 = w.int8;
+  check_int8(w.int8, dtype_of("x", x), {channels, active});
   args.bias = optional_data("bias", w.bias, channels, x, copies);
   copies.push_back(packed_for(ffn, reading, w.packed, x, {w.w_in, w.w_up, w.w_out, w.w_merged}));
   args.packed = copies.back().const_data_ptr();
@@ -163,7 +173,7 @@ repavit::PartialGeluFfnArgs partial_gelu_ffn_args(const Tensor& x, const FfnWeig
                                                   bool residual, repavit::Activation gelu, Reading& reading,
                                                   std::vector<Tensor>& copies) {
   repavit::PartialGeluFfnArgs args{};
-  fill(kPlain, x, w, norm, residual, gelu, reading, copies, args);
+  fill(w.int8 ? kInt8 : kPlain, x, w, norm, residual, gelu, reading, copies, args);
   args.b_in = optional_data("b_in", w.b_in, args.active, x, copies);
   return args;
 }
@@ -218,13 +228,15 @@ Tensor run(Args& args, const Tensor& x, const Kernel& kernels) {
 
 Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, const Tensor& w_out,
                         const MaybeTensor& w_merged, const MaybeTensor& bias, const MaybeTensor& packed,
-                        std::optional<double> norm_eps, bool residual, std::string approximate, std::string norm) {
+                        std::optional<double> norm_eps, bool residual, std::string approximate, std::string norm,
+                        std::string quantize) {
   std::vector<Tensor> copies;
   Reading reading;
+  const bool int8 = wants_int8(quantize);
   repavit::PartialGeluFfnArgs args =
-      partial_gelu_ffn_args(x, {w_in, b_in, nullptr, std::nullopt, w_out, w_merged, bias, packed},
+      partial_gelu_ffn_args(x, {w_in, b_in, nullptr, std::nullopt, w_out, w_merged, bias, packed, int8},
                             norm_args(norm_eps, norm), residual, gelu_form(approximate), reading, copies);
-  return run(args, x, repavit::kernels().partial_gelu_ffn);
+  return run(args, x, kernels_for(int8).partial_gelu_ffn);
 }
 
 Tensor gated_ffn(const Tensor& x, const Tensor& w_gate, const MaybeTensor& b_gate, const Tensor& w_up,

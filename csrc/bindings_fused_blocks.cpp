@@ -16,7 +16,7 @@ using namespace repavit_bindings;
 
 // One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
 struct Step {
-  static constexpr size_t kTensors = 10, kIntegers = 10, kScalars = 3;
+  static constexpr size_t kTensors = 10, kIntegers = 11, kScalars = 3;
   enum Kind : int64_t { kFfn, kGatedFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
   const MaybeTensor* tensors;
   const int64_t* integers;
@@ -54,6 +54,11 @@ struct Step {
     return {integers[9] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, norm_eps()};
   }
 
+  bool int8() const {
+    STD_TORCH_CHECK(integers[10] == 0 || integers[10] == 1, "plan: got a form ", integers[10], " of quantize, wanted 0 or 1");
+    return integers[10] == 1;
+  }
+
   const Tensor& tensor(int i, const char* name) const {
     STD_TORCH_CHECK(tensors[i].has_value(), "weights: a step of fused_blocks has no ", name);
     return *tensors[i];
@@ -70,7 +75,8 @@ class Run {
     const MaybeTensor* t = step.tensors;
     if (step.kind() == Step::kFfn) {
       const FfnWeightTensors weights{step.tensor(0, "w_in"), t[1], nullptr, std::nullopt, step.tensor(2, "w_out"),
-                                     t[3], t[4], t[5]};
+                                     t[3], t[4], t[5], step.int8()};
+      int8_ |= step.int8();
       to.ffn = partial_gelu_ffn_args(x, weights, step.norm(), step.residual(), step.activation(), reading, copies_);
       list_.push_back(to);
       read_from({t[1], t[4]}, {t[0], t[2], t[3]}, t[5], to.ffn.packed);
@@ -94,7 +100,8 @@ class Run {
     STD_TORCH_CHECK(shape.channels_out == shape.channels, "w_proj: gives ", shape.channels_out, " channels, x has ",
                     shape.channels, "; a stack needs them equal");
     to.attention =
-        block_args(x, w_qkv, t[1], w_proj, t[3], t[4], shape, step.norm(), step.residual(), reading, copies_);
+        block_args(x, w_qkv, t[1], w_proj, t[3], t[4], shape, step.norm(), step.residual(), step.int8(), reading, copies_);
+    int8_ |= step.int8();
     to.attention.scale = step.scale();
     if (windowed) {
       grids_.push_back(window_grid(x, step.heads(), step.window(), step.shift(), step.flag(),
@@ -180,7 +187,7 @@ class Run {
     args.x = rows.owner.const_data_ptr();
     args.x_stride = rows.stride;
     args.y = y.mutable_data_ptr();
-    repavit::kernels().fused_blocks[dtype_](args, torch_pool());
+    kernels_for(int8_).fused_blocks[dtype_](args, torch_pool());
   }
 
  private:
@@ -240,6 +247,7 @@ class Run {
   std::vector<Source> sources_;
   std::vector<Copy> packed_;
   std::vector<Found> places_;
+  bool int8_ = false;  // a step has weights of int8
   bool copied_ = false;
   bool per_image_ = false;  // something has a row for each image, so that the batch must be the same
 };

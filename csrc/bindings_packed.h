@@ -111,6 +111,20 @@ class Reading {
   bool anew = false;     // to pack whatever is met: one of the weights of a model was written, so others may be
 };
 
+// Whether a tensor begins as packed copies of one kind do.
+inline bool is_packed_as(const Tensor& packed, const char (&magic)[8]) {
+  const bool readable = packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                        packed.numel() >= static_cast<int64_t>(sizeof(magic));
+  if (readable) check_memory("packed", packed);
+  return readable && std::memcmp(packed.const_data_ptr(), magic, sizeof(magic)) == 0;
+}
+
+// Raises where a copy is of int8 and the call is not, or the other way round.
+inline void check_packed_kind(bool wanted, bool given) {
+  STD_TORCH_CHECK(wanted == given, "packed: holds weights ", given ? "of int8" : "in floats",
+                  ", which is not what quantize says; pack the weights again");
+}
+
 // The weights of a packed copy, in the order in which its pack operator takes them; each a matrix or absent.
 using Weights = std::initializer_list<const Tensor*>;
 

@@ -71,7 +71,7 @@ OPERATORS = (
     Operator(
         "partial_gelu_ffn",
         "Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? w_merged, Tensor? bias, Tensor? packed=None, *, "
-        "float? norm_eps=None, bool residual=False, str approximate='none', str norm='layer'",
+        "float? norm_eps=None, bool residual=False, str approximate='none', str norm='layer', str quantize='none'",
         reference.partial_gelu_ffn,
         _same_shape,
     ),
@@ -88,7 +88,8 @@ OPERATORS = (
         "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor? attn_bias=None, "
         "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? q_norm=None, Tensor? k_norm=None, "
         "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False, "
-        "str norm='layer', float? qk_norm_eps=None, str qk_norm='layer', str rotary_layout='half'",
+        "str norm='layer', float? qk_norm_eps=None, str qk_norm='layer', str rotary_layout='half', "
+        "str quantize='none'",
         reference.rep_attention,
         _projected_shape,
     ),
@@ -96,7 +97,7 @@ OPERATORS = (
         "window_rep_attention",
         "Tensor x, Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor rel_bias, "
         "Tensor? pad_kv=None, Tensor? packed=None, *, int num_heads, float scale, int[2] window, int[2] shift, "
-        "float? norm_eps=None, bool residual=False, bool roll_first=False, str norm='layer'",
+        "float? norm_eps=None, bool residual=False, bool roll_first=False, str norm='layer', str quantize='none'",
         reference.window_rep_attention,
         _projected_shape,
     ),
@@ -111,18 +112,19 @@ OPERATORS = (
 
 # Not differentiable, CPU only, implemented by the C++ library alone (csrc/bindings*.cpp).
 CPU_TOOLS = (
-    "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged) -> Tensor",
+    "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged, *, str quantize='none') -> Tensor",
     "partial_gelu_ffn_unpack(Tensor packed) -> Tensor[]",
     "gated_ffn_pack(Tensor w_gate, Tensor w_up, Tensor w_out, Tensor? w_merged) -> Tensor",
     "gated_ffn_unpack(Tensor packed) -> Tensor[]",
-    "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk) -> Tensor",
+    "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk, str quantize='none') -> Tensor",
     "rep_attention_unpack(Tensor packed) -> Tensor[]",
     "patch_projection_pack(Tensor weight) -> Tensor",
     "patch_projection_unpack(Tensor packed) -> Tensor[]",
     # a number that changes with the weights, as far as it sees; and a packed copy whose weights are gone from now on
     "fingerprint(Tensor[] weights) -> int",
     "packed_stands_alone(Tensor(a!) packed) -> ()",
-    # for benchmarks: products of like's dtype in registers, on all threads; returns how many operations that was
+    # for benchmarks: products of like's dtype (int8: as quantized weights have them) in registers, on all threads;
+    # returns how many operations that was
     "product_peak(Tensor like, int iterations) -> int",
     # the attention itself, without weights: for benchmarks and tests
     "attention_core(Tensor qkv, Tensor? bias, *, int num_heads, int d_qk, float scale) -> Tensor",
@@ -186,7 +188,8 @@ def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]
-        if x.dtype == torch.float64 or not backends.has_triton_kernel(name):
+        quantized = static.get("quantize", "none") != "none"  # there is no kernel yet; ops says so
+        if x.dtype == torch.float64 or quantized or not backends.has_triton_kernel(name):
             return formula(*arguments, **static)
         with torch.cuda.device(x.device):
             return backends.triton_launcher(name)(*arguments, **static)

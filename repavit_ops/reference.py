@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import backends, stack_plan
+from . import backends, reference_int8, stack_plan
 
 SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, instead of -inf
 
@@ -75,8 +75,14 @@ def partial_gelu_ffn(
     residual: bool = False,
     approximate: str = "none",
     norm: str = "layer",
+    quantize: str = "none",
 ) -> Tensor:
-    """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd."""
+    """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd unless quantized."""
+    if quantize == "int8":
+        y = _partial_gelu_ffn_int8(
+            normed(reference_int8.widened(x), norm_eps, norm), w_in, b_in, w_out, w_merged, bias, approximate
+        )
+        return ((y + x) if residual else y).to(x.dtype).contiguous()
     z = normed(x, norm_eps, norm)
     y = F.linear(gelu(F.linear(z, w_in, b_in), approximate), w_out, bias)
     if w_merged is not None:
@@ -84,6 +90,27 @@ def partial_gelu_ffn(
     if residual:
         y = y + x
     return y.contiguous()
+
+
+def _partial_gelu_ffn_int8(
+    z: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    approximate: str,
+) -> Tensor:
+    """The same behind the norm on quantized weights, z and H quantized too (:mod:`repavit_ops.reference_int8`)."""
+    int8 = reference_int8
+    int8.refuse_derivatives(z, w_in, b_in, w_out, w_merged, bias)
+    rows = int8.symmetric(z, int8.ZERO)
+    h = int8.product(rows, int8.symmetric(int8.widened(w_in), 0))
+    h = gelu(h if b_in is None else h + b_in, approximate)
+    y = int8.product(int8.from_lowest(h, int8.LOWEST_GELU), int8.symmetric(int8.widened(w_out), 0))
+    if w_merged is not None:
+        y = y + int8.product(rows, int8.symmetric(int8.widened(w_merged), 0))
+    return y if bias is None else y + bias
 
 
 def gated_ffn(
@@ -134,9 +161,14 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    quantize: str = "none",
 ) -> Tensor:
-    """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd."""
-    qkv = F.linear(normed(x, norm_eps, norm), w_qkv, b_qkv)
+    """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd unless quantized."""
+    given, linear = x, _linear(quantize)
+    if quantize == "int8":
+        x = reference_int8.widened(x)
+        attn_bias = None if attn_bias is None else attn_bias.to(x.dtype)
+    qkv = linear(normed(x, norm_eps, norm), w_qkv, b_qkv)
     if qk_norm_eps is not None or rotary_cos is not None:
         b, t, width = qkv.shape
         q, k, v = qkv.split([num_heads * d_qk, num_heads * d_qk, width - 2 * num_heads * d_qk], dim=-1)
@@ -150,10 +182,15 @@ def rep_attention(
             turned.append(rows.transpose(1, 2).reshape(b, t, num_heads * d_qk))
         qkv = torch.cat((*turned, v), dim=-1)
     o = attention_core(qkv, attn_bias, num_heads, d_qk, scale)
-    y = F.linear(o, w_proj, b_proj)
+    y = linear(o, w_proj, b_proj)
     if residual:
         y = y + x
-    return y.contiguous()
+    return y.to(given.dtype).contiguous()
+
+
+def _linear(quantize: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """``x Wᵀ + b`` in floats, or in int8 with the result in float32."""
+    return reference_int8.linear if quantize == "int8" else F.linear
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
@@ -195,17 +232,20 @@ def window_rep_attention(
     residual: bool = False,
     roll_first: bool = False,
     norm: str = "layer",
+    quantize: str = "none",
 ) -> Tensor:
-    """Reference of :func:`repavit_ops.ops.window_rep_attention`, differentiable by plain autograd."""
+    """Reference of :func:`repavit_ops.ops.window_rep_attention`, differentiable by plain autograd unless quantized."""
     d_qk = (w_qkv.shape[0] - w_proj.shape[1]) // (2 * num_heads)
-    z = normed(x, norm_eps, norm)
-    qkv = F.linear(z, w_qkv, b_qkv)
+    given, linear = x, _linear(quantize)
+    if quantize == "int8":
+        x, rel_bias = reference_int8.widened(x), reference_int8.widened(rel_bias)
+    qkv = linear(normed(x, norm_eps, norm), w_qkv, b_qkv)
     padding = b_qkv if pad_kv is None else F.pad(pad_kv, (num_heads * d_qk, 0))  # its q is never read
     o = window_attention_core(qkv, rel_bias, padding, num_heads, d_qk, scale, window, shift, roll_first)
-    y = F.linear(o, w_proj, b_proj)
+    y = linear(o, w_proj, b_proj)
     if residual:
         y = y + x
-    return y.contiguous()
+    return y.to(given.dtype).contiguous()
 
 
 def patch_projection(

@@ -13,6 +13,7 @@ behind them. Every step has the same number of each, absent tensors None:
               pooled_head           weight, bias, norm_weight, norm_bias
     integers  0 kind   1 residual   2 form of activation | roll first | channels last | as map   3 num_heads | first
               4 d_qk | count   5-6 window | patch | form of qk_norm, rotary layout   7-8 shift   9 form of norm
+              10 form of quantize
     scalars   0 scale   1 norm_eps, -1 for no norm   2 inner_norm_eps | qk_norm_eps, -1 for no such norm
 
 csrc/bindings_fused_blocks.cpp reads the same table.
@@ -26,16 +27,18 @@ from typing import Any
 
 from torch import Tensor
 
-TENSORS, INTEGERS, SCALARS = 10, 10, 3
+TENSORS, INTEGERS, SCALARS = 10, 11, 3
 IN_BLOCKS = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 ROTARY = 6  # where a rep_attention has its tables
 NO_NORM = -1.0
-# Values of ``approximate``, ``activation``, the norms and ``rotary_layout``; a plan has the index (csrc/cpu/kernels.h).
+# Values of ``approximate``, ``activation``, the norms, ``rotary_layout`` and ``quantize``; a plan has the index
+# (csrc/cpu/kernels.h).
 GELU_FORMS = ("none", "tanh", "quick")
 GATES = ("gelu", "gelu_tanh", "gelu_quick", "silu")
 NORMS = ("layer", "rms")
 ROTARY_LAYOUTS = ("half", "interleaved")
+QUANTIZED = ("none", "int8")
 
 Plan = tuple[list[Tensor | None], list[int], list[float]]
 
@@ -74,17 +77,18 @@ _NAMES = {
     "norm": NORMS,
     "qk_norm": NORMS,
     "rotary_layout": ROTARY_LAYOUTS,
+    "quantize": QUANTIZED,
 }
 
 _FORMS = {
-    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm"}),
+    "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm", 10: "quantize"}),
     "gated_ffn": _Form(8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm"}, second_eps="inner_norm_eps"),
     "rep_attention": _Form(
         10,
         4,
         flags={1: "residual"},
         numbers={3: "num_heads", 4: "d_qk"},
-        names={5: "qk_norm", 6: "rotary_layout", 9: "norm"},
+        names={5: "qk_norm", 6: "rotary_layout", 9: "norm", 10: "quantize"},
         scaled=True,
         second_eps="qk_norm_eps",
     ),
@@ -94,7 +98,7 @@ _FORMS = {
         flags={1: "residual", 2: "roll_first"},
         numbers={3: "num_heads"},
         pairs={5: "window", 7: "shift"},
-        names={9: "norm"},
+        names={9: "norm", 10: "quantize"},
         scaled=True,
     ),
     "patch_projection": _Form(3, 2, flags={2: "channels_last"}, pairs={5: "patch"}),

@@ -13,6 +13,7 @@ from .nn.given import copied, is_compiled, other_device, require_weights, unwrap
 
 OUTPUT = "output"
 Arguments = Mapping[Any, Tensor]  # by position or by name
+QUANTIZED_COSINE = 0.99  # what a quantized model's outputs and blocks must keep, unless the caller says otherwise
 ABSOLUTE = 1e-6  # allowance beside twice eager's own error (tolerance rule of the tests)
 
 
@@ -27,7 +28,9 @@ class Comparison:
         cosine: cosine of the flattened tensors.
         bound: what max_abs may be: 2 max|eager - truth| + 1e-6 of the reference in the candidate's dtype, or ``atol``.
         top1: share of images whose largest logit is the reference's; None for tensors that are no logits.
-        passed: max_abs <= bound and every value is finite where the truth is.
+        passed: max_abs <= bound, or where that decides cosine >= least_cosine, and every value is finite where the
+            truth is.
+        least_cosine: what cosine may be at least; None where max_abs decides.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Comparison:
     bound: float
     top1: float | None
     passed: bool
+    least_cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,12 @@ class VerificationReport:
         for row in rows:
             top1 = "" if row.top1 is None else f"  top-1 {row.top1:.2%}"
             mark = "ok  " if row.passed else "over" if self.passed else "FAIL"
+            bound, cosine = f" (bound {row.bound:.2e})", ""
+            if row.least_cosine is not None:
+                bound, cosine = "", f" (at least {row.least_cosine})"
             lines.append(
-                f"  {mark} {row.name:<{width}}  max abs {row.max_abs:.2e} (bound {row.bound:.2e})  "
-                f"relative {row.relative:.2e}  cosine {row.cosine:.9f}{top1}"
+                f"  {mark} {row.name:<{width}}  max abs {row.max_abs:.2e}{bound}  "
+                f"relative {row.relative:.2e}  cosine {row.cosine:.9f}{cosine}{top1}"
             )
         if self.passed and not all(row.passed for row in self.blocks):
             lines.append("  over: beyond its own bound within the model, which the outputs do not show")
@@ -99,6 +106,7 @@ def verify(
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     atol: float | None = None,
+    least_cosine: float | None = None,
     block_types: tuple[type[nn.Module], ...] | None = None,
 ) -> VerificationReport:
     """Compare a candidate (merged, fused, cast) with its reference on real inputs.
@@ -114,6 +122,8 @@ def verify(
         inputs: one tensor, the tuple of positional arguments, or a dictionary of arguments by name (what a processor of
             transformers returns); float tensors are cast for each model.
         atol: a bound of your own instead of the rule.
+        least_cosine: a bound of the cosine instead. Of a candidate that was quantized, which is not equal by the rule,
+            it decides unless ``atol`` is given: 0.99.
         block_types: classes whose outputs are compared; default: those that hold an ``attn`` and an ``mlp``.
 
     Raises:
@@ -122,6 +132,12 @@ def verify(
             differ in number or shape, or hold no tensor.
     """
     reference, candidate = unwrapped(reference), unwrapped(candidate, keep_compiled=True)
+    if (
+        atol is None
+        and least_cosine is None
+        and any(getattr(m, "quantize", "none") != "none" for m in candidate.modules())
+    ):
+        least_cosine = QUANTIZED_COSINE
     for label, model in (("reference", reference), ("candidate", candidate)):
         require_weights(model, "compare")
         if model.training:
@@ -138,7 +154,7 @@ def verify(
     if ours.keys() != truth.keys():
         differing = ", ".join(sorted(ours.keys() ^ truth.keys()))
         raise ValueError(f"candidate: got other outputs than the reference's: {differing}")
-    rows = [_compare(name, ours[name], eager[name], truth[name], atol, _is_output(name)) for name in ours]
+    rows = [_compare(name, ours[name], eager[name], truth[name], atol, least_cosine) for name in ours]
     blocks, outputs = (tuple(row for row in rows if _is_output(row.name) is wanted) for wanted in (False, True))
     return VerificationReport(blocks, outputs, str(dtype).removeprefix("torch."))
 
@@ -210,7 +226,9 @@ def _record(model: nn.Module, arguments: Arguments, names: list[str]) -> dict[st
     return {**seen, **outputs}
 
 
-def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, atol: float | None, is_output: bool) -> Comparison:
+def _compare(
+    name: str, ours: Tensor, eager: Tensor, truth: Tensor, atol: float | None, least_cosine: float | None
+) -> Comparison:
     if ours.shape != truth.shape:
         raise ValueError(f"{name}: candidate gives shape {list(ours.shape)}, reference {list(truth.shape)}")
     truth = truth.cpu()
@@ -223,7 +241,7 @@ def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, atol: float 
         torch.nn.functional.cosine_similarity(ours.flatten(), truth.flatten(), dim=0).item() if ours.numel() else 1.0
     )
     top1 = None
-    if is_output and truth.dim() == 2 and truth.shape[1] > 1:
+    if _is_output(name) and truth.dim() == 2 and truth.shape[1] > 1:
         top1 = (ours.argmax(1) == truth.argmax(1)).double().mean().item()
     largest = _largest(truth)
     return Comparison(
@@ -233,7 +251,8 @@ def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, atol: float 
         cosine=cosine,
         bound=bound,
         top1=top1,
-        passed=sane and error <= bound,
+        passed=sane and (error <= bound if least_cosine is None else cosine >= least_cosine),
+        least_cosine=least_cosine,
     )
 
 

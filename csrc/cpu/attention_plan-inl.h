@@ -30,7 +30,9 @@ struct AttentionPlan {
 
   const RepAttentionArgs& args;
   AttentionLayout<T> layout;
-  const T* panels;                // null: the attention alone
+  const T* panels;                // of weights of T; null: of int8, or the attention alone
+  AttentionLayout<int8_t> int8_layout;
+  const int8_t* int8_panels;      // of weights of int8, or null
   Windows<T> windows;             // read when args.windows
   ptrdiff_t length;               // tokens of a sequence
   ptrdiff_t heads;                // of an item
@@ -48,15 +50,20 @@ struct AttentionPlan {
   AttentionPlan(const RepAttentionArgs& a, int threads) : AttentionPlan(a, SplitByRows{1}) { share_work(threads); }
 
   AttentionPlan(const RepAttentionArgs& a, SplitByRows by_rows)
-      : args(a), layout(a.shape), panels(a.packed != nullptr ? AttentionLayout<T>::panels(a.packed) : nullptr),
+      : args(a), layout(a.shape),
+        panels(a.packed != nullptr && !a.int8 ? AttentionLayout<T>::panels(a.packed) : nullptr), int8_layout(a.shape),
+        int8_panels(a.packed != nullptr && a.int8 ? AttentionLayout<int8_t>::panels(a.packed) : nullptr),
         windows(a.windows != nullptr ? *a.windows : kNoWindows),
         length(a.windows != nullptr ? windows.tokens : static_cast<ptrdiff_t>(a.tokens)),
-        heads(panels != nullptr ? layout.heads : 1), whole(0), split(items()), group(1), blocks(by_rows.blocks) {
+        heads(projects() ? layout.heads : 1), whole(0), split(items()), group(1), blocks(by_rows.blocks) {
     z_stride = scratch_stride<E>(layout.channels);
     qkv_stride = scratch_stride<E>(layout.head_columns);
     q_stride = scratch_stride<E>(layout.d_qk);
     o_stride = scratch_stride<E>(layout.heads * layout.d_v);
   }
+
+  // Whether there are weights, of either kind, and not the attention alone.
+  bool projects() const { return args.packed != nullptr; }
 
   bool windowed() const { return args.windows != nullptr; }
   ptrdiff_t items() const {
@@ -65,7 +72,7 @@ struct AttentionPlan {
   ptrdiff_t sequence_of(ptrdiff_t item) const { return item * heads / layout.heads; }
   ptrdiff_t first_head(ptrdiff_t item) const { return item * heads % layout.heads; }
   // q, k and v are read where they stand, with no scratch of their own.
-  bool in_place() const { return panels == nullptr && IsSame<T, E>::value; }
+  bool in_place() const { return !projects() && IsSame<T, E>::value; }
   // Without a bias, a scale that is not positive would make the least score the greatest.
   bool zero_table() const { return !windowed() && args.attn_bias == nullptr && !(static_cast<A>(args.scale * kLog2EExact) > 0); }
 
@@ -108,14 +115,14 @@ struct AttentionPlan {
     constexpr ptrdiff_t kManyPerThread = 8;               // one item more or less is then no imbalance
     const ptrdiff_t n = items();
     const double width = static_cast<double>(heads * layout.head_columns);
-    const double depth = static_cast<double>((panels != nullptr ? layout.channels : 0) + length);
+    const double depth = static_cast<double>((projects() ? layout.channels : 0) + length);
     const double projected = static_cast<double>(layout.channels_out) * static_cast<double>(heads * layout.d_v);
     const double rows = static_cast<double>(length) * static_cast<double>(n);
     const ptrdiff_t owners = useful_threads(2.0 * rows * (width * depth + projected), threads);
     split = n >= kManyPerThread * owners ? 0 : n % owners;
     whole = n - split;
     const ptrdiff_t each = whole / owners;
-    group = panels != nullptr ? least((windowed() ? kWindowRows : kImageRows) / length, each) : 1;
+    group = projects() ? least((windowed() ? kWindowRows : kImageRows) / length, each) : 1;
     while (group > 1 && each < kManyPerThread && each % group != 0) --group;
     if (group < 1) group = 1;
     blocks = row_blocks<E>(length, split, owners);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_plan-inl.h"
+#include "gemm_int8-inl.h"
 #include "query_key_rows-inl.h"
 
 namespace repavit {
@@ -58,6 +59,30 @@ struct ProjectionToTokens {
   }
 };
 
+// Where int8 weights have their rows: z until all heads are projected, then o.
+struct QuantizedScratch {
+  ptrdiff_t stride;  // whole numbers, of at most two bytes
+  float* row;        // one row before it is quantized
+  float* scale;      // [rows]
+  char* numbers;     // [rows, stride]
+
+  // Of `channels`, and of `values` between the products; nothing where the weights are of another kind.
+  QuantizedScratch(Carver& carver, bool wanted, ptrdiff_t rows, ptrdiff_t channels, ptrdiff_t values)
+      : stride(scratch_stride<int16_t>(channels > values ? channels : values)),
+        row(carver.take<float>(wanted ? stride : 0)),
+        scale(carver.take<float>(wanted ? rows : 0)),
+        numbers(carver.take<char>(wanted ? rows * stride * static_cast<ptrdiff_t>(sizeof(int16_t)) : 0)) {}
+
+  template <class O>
+  O* at(ptrdiff_t r) const {
+    return reinterpret_cast<O*>(numbers) + r * stride;
+  }
+  template <class O>
+  Int8Rows<O> rows(ptrdiff_t depth) const {
+    return {at<O>(0), stride, depth, scale, kInt8Zero, 0.0f};
+  }
+};
+
 // One thread's part of the memory. `rows` is the most it handles at a time.
 template <class T>
 struct AttentionScratch {
@@ -74,22 +99,24 @@ struct AttentionScratch {
   E* o;               // [rows, h d_v]
   A* tables;          // of windows: a bias table per head, a mask per class
   bool* filled;       // which of them are
+  QuantizedScratch quantized;
   AttendScratch<E> attend;
 
   AttentionScratch(Carver& carver, const Plan& plan, ptrdiff_t rows)
       : tokens(carver.take<ptrdiff_t>(plan.windowed() ? rows : 0)),
-        next_tokens(carver.take<ptrdiff_t>(plan.windowed() && plan.panels == nullptr ? rows : 0)),
+        next_tokens(carver.take<ptrdiff_t>(plan.windowed() && !plan.projects() ? rows : 0)),
         z(carver.take<E>(plan.panels != nullptr ? rows * plan.z_stride : 0)),
         bias(carver.take<A>(plan.qkv_stride)),
         zeros(carver.take<E>(plan.qkv_stride)),
         qkv(carver.take<E>(plan.in_place() ? 0 : rows * plan.qkv_stride)),
         keys(carver.take<E>(plan.key_elements())),
         values(carver.take<E>(plan.value_elements())),
-        o(carver.take<E>(plan.panels != nullptr ? rows * plan.o_stride : 0)),
+        o(carver.take<E>(plan.projects() ? rows * plan.o_stride : 0)),
         tables(carver.take<A>(plan.table_count() * plan.table_elements())),
         filled(carver.take<bool>(plan.table_count())),
+        quantized(carver, plan.int8_panels != nullptr, rows, plan.layout.channels, plan.layout.heads * plan.layout.d_v),
         attend(carver, plan.length, plan.layout.d_qk, plan.layout.d_v, plan.args.attn_bias != nullptr,
-               plan.panels == nullptr) {
+               !plan.projects()) {
     for (ptrdiff_t i = 0; i < plan.qkv_stride && zeros != nullptr; ++i) zeros[i] = E{};
     for (ptrdiff_t i = 0; i < plan.table_count() && filled != nullptr; ++i) filled[i] = false;
   }
@@ -122,7 +149,7 @@ template <class T>
 Tokens<T> locate(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t* tokens) {
   const RepAttentionArgs& args = plan.args;
   const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
-  const ptrdiff_t y_stride = plan.panels != nullptr ? plan.layout.channels_out : plan.layout.heads * plan.layout.d_v;
+  const ptrdiff_t y_stride = plan.projects() ? plan.layout.channels_out : plan.layout.heads * plan.layout.d_v;
   const TokenRows<const T> x{static_cast<const T*>(args.x), x_stride};
   const TokenRows<T> y{static_cast<T*>(args.y), y_stride};
   if (!plan.windowed()) {
@@ -137,14 +164,44 @@ Tokens<T> locate(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t row
 
 // z = the rows through their norm; zeros for padded tokens.
 template <class T>
-void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>* z) {
+void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, AttentionScratch<T>& s) {
   const ptrdiff_t channels = plan.layout.channels;
+  if constexpr (kHasInt8<T>) {
+    if (plan.int8_panels != nullptr) {
+      return with_int8_operand([&](auto operand) {
+        using O = decltype(operand);
+        for (ptrdiff_t r = 0; r < at.count; ++r) {
+          O* const to = s.quantized.template at<O>(r);
+          const T* x = at.x[r];
+          if (x != nullptr) norm_row(x, s.quantized.row, channels, plan.args.norm, plan.args.norm_eps);
+          s.quantized.scale[r] =
+              x != nullptr ? quantize_symmetric(s.quantized.row, channels, to) : unquantized(to, channels, true);
+        }
+      });
+    }
+  }
+  Operand<T>* z = s.z;
   for (ptrdiff_t r = 0; r < at.count; ++r, z += plan.z_stride) {
     const T* x = at.x[r];
     for (ptrdiff_t k = x != nullptr ? channels : 0; k < channels || k % kInterleave<T> != 0; ++k) z[k] = Operand<T>{};
     if (x == nullptr) continue;
     norm_row(x, z, channels, plan.args.norm, plan.args.norm_eps);
   }
+}
+
+// Whether the weights are of int8; then the product of the quantized rows with those from `offset` on is done.
+template <class T, class Epilogue>
+bool int8_product(const AttentionPlan<T>& plan, const AttentionScratch<T>& s, ptrdiff_t rows, ptrdiff_t depth,
+                  ptrdiff_t offset, ptrdiff_t stride, ptrdiff_t columns, const Epilogue& epilogue) {
+  if constexpr (kHasInt8<T>) {
+    if (plan.int8_panels == nullptr) return false;
+    with_int8_operand([&](auto operand) {
+      const auto left = s.quantized.template rows<decltype(operand)>(depth);
+      gemm_int8(&left, 1, rows, plan.int8_panels + offset, stride, columns, epilogue);
+    });
+    return true;
+  }
+  return false;
 }
 
 // q | k | v of one head and padded token; q is never used.
@@ -158,18 +215,23 @@ void padded_row(const AttentionPlan<T>& plan, ptrdiff_t head, Operand<T>* row) {
 
 // The product of z with one head's weights in qkv, queries and keys normed and turned.
 template <class T>
-void project_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, const Operand<T>* z,
-                  Operand<T>* qkv, Accumulator<T>* bias) {
+void project_head(const AttentionPlan<T>& plan, ptrdiff_t head, const Tokens<T>& at, AttentionScratch<T>& s,
+                  Operand<T>* qkv) {
   const AttentionLayout<T>& layout = plan.layout;
+  Accumulator<T>* const bias = s.bias;
   for (ptrdiff_t i = 0; i < plan.qkv_stride; ++i) bias[i] = 0;
   if (const T* b = static_cast<const T*>(plan.args.b_qkv)) {
     convert_row(b + layout.qkv_row(head, 0), bias, layout.d_qk);
     convert_row(b + layout.qkv_row(head, layout.d_qk), bias + layout.d_qk, layout.d_qk);
     convert_row(b + layout.qkv_row(head, 2 * layout.d_qk), bias + 2 * layout.d_qk, layout.d_v);
   }
-  const Rows<T> rows{z, plan.z_stride, layout.channels};
-  gemm(&rows, 1, at.count, plan.panels + head * layout.head_stride, layout.qkv_stride, layout.head_columns,
-       QkvToScratch<T>{qkv, plan.qkv_stride, bias});
+  const QkvToScratch<T> epilogue{qkv, plan.qkv_stride, bias};
+  const auto& int8 = plan.int8_layout;
+  if (!int8_product(plan, s, at.count, layout.channels, head * int8.head_stride, int8.qkv_stride, layout.head_columns,
+                    epilogue)) {
+    const Rows<T> rows{s.z, plan.z_stride, layout.channels};
+    gemm(&rows, 1, at.count, plan.panels + head * layout.head_stride, layout.qkv_stride, layout.head_columns, epilogue);
+  }
   if (!plan.windowed()) {
     return turn_rows<T>(plan.args.qk, layout.d_qk, plan.length, head, at.first, at.count, qkv, plan.qkv_stride);
   }
@@ -186,8 +248,8 @@ HeadRows<Operand<T>> head_rows(const AttentionPlan<T>& plan, ptrdiff_t head, con
   using E = Operand<T>;
   const AttentionLayout<T>& layout = plan.layout;
   const ptrdiff_t k = layout.d_qk, v = 2 * layout.d_qk;
-  if (plan.panels != nullptr) {
-    project_head(plan, head, at, s.z, qkv, s.bias);
+  if (plan.projects()) {
+    project_head(plan, head, at, s, qkv);
   } else {
     const bool padded = plan.windowed() && plan.args.windows->padding != nullptr;
     if (padded) padded_row(plan, head, s.zeros);
@@ -254,7 +316,7 @@ void attend_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const HeadPanels<
                  const TokenRows<const Operand<T>>& q, ptrdiff_t rows, const ScoreBias<T>& bias, const Tokens<T>& at,
                  ptrdiff_t first, AttentionScratch<T>& s) {
   const ptrdiff_t column = head * plan.layout.d_v;
-  if (plan.panels != nullptr) {
+  if (plan.projects()) {
     const TokenRows<Operand<T>> o{s.o + first * plan.o_stride + column, plan.o_stride};
     attend(panels, q, rows, plan.args.scale, bias, o, s.attend);
   } else {
@@ -263,19 +325,37 @@ void attend_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const HeadPanels<
   }
 }
 
+// Rows of o quantized, in the place of z, which nobody wants any more.
 template <class T>
-void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, Operand<T>* o) {
-  if (plan.panels == nullptr) return;
+void quantize_values(const AttentionPlan<T>& plan, ptrdiff_t rows, AttentionScratch<T>& s) {
+  const ptrdiff_t depth = plan.layout.heads * plan.layout.d_v;
+  with_int8_operand([&](auto operand) {
+    using O = decltype(operand);
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+      convert_row(s.o + r * plan.o_stride, s.quantized.row, depth);
+      s.quantized.scale[r] = quantize_symmetric(s.quantized.row, depth, s.quantized.template at<O>(r));
+    }
+  });
+}
+
+template <class T>
+void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, AttentionScratch<T>& s) {
+  if (!plan.projects()) return;
   const AttentionLayout<T>& layout = plan.layout;
   const ptrdiff_t depth = layout.heads * layout.d_v;
-  for (ptrdiff_t r = 0; r < at.count; ++r) {
-    for (ptrdiff_t k = depth; k % kInterleave<T> != 0; ++k) o[r * plan.o_stride + k] = Operand<T>{};
-  }
-  const Rows<T> rows{o, plan.o_stride, depth};
   TokenRows<const T> residual = at.x;
   if (!plan.args.residual) residual.data = nullptr;
-  gemm(&rows, 1, at.count, plan.panels + layout.proj_offset, layout.proj_stride, layout.channels_out,
-       ProjectionToTokens<T>{at.y, residual, static_cast<const T*>(plan.args.b_proj)});
+  const ProjectionToTokens<T> epilogue{at.y, residual, static_cast<const T*>(plan.args.b_proj)};
+  if constexpr (kHasInt8<T>) {
+    if (plan.int8_panels != nullptr) quantize_values(plan, at.count, s);
+  }
+  const auto& int8 = plan.int8_layout;
+  if (int8_product(plan, s, at.count, depth, int8.proj_offset, int8.proj_stride, layout.channels_out, epilogue)) return;
+  for (ptrdiff_t r = 0; r < at.count; ++r) {
+    for (ptrdiff_t k = depth; k % kInterleave<T> != 0; ++k) s.o[r * plan.o_stride + k] = Operand<T>{};
+  }
+  const Rows<T> rows{s.o, plan.o_stride, depth};
+  gemm(&rows, 1, at.count, plan.panels + layout.proj_offset, layout.proj_stride, layout.channels_out, epilogue);
 }
 
 }  // namespace REPAVIT_ISA

@@ -75,7 +75,36 @@ int level_of_the_processor() {
 #endif
 }
 
+#if defined(__x86_64__)
+bool has_vnni(bool (*bit)(), int at_least) {
+#if defined(REPAVIT_EMULATED_VNNI)  // csrc/tests/run.sh, where the instruction is written in C++
+  (void)bit;
+  return isa_level() >= at_least;
+#else
+  return isa_level() >= at_least && bit();
+#endif
+}
+#endif
+
 }  // namespace
+
+bool has_avx_vnni() {
+#if defined(__x86_64__)
+  static const bool has_it = has_vnni([] { return cpuid(7, 0).eax >= 1 && has(cpuid(7, 1).eax, 1u << 4); }, kAvx2);
+  return has_it;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_vnni() {
+#if defined(__x86_64__)
+  static const bool has_it = has_vnni([] { return has(cpuid(7, 0).ecx, 1u << 11); }, kAvx512);
+  return has_it;
+#else
+  return false;
+#endif
+}
 
 int supported_level() { return built_level(level_of_the_processor()); }
 
@@ -112,6 +141,11 @@ Kernels kernels_at(int level) {
 
 const Kernels& kernels() {
   static const Kernels table = kernels_at(isa_level());
+  return table;
+}
+
+const Kernels& int8_kernels() {
+  static const Kernels table = kernels_at(built_level(isa_level() > kAvx2 && !has_avx512_vnni() ? kAvx2 : isa_level()));
   return table;
 }
 

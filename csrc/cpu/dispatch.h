@@ -23,8 +23,14 @@ int lowered_level(const char* wanted);
 // Level in use: lowered_level(getenv("REPAVIT_CPU_ISA")), decided at the first successful call.
 int isa_level();
 
+// Whether the processor multiplies bytes in 256-bit registers (AVX-VNNI), and in 512-bit ones (AVX512-VNNI).
+bool has_avx_vnni();
+bool has_avx512_vnni();
+
 // Functions of one level <= supported_level(), and of the level in use.
 Kernels kernels_at(int level);
 const Kernels& kernels();
+// Functions of the level in use for calls with int8 weights: of AVX2, where an AVX-512 processor does not multiply bytes.
+const Kernels& int8_kernels();
 
 }  // namespace repavit

@@ -68,23 +68,26 @@ int64_t ffn_packed_bytes(int64_t channels, int64_t active, bool has_merged) {
   return FfnLayout<T, kKind>(channels, active, has_merged).bytes();
 }
 
-template <class T, FfnKind kKind>
+// Weights of T to panels of P.
+template <class T, FfnKind kKind, class P = T>
 void ffn_pack(const FfnWeights& weights, void* destination, const Pool& pool) {
-  using Layout = FfnLayout<T, kKind>;
+  using Layout = FfnLayout<P, kKind>;
   struct Context {
     Layout layout;
     const T *w_in, *w_up, *w_out, *w_merged;
-    T* panels;
+    P* panels;
   } context{{weights.channels, weights.active, weights.w_merged != nullptr},
             static_cast<const T*>(weights.w_in),
             static_cast<const T*>(weights.w_up),
             static_cast<const T*>(weights.w_out),
             static_cast<const T*>(weights.w_merged),
-            first_panel<T>(destination)};
+            first_panel<P>(destination)};
   const Layout& layout = context.layout;
 
   PackedFfnHeader header{};
-  const auto& magic = kKind == FfnKind::kGated ? kPackedGatedFfnMagic : kPackedFfnMagic;
+  const auto& magic = IsSame<P, int8_t>::value    ? kPackedInt8FfnMagic
+                      : kKind == FfnKind::kGated ? kPackedGatedFfnMagic
+                                                 : kPackedFfnMagic;
   __builtin_memcpy(header.magic, magic, sizeof(header.magic));
   header.dtype = kDTypeOf<T>;
   header.has_merged = layout.has_merged;
@@ -104,7 +107,7 @@ void ffn_pack(const FfnWeights& weights, void* destination, const Pool& pool) {
         continue;
       }
       const ptrdiff_t first = (p - l.in_panels) * kPanelColumns;
-      T* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
+      P* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
       pack_panel(c.w_out, l.channels, l.active, first, panel);
       if (l.has_merged) pack_panel(c.w_merged, l.channels, l.channels, first, panel + l.merged_offset);
     }
@@ -112,21 +115,21 @@ void ffn_pack(const FfnWeights& weights, void* destination, const Pool& pool) {
   pool.run(layout.in_panels + layout.out_panels, body, &context);
 }
 
-template <class T, FfnKind kKind>
+template <class T, FfnKind kKind, class P = T>
 void ffn_unpack(const void* packed, const FfnMutableWeights& weights, const Pool& pool) {
-  using Layout = FfnLayout<T, kKind>;
+  using Layout = FfnLayout<P, kKind>;
   PackedFfnHeader header;
   __builtin_memcpy(&header, packed, sizeof(header));
   struct Context {
     Layout layout;
     T *w_in, *w_up, *w_out, *w_merged;
-    const T* panels;
+    const P* panels;
   } context{{header.channels, header.active, header.has_merged != 0},
             static_cast<T*>(weights.w_in),
             static_cast<T*>(weights.w_up),
             static_cast<T*>(weights.w_out),
             static_cast<T*>(weights.w_merged),
-            first_panel<T>(packed)};
+            first_panel<P>(packed)};
 
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
@@ -139,7 +142,7 @@ void ffn_unpack(const void* packed, const FfnMutableWeights& weights, const Pool
         continue;
       }
       const ptrdiff_t first = (p - l.in_panels) * kPanelColumns;
-      const T* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
+      const P* panel = c.panels + l.out_offset + (p - l.in_panels) * l.out_stride;
       unpack_panel(panel, l.channels, l.active, first, c.w_out);
       if (l.has_merged) unpack_panel(panel + l.merged_offset, l.channels, l.channels, first, c.w_merged);
     }

@@ -47,16 +47,20 @@ struct Stack {
   // Elements of a step's weights.
   double weights(int64_t step) const {
     const StackStep& of = args.steps[step];
-    const int64_t bytes = attends(step)              ? AttentionLayout<T>(of.attention.shape).bytes()
-                          : of.ffn.packed != nullptr ? ffn_bytes<FfnKind::kPlain>(of.ffn)
-                                                     : ffn_bytes<FfnKind::kGated>(of.gated);
-    return static_cast<double>(bytes) / sizeof(T);
+    if (attends(step)) return attention_elements(of.attention);
+    if (of.ffn.packed != nullptr) return ffn_elements<FfnKind::kPlain>(of.ffn);
+    return ffn_elements<FfnKind::kGated>(of.gated);
   }
 
  private:
+  static double attention_elements(const RepAttentionArgs& of) {
+    const auto bytes = static_cast<double>(of.int8 ? AttentionLayout<int8_t>(of.shape).bytes() : AttentionLayout<T>(of.shape).bytes());
+    return of.int8 ? bytes : bytes / sizeof(T);
+  }
   template <FfnKind kKind>
-  static int64_t ffn_bytes(const FfnArgs& ffn) {
-    return FfnLayout<T, kKind>(ffn.channels, ffn.active, ffn.has_merged).bytes();
+  static double ffn_elements(const FfnArgs& ffn) {
+    if (ffn.int8) return static_cast<double>(FfnLayout<int8_t, kKind>(ffn.channels, ffn.active, ffn.has_merged).bytes());
+    return static_cast<double>(FfnLayout<T, kKind>(ffn.channels, ffn.active, ffn.has_merged).bytes()) / sizeof(T);
   }
   template <class Args>
   Args ffn(Args to, int64_t step, int64_t row, int64_t rows) const {

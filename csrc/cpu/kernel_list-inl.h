@@ -40,6 +40,14 @@ void install_packing_of(Kernels& table) {
   table.gated_ffn_packed_bytes[kType] = ffn_packed_bytes<T, FfnKind::kGated>;
   table.gated_ffn_pack[kType] = ffn_pack<T, FfnKind::kGated>;
   table.gated_ffn_unpack[kType] = ffn_unpack<T, FfnKind::kGated>;
+  if constexpr (kHasInt8<T>) {
+    table.partial_gelu_ffn_int8_packed_bytes[kType] = ffn_packed_bytes<int8_t, FfnKind::kPlain>;
+    table.partial_gelu_ffn_int8_pack[kType] = ffn_pack<T, FfnKind::kPlain, int8_t>;
+    table.partial_gelu_ffn_int8_unpack[kType] = ffn_unpack<T, FfnKind::kPlain, int8_t>;
+    table.rep_attention_int8_packed_bytes[kType] = rep_attention_packed_bytes<int8_t>;
+    table.rep_attention_int8_pack[kType] = rep_attention_pack<T, int8_t>;
+    table.rep_attention_int8_unpack[kType] = rep_attention_unpack<T, int8_t>;
+  }
   table.matrix_packed_bytes[kType] = matrix_packed_bytes<T>;
   table.matrix_pack[kType] = matrix_pack<T>;
   table.matrix_unpack[kType] = matrix_unpack<T>;
@@ -51,6 +59,7 @@ void install_packing_of(Kernels& table) {
 template <class... Types>
 void install_kernels(Kernels& table) {
   (install_one<Types>(table), ...);
+  table.int8_product_peak = int8_product_peak;
 }
 
 template <class... Types>

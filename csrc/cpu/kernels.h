@@ -45,6 +45,10 @@ struct Pool {
 // A matrix W [N, K], used as x Wᵀ, is stored as ceil(N / 32) panels of 32 columns of Wᵀ; each panel is [K][32], so that
 // the microkernel reads it front to back. bf16 keeps pairs of k together, [ceil(K / 2)][32][2], as vdpbf16ps wants them.
 // Missing columns and the odd k are zeros. The layout depends on the dtype, never on the ISA level.
+//
+// Weights quantized to int8 stand in panels of int8_t, whatever dtype they were made of: first what belongs to the panel's
+// columns (Int8Columns), then [ceil(K / 4)][32][4], as vpdpbusd wants them. Column n is scale[n] times whole numbers from
+// -127 to 127: scale = max |w| / 127.
 constexpr int kPanelColumns = 32;
 
 // Consecutive k that are interleaved in a panel of this dtype.
@@ -52,6 +56,21 @@ template <class T>
 constexpr int kInterleave = 1;
 template <>
 constexpr int kInterleave<bf16> = 2;
+template <>
+constexpr int kInterleave<int8_t> = 4;
+template <>
+constexpr int kInterleave<int16_t> = 2;  // of panels of int8_t that were widened (gemm_int8-inl.h)
+
+// First 256 bytes of a panel of int8_t.
+struct Int8Columns {
+  float scale[kPanelColumns];  // 0 of a column that is missing or zero, NaN of one that is not finite
+  int32_t sum[kPanelColumns];  // of the column's whole numbers
+};
+static_assert(sizeof(Int8Columns) == 256, "the numbers behind it start at a cache line");
+
+// Longest depth at which int32_t holds every sum of products of 0 to 255 and -127 to 127, started at 128 times the sum of
+// the latter. Deeper weights have no int8 form.
+constexpr int64_t kInt8Depth = INT32_MAX / ((255 + 128) * 127);
 
 // First 64 bytes of a packed FFN. Panels of w_in (N = m, K = C) follow at once, then the output panels (N = C), in which
 // w_out (K = m) stands on top of w_merged (K = C): one accumulation over [H | Z] gives both terms. A gated FFN has two
@@ -69,6 +88,7 @@ struct PackedFfnHeader {
 static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
 constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
 constexpr char kPackedGatedFfnMagic[8] = {'r', 'v', 'g', 'f', 'n', '0', '0', '1'};
+constexpr char kPackedInt8FfnMagic[8] = {'r', 'v', 'f', 'f', '8', '0', '0', '1'};  // plain, in panels of int8_t
 
 // Columns of w_gate, and then of w_up, that stand side by side: as many as the narrowest vector has lanes, so that every
 // level finds gates and their partners in the same tile.
@@ -98,6 +118,7 @@ struct FfnArgs {
   Norm norm;
   bool has_merged;                 // what the header of `packed` says: it is checked once and not read again
   bool residual;                   // add x, in the accumulator's precision
+  bool int8;                       // `packed` has panels of int8_t: rows are quantized too (partial_gelu_ffn_int8-inl.h)
   Activation activation;
 };
 
@@ -201,6 +222,7 @@ struct PackedAttentionHeader {
 };
 static_assert(sizeof(PackedAttentionHeader) == 64, "panels start at a cache line");
 constexpr char kPackedAttentionMagic[8] = {'r', 'v', 'a', 't', 't', '0', '0', '1'};
+constexpr char kPackedInt8AttentionMagic[8] = {'r', 'v', 'a', 't', '8', '0', '0', '1'};  // in panels of int8_t
 
 struct AttentionShape {
   int64_t channels, channels_out, heads, d_qk, d_v;  // C, C_out, h; all but the channels >= 1
@@ -260,6 +282,7 @@ struct RepAttentionArgs {
   double norm_eps;               // read unless norm is none
   Norm norm;
   bool residual;                 // add x, in the accumulator's precision
+  bool int8;                     // `packed` has panels of int8_t: z and o are quantized too, q, k and v are not
 };
 
 // ---- fused_blocks ----------------------------------------------------------------------------------------------------
@@ -289,6 +312,10 @@ struct Kernels {
   // destination: packed_bytes of this, 64-byte aligned for speed; every byte is written.
   void (*partial_gelu_ffn_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
   void (*partial_gelu_ffn_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
+  // The same in panels of int8_t, from and to weights of each dtype; null for float64.
+  int64_t (*partial_gelu_ffn_int8_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);
+  void (*partial_gelu_ffn_int8_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
+  void (*partial_gelu_ffn_int8_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
 
   void (*gated_ffn[kDTypes])(const GatedFfnArgs&, const Pool&);
   int64_t (*gated_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);  // as above
@@ -296,6 +323,7 @@ struct Kernels {
   void (*gated_ffn_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
 
   int64_t (*product_peak[kDTypes])(int64_t iterations, const Pool&);  // see peak-inl.h
+  int64_t (*int8_product_peak)(int64_t iterations, const Pool&);
 
   void (*patch_projection[kDTypes])(const PatchProjectionArgs&, const Pool&);
   int64_t (*matrix_packed_bytes[kDTypes])(int64_t outputs, int64_t depth);
@@ -309,6 +337,9 @@ struct Kernels {
   int64_t (*rep_attention_packed_bytes[kDTypes])(const AttentionShape&);
   void (*rep_attention_pack[kDTypes])(const AttentionWeights&, void* destination, const Pool&);  // as for the FFN
   void (*rep_attention_unpack[kDTypes])(const void* packed, const AttentionMutableWeights&, const Pool&);
+  int64_t (*rep_attention_int8_packed_bytes[kDTypes])(const AttentionShape&);
+  void (*rep_attention_int8_pack[kDTypes])(const AttentionWeights&, void* destination, const Pool&);
+  void (*rep_attention_int8_unpack[kDTypes])(const void* packed, const AttentionMutableWeights&, const Pool&);
 
   void (*fused_blocks[kDTypes])(const StackArgs&, const Pool&);
 };

@@ -1,35 +1,17 @@
 // y = gelu(z W_inᵀ + b_in) W_outᵀ [+ z W_mergedᵀ] [+ bias] [+ x]: how H is made; all else is in ffn_rows-inl.h.
 #pragma once
 
-#include "ffn_rows-inl.h"
+#include "partial_gelu_ffn_int8-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Store to H: gelu(acc + b_in). H has whole panels of columns, so a full vector is always written.
-template <class T, Activation kForm>
-struct GeluToScratch {
-  using S = SimdOf<T>;
-  using V = typename S::V;
-  Operand<T>* h;
-  ptrdiff_t stride;
-  const T* bias;  // [columns] or null
-
-  template <int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
-    Operand<T>* out = h + row * stride + col;
-    REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) {
-      V v = acc[i];
-      if (bias != nullptr) v += load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes);
-      S::store(out + i * S::kLanes, activate<Accumulator<T>, kForm>(v));
-    }
-  }
-};
-
 // partial_gelu_ffn_<T>: see PartialGeluFfnArgs.
 template <class T>
 void partial_gelu_ffn(const PartialGeluFfnArgs& args, const Pool& pool) {
+  if constexpr (kHasInt8<T>) {
+    if (args.int8) return partial_gelu_ffn_int8<T>(args, pool);
+  }
   ffn_call<T, FfnKind::kPlain>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h) {
     const T* b_in = static_cast<const T*>(plan.args.b_in);
     const auto product = [&](const auto& to_scratch) {

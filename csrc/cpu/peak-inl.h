@@ -1,10 +1,20 @@
 // The machine's own limit for products of a dtype: what the microkernel issues, on registers alone. For benchmarks.
 #pragma once
 
-#include "dot-inl.h"
+#include "dot_int8-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
+
+// What the compiler does not know to be zero, or the same in every round: it would leave the sum alone of a product of two
+// instructions.
+template <class Factor>
+REPAVIT_INLINE Factor unknown(Factor f) {
+#if defined(__x86_64__)
+  __asm__ volatile("" : "+v"(f));
+#endif
+  return f;
+}
 
 // product_peak_<T>: `iterations` rounds of independent products on every thread of the pool; returns how many operations
 // (multiplications and additions) that was.
@@ -17,14 +27,14 @@ int64_t product_peak(int64_t iterations, const Pool& pool) {
     const int64_t rounds = *static_cast<const int64_t*>(raw);
     alignas(64) T memory[kPanelColumns * kInterleave<T>] = {};
     Operand<T> element[kInterleave<T>] = {};
-    const typename D::Factor left = D::left(element, 0), right = D::right(memory, 0);
+    const typename D::Factor left = unknown(D::left(element, 0)), right = D::right(memory, 0);
     for (int64_t thread = begin; thread < end; ++thread) {
       typename S::V acc[kChains];
       REPAVIT_UNROLL
       for (int i = 0; i < kChains; ++i) acc[i] = S::zero();
       for (int64_t round = 0; round < rounds; ++round) {
         REPAVIT_UNROLL
-        for (int i = 0; i < kChains; ++i) D::accumulate(acc[i], left, right);
+        for (int i = 0; i < kChains; ++i) D::accumulate(acc[i], left, unknown(right));
       }
       typename S::V sum = S::zero();
       REPAVIT_UNROLL
@@ -34,6 +44,16 @@ int64_t product_peak(int64_t iterations, const Pool& pool) {
   };
   pool.run(pool.threads, body, &iterations);
   return iterations * pool.threads * kChains * S::kLanes * kInterleave<T> / D::kParts * 2;
+}
+
+// The same of products of whole numbers, as this processor multiplies them.
+inline int64_t int8_product_peak(int64_t iterations, const Pool& pool) {
+  int64_t operations = 0;
+  with_int8_operand([&](auto operand) {
+    using Panel = typename Choose<sizeof(operand) == 1, int8_t, int16_t>::Type;
+    operations = product_peak<Panel>(iterations, pool);
+  });
+  return operations;
 }
 
 }  // namespace REPAVIT_ISA

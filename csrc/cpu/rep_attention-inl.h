@@ -17,7 +17,7 @@ namespace REPAVIT_ISA {
 template <class T>
 void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t count, AttentionScratch<T>& s) {
   const Tokens<T> at = locate(plan, sequence, 0, count * plan.length, s.tokens);
-  gather_input(plan, at, s.z);
+  gather_input(plan, at, s);
   const auto panels = plan.head_panels(s.keys, s.values);
   for (ptrdiff_t head = 0; head < plan.layout.heads; ++head) {
     const auto rows = head_rows(plan, head, at, s, s.qkv);
@@ -29,7 +29,7 @@ void attend_whole(const AttentionPlan<T>& plan, ptrdiff_t sequence, ptrdiff_t co
       attend_rows(plan, head, panels, rows.q.from(first), plan.length, bias, at, first, s);
     }
   }
-  project_output(plan, at, s.o);
+  project_output(plan, at, s);
 }
 
 // Asks for q, k and v of a head and for where its o goes.
@@ -79,7 +79,7 @@ void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t bloc
   const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
   const ptrdiff_t item = plan.whole + index;
   const Tokens<T> at = locate(plan, plan.sequence_of(item), begin, end - begin, s.tokens);
-  if (plan.panels != nullptr) gather_input(plan, at, s.z);
+  if (plan.projects()) gather_input(plan, at, s);
   for (ptrdiff_t i = 0; i < plan.heads; ++i) {
     const auto rows = head_rows(plan, plan.first_head(item) + i, at, s, s.qkv);
     pack_keys(rows.k, begin, end, plan.shared_panels(index, i));
@@ -110,7 +110,7 @@ void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block
     attend_rows(plan, head, plan.shared_panels(index, i), q, end - begin,
                 score_bias(plan, sequence, head, s).from(begin), at, 0, s);
   }
-  project_output(plan, at, s.o);
+  project_output(plan, at, s);
 }
 
 // Runs `step(plan, begin, end, scratch)` for ranges of `count`; a thread asks for its scratch once.
@@ -141,7 +141,7 @@ void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
   plan.fill_zero_table();
 
   const auto whole = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
-    if (p.panels == nullptr) return attend_heads(p, begin, end, s);
+    if (!p.projects()) return attend_heads(p, begin, end, s);
     for (ptrdiff_t i = begin; i < end; ++i) attend_whole(p, i * p.group, least(p.group, p.whole - i * p.group), s);
   };
   const auto prepare = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {

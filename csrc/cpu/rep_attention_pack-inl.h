@@ -62,17 +62,19 @@ int64_t rep_attention_packed_bytes(const AttentionShape& shape) {
   return AttentionLayout<T>(shape).bytes();
 }
 
-template <class T>
+// Weights of T to panels of P.
+template <class T, class P = T>
 void rep_attention_pack(const AttentionWeights& weights, void* destination, const Pool& pool) {
   struct Context {
-    AttentionLayout<T> layout;
+    AttentionLayout<P> layout;
     const T *w_qkv, *w_proj;
-    T* panels;
-  } context{AttentionLayout<T>(weights.shape), static_cast<const T*>(weights.w_qkv),
-            static_cast<const T*>(weights.w_proj), const_cast<T*>(AttentionLayout<T>::panels(destination))};
+    P* panels;
+  } context{AttentionLayout<P>(weights.shape), static_cast<const T*>(weights.w_qkv),
+            static_cast<const T*>(weights.w_proj), const_cast<P*>(AttentionLayout<P>::panels(destination))};
 
   PackedAttentionHeader header{};
-  __builtin_memcpy(header.magic, kPackedAttentionMagic, sizeof(header.magic));
+  const auto& magic = IsSame<P, int8_t>::value ? kPackedInt8AttentionMagic : kPackedAttentionMagic;
+  __builtin_memcpy(header.magic, magic, sizeof(header.magic));
   header.dtype = kDTypeOf<T>;
   header.heads = static_cast<int32_t>(weights.shape.heads);
   header.channels = weights.shape.channels;
@@ -84,7 +86,7 @@ void rep_attention_pack(const AttentionWeights& weights, void* destination, cons
 
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
-    const AttentionLayout<T>& l = c.layout;
+    const AttentionLayout<P>& l = c.layout;
     const ptrdiff_t qkv_panels = l.heads * l.head_panels;
     for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
       if (p < qkv_panels) {
@@ -100,20 +102,20 @@ void rep_attention_pack(const AttentionWeights& weights, void* destination, cons
   pool.run(context.layout.heads * context.layout.head_panels + context.layout.proj_panels, body, &context);
 }
 
-template <class T>
+template <class T, class P = T>
 void rep_attention_unpack(const void* packed, const AttentionMutableWeights& weights, const Pool& pool) {
   PackedAttentionHeader header;
   __builtin_memcpy(&header, packed, sizeof(header));
   struct Context {
-    AttentionLayout<T> layout;
+    AttentionLayout<P> layout;
     T *w_qkv, *w_proj;
-    const T* panels;
-  } context{AttentionLayout<T>({header.channels, header.channels_out, header.heads, header.d_qk, header.d_v}),
-            static_cast<T*>(weights.w_qkv), static_cast<T*>(weights.w_proj), AttentionLayout<T>::panels(packed)};
+    const P* panels;
+  } context{AttentionLayout<P>({header.channels, header.channels_out, header.heads, header.d_qk, header.d_v}),
+            static_cast<T*>(weights.w_qkv), static_cast<T*>(weights.w_proj), AttentionLayout<P>::panels(packed)};
 
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
-    const AttentionLayout<T>& l = c.layout;
+    const AttentionLayout<P>& l = c.layout;
     const ptrdiff_t qkv_panels = l.heads * l.head_panels;
     for (ptrdiff_t p = static_cast<ptrdiff_t>(begin); p < end; ++p) {
       if (p < qkv_panels) {

@@ -36,6 +36,11 @@
 #define REPAVIT_PRODUCT(instruction, acc, a, b) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))
 #endif
 
+// The same in the encoding of AVX2, for an instruction that AVX-512 has too.
+#if !defined(REPAVIT_VEX_PRODUCT)  // csrc/tests/emulated_vnni.h has it in C++
+#define REPAVIT_VEX_PRODUCT(instruction, acc, a, b) __asm__("%{vex%} " #instruction " %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b))
+#endif
+
 namespace repavit {
 namespace REPAVIT_ISA {
 
@@ -50,6 +55,14 @@ struct AccumulatorOf {
 template <>
 struct AccumulatorOf<double> {
   using type = double;
+};
+template <>
+struct AccumulatorOf<int8_t> {
+  using type = int32_t;
+};
+template <>
+struct AccumulatorOf<int16_t> {
+  using type = int32_t;
 };
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
@@ -66,3 +79,27 @@ using SimdOf = Simd<Accumulator<T>>;
 #else
 #include "simd_portable-inl.h"
 #endif
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// Sums of whole numbers, as many lanes as floats have: zero, broadcast, load, store, and the nearest floats.
+template <>
+struct Simd<int32_t> {
+  using F = Simd<float>;
+  typedef int32_t V __attribute__((vector_size(sizeof(F::V))));
+  static constexpr int kLanes = F::kLanes;
+
+  static REPAVIT_INLINE V zero() { return V{}; }
+  static REPAVIT_INLINE V broadcast(int32_t e) { return V{} + e; }
+  static REPAVIT_INLINE V load(const int32_t* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static REPAVIT_INLINE void store(int32_t* p, V v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static REPAVIT_INLINE F::V to_float(V v) { return __builtin_convertvector(v, F::V); }
+};
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit

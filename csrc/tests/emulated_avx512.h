@@ -12,6 +12,8 @@
 #define SIMDE_NO_INLINE
 #include <simde/x86/avx512.h>
 
+#include "emulated_vnni.h"
+
 namespace emulated {
 
 [[gnu::noinline]] inline __m512 maskz_loadu_ps(__mmask16 lanes, const float* p) {
@@ -114,6 +116,14 @@ __m512 permute_ps(__m512 a) {
   return r;
 }
 
+// Lanes as unsigned bytes, no more than 255, where the mask is set.
+[[gnu::noinline]] inline void mask_cvtusepi32_storeu_epi8(void* p, __mmask16 lanes, __m512i v) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t lane = ((__v16su)v)[i];
+    if (lanes >> i & 1) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(lane < 255 ? lane : 255);
+  }
+}
+
 // What rounding leaves of x: x - whole, and 0 of an infinity.
 [[gnu::noinline]] inline __m512 reduced(__m512 x, __m512 whole) {
   for (int i = 0; i < 16; ++i) x[i] = __builtin_isinf(x[i]) ? 0.0f : x[i] - whole[i];
@@ -135,6 +145,7 @@ __m512 permute_ps(__m512 a) {
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
 #undef _mm512_reduce_ps
+#undef _mm512_mask_cvtusepi32_storeu_epi8
 #undef _mm512_shuffle_f32x4
 #undef _mm512_permute_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
@@ -149,11 +160,12 @@ __m512 permute_ps(__m512 a) {
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
+#define _mm512_mask_cvtusepi32_storeu_epi8 emulated::mask_cvtusepi32_storeu_epi8
 #define _mm512_shuffle_f32x4(a, b, blocks) emulated::shuffle_f32x4<(blocks)>((a), (b))
 #define _mm512_permute_ps(a, lanes) emulated::permute_ps<(lanes)>(a)
 #define _mm512_reduce_ps(x, rounding) emulated::reduced(x, _mm512_roundscale_ps(x, (rounding)))
 
-// The two products that the kernels write as instructions (simd-inl.h).
+// The products that the kernels write as instructions (simd-inl.h).
 #define REPAVIT_PRODUCT(instruction, acc, a, b) emulated_##instruction(acc, a, b)
 #define emulated_vfmadd231ps(acc, a, b) acc = _mm512_fmadd_ps(a, b, acc)
 #define emulated_vdpbf16ps(acc, a, b) acc = _mm512_dpbf16_ps(acc, a, b)

@@ -1,6 +1,7 @@
 // The operators in double, one element at a time: the truth of the C++ driver.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -48,6 +49,96 @@ inline double dot(const double* a, const double* b, int64_t n) {
   double total = 0.0;
   for (int64_t i = 0; i < n; ++i) total += a[i] * b[i];
   return total;
+}
+
+// ---- On weights of int8 -------------------------------------------------------------------------------------------------
+
+// Whole numbers, and what they stand for: scale (q - zero) + lowest.
+struct Quantized {
+  std::vector<int> q;
+  float scale, zero, lowest;
+  double operator[](int64_t i) const { return static_cast<double>(scale) * (q[static_cast<size_t>(i)] - zero) + lowest; }
+};
+
+// Symmetric about `zero`, as the kernels do it, in float: 0 of a row that is zero, NaN of one that is not finite.
+inline Quantized quantize(const std::vector<double>& x, float zero) {
+  float most = 0.0f;
+  bool finite = true;
+  for (const double v : x) most = std::max(most, std::fabs(static_cast<float>(v))), finite &= std::isfinite(v);
+  const bool used = finite && most >= 1e-30f;
+  Quantized to{{}, used ? most / 127.0f : finite ? 0.0f : std::nanf(""), zero, 0.0f};
+  for (const double v : x) {
+    const float number = used ? std::nearbyintf(static_cast<float>(v) * (127.0f / most)) : 0.0f;
+    to.q.push_back(static_cast<int>(number + zero));
+  }
+  return to;
+}
+
+inline Quantized quantize_from(const std::vector<double>& x, float lowest) {
+  float most = x.empty() ? 0.0f : static_cast<float>(x[0]);
+  bool finite = true;
+  for (const double v : x) most = std::max(most, static_cast<float>(v)), finite &= std::isfinite(v);
+  const float range = most - lowest;
+  Quantized to{{}, finite ? range / 255.0f : std::nanf(""), 0.0f, lowest};
+  for (const double v : x) {
+    const float number = finite ? std::nearbyintf((static_cast<float>(v) - lowest) * (255.0f / range)) : 0.0f;
+    to.q.push_back(static_cast<int>(number));
+  }
+  return to;
+}
+
+// The rows of w [rows, depth] quantized, each with a scale of its own.
+inline std::vector<Quantized> quantize_weights(const std::vector<double>& w, int64_t depth) {
+  std::vector<Quantized> rows;
+  for (size_t i = 0; depth > 0 && i < w.size(); i += static_cast<size_t>(depth)) {
+    rows.push_back(quantize({w.begin() + static_cast<ptrdiff_t>(i), w.begin() + static_cast<ptrdiff_t>(i) + depth}, 0.0f));
+  }
+  return rows;
+}
+
+inline double dot(const Quantized& a, const Quantized& b) {
+  double total = 0.0;
+  for (size_t i = 0; i < a.q.size(); ++i) total += a[static_cast<int64_t>(i)] * b[static_cast<int64_t>(i)];
+  return total;
+}
+
+// And how far a kernel may be off that rounds one number of H, or of z behind a norm, the other way.
+struct Int8Ffn {
+  std::vector<double> y, step;
+};
+
+inline double magnitude(const Quantized& w) {
+  double total = 0.0;
+  for (size_t i = 0; i < w.q.size(); ++i) total += std::fabs(w[static_cast<int64_t>(i)]);
+  return total;
+}
+
+inline Int8Ffn ffn_int8(const Ffn& p) {
+  const int64_t c = p.channels, m = p.active;
+  const auto w_in = quantize_weights(p.w_in, c), w_out = quantize_weights(p.w_out, m), w_merged = quantize_weights(p.w_merged, c);
+  Int8Ffn to;
+  std::vector<double> h(static_cast<size_t>(m));
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const double* x = p.x.data() + r * c;
+    const Quantized z = quantize(normed(x, c, p.norm, p.norm_eps), 128.0f);
+    for (int64_t j = 0; j < m; ++j) {
+      const auto at = static_cast<size_t>(j);
+      h[at] = activate((c > 0 ? dot(z, w_in[at]) : 0.0) + (p.b_in.empty() ? 0.0 : p.b_in[at]), p.activation);
+    }
+    const Quantized hq = quantize_from(h, -0.171f);
+    for (int64_t j = 0; j < c; ++j) {
+      const auto at = static_cast<size_t>(j);
+      double v = m > 0 ? dot(hq, w_out[at]) : 0.0;
+      if (!w_merged.empty()) v += dot(z, w_merged[at]);
+      if (!p.bias.empty()) v += p.bias[at];
+      to.y.push_back(v + (p.residual ? x[j] : 0.0));
+      const double of_h = m > 0 ? hq.scale * 127.0 * w_out[at].scale : 0.0;
+      double of_z = w_merged.empty() ? 0.0 : z.scale * 127.0 * w_merged[at].scale;
+      if (m > 0 && c > 0) of_z += z.scale * 127.0 * w_in[0].scale * 2.0 * magnitude(w_out[at]);
+      to.step.push_back(of_h + (p.norm == repavit::kNoNorm ? 0.0 : of_z));
+    }
+  }
+  return to;
 }
 
 inline std::vector<double> ffn(const Ffn& p) {

@@ -23,6 +23,8 @@ struct Attention {
   std::vector<double> cos, sin;           // [h, tokens - prefix, turned]; empty: no rotation
   int64_t prefix = 0, turned = 0;
   bool interleaved = false;
+  bool int8 = false;                      // weights, z and o quantized
+  std::vector<double>* steps = nullptr;   // of int8: how far y may be off where numbers of o are rounded the other way
 };
 
 // One query or key of a head through norm and rotation.
@@ -44,15 +46,29 @@ inline void turn(const Attention& p, const std::vector<double>& affine, int64_t 
   }
 }
 
+// The numbers that rows of weights stand for once they are quantized.
+inline std::vector<double> dequantized(const std::vector<double>& w, int64_t depth) {
+  std::vector<double> to;
+  for (const Quantized& row : quantize_weights(w, depth)) {
+    for (int64_t i = 0; i < depth; ++i) to.push_back(row[i]);
+  }
+  return to;
+}
+
 // q | k | v of one token, or of a padded one (x null).
 inline std::vector<double> qkv_row(const Attention& p, const double* x) {
   const int64_t width = p.heads * (2 * p.d_qk + p.d_v), q_width = p.heads * p.d_qk;
   const std::vector<double> nothing(static_cast<size_t>(p.channels), 0.0);
   std::vector<double> z = x == nullptr ? nothing : normed(x, p.channels, p.norm, p.norm_eps);
-  std::vector<double> row(static_cast<size_t>(width));
+  std::vector<double> row(static_cast<size_t>(width)), weights = p.w_qkv;
+  if (p.int8) {
+    const Quantized whole = quantize(z, 128.0f);
+    for (size_t i = 0; i < z.size(); ++i) z[i] = whole[static_cast<int64_t>(i)];
+    weights = dequantized(p.w_qkv, p.channels);
+  }
   for (int64_t j = 0; j < width; ++j) {
     const size_t i = static_cast<size_t>(j);
-    row[i] = p.w_qkv.empty() ? z[i] : dot(z.data(), p.w_qkv.data() + j * p.channels, p.channels);
+    row[i] = p.w_qkv.empty() ? z[i] : dot(z.data(), weights.data() + j * p.channels, p.channels);
     if (!p.b_qkv.empty()) row[i] += p.b_qkv[i];
     if (x == nullptr && !p.padding.empty()) row[i] = j < q_width ? 0.0 : p.padding[static_cast<size_t>(j - q_width)];
   }
@@ -158,11 +174,22 @@ inline std::vector<double> rep_attention(const Attention& p) {
       });
     }
     if (p.w_proj.empty()) y.insert(y.end(), o.begin(), o.end());
+    std::vector<float> scales;
+    for (int64_t t = 0; t < p.tokens && p.int8; ++t) {
+      const Quantized whole = quantize({o.begin() + t * width, o.begin() + (t + 1) * width}, 128.0f);
+      for (int64_t i = 0; i < width; ++i) o[static_cast<size_t>(t * width + i)] = whole[i];
+      scales.push_back(whole.scale);
+    }
+    const std::vector<double> proj = p.int8 ? dequantized(p.w_proj, width) : p.w_proj;
     for (int64_t t = 0; t < p.tokens && !p.w_proj.empty(); ++t) {
       for (int64_t c = 0; c < p.channels_out; ++c) {
         const double bias = p.b_proj.empty() ? 0.0 : p.b_proj[static_cast<size_t>(c)];
-        y.push_back(dot(o.data() + t * width, p.w_proj.data() + c * width, width) + bias +
+        y.push_back(dot(o.data() + t * width, proj.data() + c * width, width) + bias +
                     (p.residual ? image[t * p.channels + c] : 0.0));
+        if (!p.int8) continue;
+        double magnitude = 0.0;
+        for (int64_t i = 0; i < width; ++i) magnitude += std::fabs(proj[static_cast<size_t>(c * width + i)]);
+        p.steps->push_back(scales[static_cast<size_t>(t)] * magnitude);
       }
     }
   }

@@ -1,5 +1,7 @@
 #!/bin/sh
-# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough] [threads]
+# Build and run the C++ driver:  csrc/tests/run.sh [plain|asan|tsan|aarch64|avx512|avx512-asan|avx_vnni] [thorough] [threads]
+#
+# avx_vnni runs the AVX2 level with its int8 products on 256-bit VNNI, emulated (emulated_vnni.h).
 #
 # aarch64 needs g++-aarch64-linux-gnu and qemu-user; avx512 and avx512-asan, which run the AVX-512 levels on a machine
 # that has AVX2 alone (emulated_avx512.h), need SIMDe. Without them they say so and succeed.
@@ -13,6 +15,7 @@ cxx=${CXX:-g++}
 flags="-std=c++17 -g1 -Wall -Wextra -pthread"
 checked="-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 levels="scalar avx2 avx512 avx512_bf16"
+vnni=      # flags of dispatch.cpp, and of isa_avx2.cpp, where products of bytes are emulated
 emulated=  # levels whose instructions the compiler may not use
 launch=
 case $mode in
@@ -38,7 +41,12 @@ case $mode in
     if [ "$mode" = avx512 ]; then flags="$flags -Og -Wno-psabi"; else flags="$flags -Wno-psabi $checked"; fi
     emulated="avx512 avx512_bf16"
     ;;
-  *) echo "usage: $0 [plain|asan|tsan|aarch64|avx512|avx512-asan] [thorough]" >&2; exit 2 ;;
+  avx_vnni)
+    flags="$flags -O1"
+    levels="scalar avx2"
+    vnni="-DREPAVIT_EMULATED_VNNI -DREPAVIT_BUILT_LEVELS=3"
+    ;;
+  *) echo "usage: $0 [plain|asan|tsan|aarch64|avx512|avx512-asan|avx_vnni] [thorough]" >&2; exit 2 ;;
 esac
 if [ "$mode" != aarch64 ] && [ "$(uname -m)" != x86_64 ]; then levels=scalar; fi
 
@@ -54,6 +62,7 @@ runs() {
 compile() {
   machine=$1 extra=
   case " $emulated " in *" $1 "*) machine=avx2 extra="-include tests/emulated_avx512.h" ;; esac
+  if [ -n "$vnni" ] && [ "$1" = avx2 ]; then extra="-include tests/emulated_vnni.h"; fi
   if ! runs "$machine"; then extra=-O0; fi
   # shellcheck disable=SC2046,SC2086
   $cxx $flags $(sed -n "s/^$machine  *//p" cpu/isa.flags) $extra -c "cpu/isa_$1.cpp" -o "$out/isa_$1.o"
@@ -66,7 +75,7 @@ done
 for job in $jobs; do wait "$job"; done
 objects=$(for level in $levels; do echo "$out/isa_$level.o"; done)
 # shellcheck disable=SC2086
-$cxx $flags tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
+$cxx $flags $vnni tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
 shift $(( $# > 0 ? 1 : 0 ))
 if [ -n "$launch$emulated" ]; then
   # shellcheck disable=SC2086

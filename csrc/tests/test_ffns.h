@@ -27,11 +27,12 @@ struct FfnCase {
   bool b_in, merged, bias, residual, gated, inner_norm;
   repavit::Norm norm;
   repavit::Activation activation;
+  bool int8 = false;
 
   std::string name(const char* level) const {
     std::string flags;
     for (const auto& [on, text] : {std::pair(b_in, " b_in"), {merged, " merged"}, {bias, " bias"}, {residual, " residual"},
-                                   {gated, " gated"}, {inner_norm, " inner norm"}}) {
+                                   {gated, " gated"}, {inner_norm, " inner norm"}, {int8, " int8"}}) {
       if (on) flags += text;
     }
     return std::string(level) + " M=" + std::to_string(rows) + " C=" + std::to_string(channels) +
@@ -40,22 +41,27 @@ struct FfnCase {
   }
 };
 
-// The functions of the table that one of the two FFNs has.
+// The functions of the table that one of the FFNs has.
 struct FfnKernels {
   int64_t (*bytes)(int64_t, int64_t, bool);
   void (*pack)(const repavit::FfnWeights&, void*, const repavit::Pool&);
   void (*unpack)(const void*, const repavit::FfnMutableWeights&, const repavit::Pool&);
 
-  FfnKernels(const repavit::Kernels& k, repavit::DType dtype, bool gated)
+  FfnKernels(const repavit::Kernels& k, repavit::DType dtype, bool gated, bool int8)
       : bytes(gated ? k.gated_ffn_packed_bytes[dtype] : k.partial_gelu_ffn_packed_bytes[dtype]),
         pack(gated ? k.gated_ffn_pack[dtype] : k.partial_gelu_ffn_pack[dtype]),
-        unpack(gated ? k.gated_ffn_unpack[dtype] : k.partial_gelu_ffn_unpack[dtype]) {}
+        unpack(gated ? k.gated_ffn_unpack[dtype] : k.partial_gelu_ffn_unpack[dtype]) {
+    if (!int8) return;
+    bytes = k.partial_gelu_ffn_int8_packed_bytes[dtype];
+    pack = k.partial_gelu_ffn_int8_pack[dtype];
+    unpack = k.partial_gelu_ffn_int8_unpack[dtype];
+  }
 };
 
 template <class T>
 void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const FfnCase& test, const char* level) {
   const std::string name = test.name(level);
-  const FfnKernels of(kernels, dtype, test.gated);
+  const FfnKernels of(kernels, dtype, test.gated, test.int8);
   const auto size = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
   const int64_t rows = test.rows, c = test.channels, m = test.active, up = test.gated ? m : 0, stride = c + test.gap;
   Random random(static_cast<uint64_t>(rows * 7919 + c * 104729 + m));
@@ -86,9 +92,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
 
   Guarded<T> back_in(size(m, c)), back_up(size(up, c)), back_out(size(c, m)), back_merged(test.merged ? size(c, c) : 0);
   of.unpack(packed.data(), {back_in.data(), back_up.data(), back_out.data(), back_merged.data()}, kSerial);
-  const auto same = [](Guarded<T>& a, Guarded<T>& b) {
-    return b.intact() && std::memcmp(a.data(), b.data(), b.size() * sizeof(T)) == 0;
-  };
+  const auto same = [&](Guarded<T>& a, Guarded<T>& b) { return same_weights(a, b, test.int8); };
   expect(same(w_in, back_in) && same(w_up, back_up) && same(w_out, back_out) && same(w_merged, back_merged),
          "unpack is not pack's inverse", name.c_str());
   if (kernels.partial_gelu_ffn[dtype] == nullptr) return;
@@ -99,7 +103,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   args.x = x.data(), args.x_stride = stride, args.packed = packed.data();
   args.bias = test.bias ? bias.data() : nullptr;
   args.norm_eps = args.inner_norm_eps = truth.norm_eps, args.norm = test.norm, args.inner_norm = test.inner_norm;
-  args.residual = test.residual, args.activation = test.activation;
+  args.residual = test.residual, args.activation = test.activation, args.int8 = test.int8;
   args.b_gate = test.b_in ? b_in.data() : nullptr, args.b_up = test.bias ? b_up.data() : nullptr;
   const auto run = [&](Guarded<T>& to, const repavit::Pool& pool) {
     args.y = to.data();
@@ -114,6 +118,10 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   run(again, kSerial);
   expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
 
+  if (test.int8) {
+    const reference::Int8Ffn wanted = reference::ffn_int8(truth);
+    return expect_near(y, wanted.y, 2, 2 * (c + m), dtype, name, wanted.step);
+  }
   // Rounding of the inputs of the second product, of the result, and of sums of random sign in fp32 (or double). Roundings
   // of H go through an inner norm, whose eps is large here, once more.
   expect_near(y, reference::ffn(truth), test.inner_norm ? 32 : 8, 2 * (c + m), dtype, name);
@@ -136,6 +144,9 @@ void test_ffns(const repavit::Kernels& kernels, repavit::DType dtype, const char
         FfnCase test{r, c, m, bit(0) ? 3 : 0, bit(0), bit(1), bit(2), bit(4), false, false, norm,
                      static_cast<repavit::Activation>(cases % repavit::kGeluForms)};
         test_ffn_case<T>(kernels, dtype, test, level);
+        test.int8 = dtype != repavit::kFloat64;
+        if (test.int8) test_ffn_case<T>(kernels, dtype, test, level);
+        test.int8 = false;
         test.gated = true, test.inner_norm = cases % 3 == 0;
         test.activation = static_cast<repavit::Activation>(cases % repavit::kActivations);
         test_ffn_case<T>(kernels, dtype, test, level);
@@ -147,6 +158,12 @@ void test_ffns(const repavit::Kernels& kernels, repavit::DType dtype, const char
   for (const bool gated : {false, true}) {
     test_ffn_case<T>(kernels, dtype, {15, 1024, 40, 0, true, true, true, true, gated, false, repavit::kNoNorm,
                                       repavit::kGeluErf}, level);
+    if (!gated && dtype != repavit::kFloat64) {  // several chunks of K, and several blocks of rows
+      test_ffn_case<T>(kernels, dtype, {9, 1100, 1040, 0, true, true, true, true, false, false, repavit::kNoNorm,
+                                        repavit::kGeluErf, true}, level);
+      test_ffn_case<T>(kernels, dtype, {1205, 70, 40, 0, true, true, true, true, false, false, repavit::kLayerNorm,
+                                        repavit::kGeluErf, true}, level);
+    }
     if (!thorough) continue;
     test_ffn_case<T>(kernels, dtype, {331, 160, 48, 0, true, true, true, true, gated, gated, repavit::kLayerNorm,
                                       repavit::kGeluQuick}, level);

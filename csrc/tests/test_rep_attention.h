@@ -18,6 +18,7 @@ struct AttentionCase {
   repavit::Norm qk_norm = repavit::kNoNorm;
   int64_t prefix = 0, turned = 0;  // tokens and channels of a head that rotation leaves alone, and that it turns
   bool interleaved = false;
+  bool int8 = false;
 
   repavit::Norm norm() const {
     return !normalize ? repavit::kNoNorm : tokens % 3 == 0 ? repavit::kRmsNorm : repavit::kLayerNorm;
@@ -32,7 +33,7 @@ struct AttentionCase {
     }
     for (const auto& [on, flag] : {std::pair(b_qkv, " b_qkv"), {b_proj, " b_proj"}, {bias, " bias"},
                                    {normalize, " norm"}, {residual, " residual"}, {windows != nullptr, " windows"},
-                                   {padding, " padding"}, {interleaved, " interleaved"}}) {
+                                   {padding, " padding"}, {interleaved, " interleaved"}, {int8, " int8"}}) {
       if (on) text += flag;
     }
     return text;
@@ -84,14 +85,15 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   }
 
   const repavit::AttentionShape shape{t.channels, t.channels_out, t.heads, t.d_qk, t.d_v};
-  Guarded<T> packed(static_cast<size_t>(kernels.rep_attention_packed_bytes[dtype](shape)) / sizeof(T));
-  kernels.rep_attention_pack[dtype]({shape, w_qkv.data(), w_proj.data()}, packed.data(), kThreaded);
+  const auto bytes = t.int8 ? kernels.rep_attention_int8_packed_bytes : kernels.rep_attention_packed_bytes;
+  const auto pack = t.int8 ? kernels.rep_attention_int8_pack : kernels.rep_attention_pack;
+  const auto unpack = t.int8 ? kernels.rep_attention_int8_unpack : kernels.rep_attention_unpack;
+  Guarded<T> packed(static_cast<size_t>(bytes[dtype](shape)) / sizeof(T));
+  pack[dtype]({shape, w_qkv.data(), w_proj.data()}, packed.data(), kThreaded);
   expect(packed.intact(), "packing wrote outside its buffer", name.c_str());
   Guarded<T> back_qkv(w_qkv.size()), back_proj(w_proj.size());
-  kernels.rep_attention_unpack[dtype](packed.data(), {back_qkv.data(), back_proj.data()}, kSerial);
-  const auto same = [](Guarded<T>& a, Guarded<T>& b) {
-    return b.intact() && std::memcmp(a.data(), b.data(), b.size() * sizeof(T)) == 0;
-  };
+  unpack[dtype](packed.data(), {back_qkv.data(), back_proj.data()}, kSerial);
+  const auto same = [&](Guarded<T>& a, Guarded<T>& b) { return same_weights(a, b, t.int8); };
   expect(same(w_qkv, back_qkv) && same(w_proj, back_proj), "unpack is not pack's inverse", name.c_str());
   if (kernels.rep_attention[dtype] == nullptr) return;
 
@@ -105,7 +107,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   std::copy(strides, strides + 4, args.attn_bias_strides);
   args.windows = truth.windows, args.y = y.data();
   args.scale = truth.scale, args.norm_eps = truth.norm_eps;
-  args.norm = t.norm(), args.residual = t.residual;
+  args.norm = t.norm(), args.residual = t.residual, args.int8 = t.int8;
   args.qk.norm = t.qk_norm, args.qk.norm_eps = truth.norm_eps, args.qk.interleaved = t.interleaved;
   args.qk.q_norm = q_norm.data(), args.qk.k_norm = k_norm.data();
   args.qk.tokens = t.tokens - t.prefix, args.qk.width = t.turned;
@@ -121,7 +123,15 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   // Every product's operands are rounded to T once; sums of random sign are in fp32 (or double).
   const int64_t sums = t.channels + t.heads * t.d_v + t.d_qk + t.tokens;
   const int turns = t.qk_norm != repavit::kNoNorm ? 4 : t.turned > 0 ? 2 : 1;  // q and k are rounded once more each
-  expect_near(y, reference::rep_attention(truth), 16 * turns, 8 * turns * sums, dtype, name);
+  std::vector<double> steps;
+  truth.int8 = t.int8, truth.steps = &steps;
+  const std::vector<double> wanted = reference::rep_attention(truth);
+  if (t.int8) {
+    // A number of z or o that is rounded the other way is a step; where they are of 16 bits on the way, many are.
+    const bool many = sizeof(T) == 2 || t.normalize || turns > 1;
+    for (double& step : steps) step *= many ? 1.0 : 0.1;
+  }
+  expect_near(y, wanted, 16 * turns, 8 * turns * sums, dtype, name, steps);
 }
 
 // The same without weights: x holds q | k | v, y gets o.
@@ -184,6 +194,12 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                                {batch, tokens, c, bit(4) ? c : c + 6, 1 + tokens % 3, d_qk, d_v, bit(5) ? 3 : 0, bit(0),
                                 bit(1), bit(2), bit(3), bit(4), nullptr, false},
                                level);
+        if (dtype != repavit::kFloat64) {
+          AttentionCase int8{batch, tokens, c, bit(4) ? c : c + 6, 1 + tokens % 3, d_qk, d_v, bit(5) ? 3 : 0, bit(0), bit(1),
+                             bit(2), bit(3), bit(4), nullptr, false};
+          int8.int8 = true;
+          test_attention_case<T>(kernels, dtype, int8, level);
+        }
         if (batch == 2) continue;  // four are enough to be shared out, and left over
         const int64_t heads = 1 + tokens % 3, width = heads * (2 * d_qk + d_v);
         test_heads_alone<T>(kernels, dtype,
@@ -218,6 +234,12 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
                              {batch, grid.map[0] * grid.map[1], 19, 19, 2, 9, 16, bit(5) ? 1 : 0, bit(0), bit(1), false,
                               bit(3), bit(4), &grid, bit(2)},
                              level);
+      if (dtype != repavit::kFloat64) {
+        AttentionCase int8{batch, grid.map[0] * grid.map[1], 19, 19, 2, 9, 16, bit(5) ? 1 : 0, bit(0), bit(1), false, bit(3),
+                           bit(4), &grid, bit(2)};
+        int8.int8 = true;
+        test_attention_case<T>(kernels, dtype, int8, level);
+      }
       test_heads_alone<T>(kernels, dtype,
                           {batch, grid.map[0] * grid.map[1], 3 * (2 * 9 + 16), 0, 3, 9, 16, bit(5) ? 1 : 0, false, false,
                            false, false, false, &grid, bit(2)},

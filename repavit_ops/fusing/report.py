@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import backends, reparam
+from .. import backends, reference_int8, reparam
 from ..nn import PartialGELUFFN, PatchConv2d, PatchProjection
 from ..nn.dropped_weight import DroppedWeight
 from ..nn.foreign_block import BiasedAttention, MaskedAttention, OpenBranch
@@ -151,7 +151,19 @@ def _note(module: PackedWeights) -> str:
         notes.append(f"{'RMSNorm' if module.norm == 'rms' else 'LayerNorm'} core kept")
     if module.residual:
         notes.append("shortcut in the epilogue")
+    if module.quantize != "none":
+        notes.append(f"{module.quantize}, {_rounding(module)}")
     return ", ".join(notes)
+
+
+def _rounding(module: PackedWeights) -> str:
+    """How far the weights are from what the module computes with, over their size."""
+    errors = []
+    for w in module.sources():
+        if w is not None and is_plain(w) and w.numel():
+            rows = reference_int8.symmetric(w.detach().float(), 0)
+            errors.append(((rows.q * rows.scale - w.detach()).norm() / w.detach().norm()).item())
+    return f"weights {max(errors):.1e} off" if errors else "weights freed"
 
 
 def _memory(modules: list[nn.Module]) -> str:

@@ -28,10 +28,12 @@ from ..nn.given import copied, other_device, reason_against_weights, require_wei
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
 from ..nn.stand_in import stand_in_class
+from ..ops import _check
 from ..stack import FusedStack, LoopedBlocks, LoopOwner, OneCall
 from .folding import fold_batchnorm
 from .nothing import nothing_fuses
 from .patches import fuse_patches
+from .quantizing import quantize_weights
 from .rules import FUSED_INSIDE, can_fuse, loop_of, reset, rule_of
 
 LARGE = 2**22  # bytes of a module's weights from which on freed ones are worth a system call
@@ -72,6 +74,7 @@ def fuse(
     strict: bool = False,
     inplace: bool = False,
     keep_unpacked: bool = True,
+    quantize: str = "none",
 ) -> nn.Module:
     """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
 
@@ -95,6 +98,9 @@ def fuse(
         keep_unpacked: False frees the plain weights once they are packed for the CPU kernels (≤ 1.15x instead of
             ≤ 2.1x the weights): state_dict unpacks them, load_state_dict and assigned parameters are packed; training,
             and whatever else reads or writes a freed weight, raises.
+        quantize: "int8": products of FFNs and attention's projections in whole numbers, weights per output channel,
+            tokens per token and call, so no data is needed beforehand; the rest stays in the model's dtype
+            (docs/int8.md). Not exact, not differentiable; gated FFNs and patches keep their floats.
 
     Returns:
         The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,
@@ -106,13 +112,16 @@ def fuse(
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
             was skipped (each named with its reason).
         UserWarning: nothing was fused; or inference mode is on, in which no parameter that can be trained is made.
-        ValueError: an unknown backend or dtype; a folded weight is not finite; weights are on the meta device or
-            sharded; the model cannot be copied.
+        ValueError: an unknown backend, dtype or form of quantize; float64 with "int8"; a folded weight is not finite;
+            weights are on the meta device or sharded; the model cannot be copied.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, wanted a floating dtype such as torch.bfloat16")
+    _check.form_of_quantize(quantize)
+    if quantize != "none" and backend == "triton":
+        raise ValueError(f"quantize: {quantize!r} has no Triton kernel; take backend='auto', the formula on a GPU")
     if (reason := why_unavailable(backend)) is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
 
@@ -124,7 +133,12 @@ def fuse(
         if rule is None or can_fuse(module) is not None or not wanted(module, name):
             return module
         made = rule.fold(module, backend)
-        if isinstance(made, PartialGELUFFN) and backend != "reference" and dtype in (None, torch.float32):
+        if (
+            isinstance(made, PartialGELUFFN)
+            and quantize == "none"
+            and backend != "reference"
+            and dtype in (None, torch.float32)
+        ):
             made.take_out_shortcut()
         return made
 
@@ -143,7 +157,11 @@ def fuse(
 
     def finished(module: nn.Module) -> None:
         """Cast and pack a module as soon as it stands, so that no more than one block has its weights twice."""
-        if not isinstance(module, PackedWeights) or device is not None:
+        if not isinstance(module, PackedWeights):
+            return
+        if quantize != "none":
+            quantize_weights(module, quantize)
+        if device is not None:
             return
         if dtype is not None:
             _cast(module, dtype)

@@ -63,6 +63,7 @@ class PackedWeights(nn.Module):
     operator: ClassVar[str]
     packed_names: ClassVar[tuple[str, ...]]
     backend: backends.Backend
+    quantize: str = "none"  # the form of the packed copy: of the weights' own dtype, or "int8"
     _copy: Copy
 
     def __init__(self) -> None:
@@ -193,7 +194,7 @@ class PackedWeights(nn.Module):
         """What the packed copy was made of; nothing where there is none to make."""
         if not self._packable():
             return ()
-        return tuple(map(_state, self.sources()))
+        return (self.quantize, *map(_state, self.sources()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeights:
         dropped = self._restore()

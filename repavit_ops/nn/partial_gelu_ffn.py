@@ -50,6 +50,7 @@ class PartialGELUFFN(PackedWeights):
         residual: add x (when the shortcut is not folded into w_merged).
         norm: "layer" or "rms" (RMSNorm): the core that ``norm_eps`` asks for.
         approximate: form of GELU: "none" (erf), "tanh" or "quick" (``x sigmoid(1.702 x)``).
+        quantize: "int8": the packed copy, z and H in whole numbers; the plain weights stay what they are.
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -57,7 +58,7 @@ class PartialGELUFFN(PackedWeights):
     """
 
     operator = "partial_gelu_ffn"
-    norm = "layer"  # of older pickles
+    norm, quantize = "layer", "none"  # of older pickles
     packed_names = ("w_in", "w_out", "w_merged")
 
     def __init__(
@@ -71,6 +72,7 @@ class PartialGELUFFN(PackedWeights):
         approximate: str = "none",
         *,
         norm: str = "layer",
+        quantize: str = "none",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -80,8 +82,10 @@ class PartialGELUFFN(PackedWeights):
             raise ValueError(f"dim, act_channels: got {dim}, {act_channels}, wanted numbers >= 0")
         _check.gelu_form(approximate)
         _check.norm(norm_eps, norm)
+        _check.form_of_quantize(quantize)
         self.dim, self.act_channels = dim, act_channels
         self.norm_eps, self.residual, self.approximate, self.norm = norm_eps, residual, approximate, norm
+        self.quantize = quantize
         self.backend = backend
         self.hidden: int | None = None  # ρC of the training form it was merged from, where that is known
 
@@ -180,7 +184,7 @@ class PartialGELUFFN(PackedWeights):
         return self.w_merged is not None and self.norm_eps is None
 
     def pack(self, *weights: Tensor | None) -> Tensor:
-        return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights)
+        return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights, quantize=self.quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_proxy(x):
@@ -210,13 +214,14 @@ class PartialGELUFFN(PackedWeights):
             "residual": self.residual,
             "approximate": self.approximate,
             "norm": self.norm,
+            "quantize": self.quantize,
         }
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, act_channels={self.act_channels}, bias={self.bias is not None}, "
             f"merged={self.w_merged is not None}, norm_eps={self.norm_eps}, residual={self.residual}, "
-            f"approximate={self.approximate!r}, backend={self.backend!r}"
+            f"approximate={self.approximate!r}, quantize={self.quantize!r}, backend={self.backend!r}"
         )
 
 

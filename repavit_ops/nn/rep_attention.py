@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..ops import _check
 from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
@@ -44,6 +45,7 @@ class RepAttention(PackedWeights):
         qk_norm_eps: variance offset of QK-norm, a norm of each head's q and k; None for none.
         qk_norm: "layer" or "rms".
         rotary_layout: which channels the rotary embedding pairs: "half" or "interleaved".
+        quantize: "int8": the packed copy, z and o in whole numbers; the plain weights stay what they are.
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -51,7 +53,7 @@ class RepAttention(PackedWeights):
     """
 
     operator = "rep_attention"
-    norm, qk_norm_eps, qk_norm, rotary_layout = "layer", None, "layer", "half"  # of older pickles
+    norm, qk_norm_eps, qk_norm, rotary_layout, quantize = "layer", None, "layer", "half", "none"  # of older pickles
     packed_names = ("w_qkv", "w_proj")
 
     def __init__(
@@ -70,6 +72,7 @@ class RepAttention(PackedWeights):
         qk_norm_eps: float | None = None,
         qk_norm: str = "layer",
         rotary_layout: str = "half",
+        quantize: str = "none",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,6 +86,8 @@ class RepAttention(PackedWeights):
         self.scale = self.d_qk**-0.5 if scale is None else scale
         self.norm_eps, self.residual, self.norm = norm_eps, residual, norm
         self.qk_norm_eps, self.qk_norm, self.rotary_layout = qk_norm_eps, qk_norm, rotary_layout
+        _check.form_of_quantize(quantize)
+        self.quantize = quantize
         self.backend = backend
         dim_out = dim if dim_out is None else dim_out
         width = num_heads * (2 * self.d_qk + self.d_v)
@@ -108,7 +113,9 @@ class RepAttention(PackedWeights):
                     affine.copy_(torch.tensor([[1.0], [0.0]]).expand_as(affine))
 
     def pack(self, *weights: Tensor | None) -> Tensor:
-        return torch.ops.repavit_ops.rep_attention_pack(*weights, num_heads=self.num_heads, d_qk=self.d_qk)
+        return torch.ops.repavit_ops.rep_attention_pack(
+            *weights, num_heads=self.num_heads, d_qk=self.d_qk, quantize=self.quantize
+        )
 
     def forward(
         self, x: Tensor, attn_bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
@@ -156,10 +163,12 @@ class RepAttention(PackedWeights):
             "qk_norm_eps": self.qk_norm_eps,
             "qk_norm": self.qk_norm,
             "rotary_layout": self.rotary_layout,
+            "quantize": self.quantize,
         }
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, d_qk={self.d_qk}, d_v={self.d_v}, scale={self.scale:.6g}, "
-            f"norm_eps={self.norm_eps}, residual={self.residual}, backend={self.backend!r}"
+            f"norm_eps={self.norm_eps}, residual={self.residual}, quantize={self.quantize!r}, "
+            f"backend={self.backend!r}"
         )

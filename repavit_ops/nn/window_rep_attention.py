@@ -58,6 +58,7 @@ class WindowRepAttention(RepAttention):
         roll_first: bool = False,
         static_shift: bool = False,
         shift_by_axis: bool = False,
+        quantize: str = "none",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,6 +74,7 @@ class WindowRepAttention(RepAttention):
             norm_eps=norm_eps,
             residual=residual,
             norm=norm,
+            quantize=quantize,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -121,6 +123,7 @@ class WindowRepAttention(RepAttention):
             "residual": self.residual,
             "norm": self.norm,
             "roll_first": self.roll_first,
+            "quantize": self.quantize,
         }
 
     def _by_axis(self) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..stack_plan import GATES, GELU_FORMS, NORMS, ROTARY_LAYOUTS
+from .. import backends, reference_int8
+from ..stack_plan import GATES, GELU_FORMS, NORMS, QUANTIZED, ROTARY_LAYOUTS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -101,6 +101,31 @@ def qk_norm(eps: float | None, form: str, q_norm: Tensor | None, k_norm: Tensor 
             )
         if affine is not None:
             shape(name, affine, 2, d_qk)
+
+
+def form_of_quantize(quantize: str) -> None:
+    """Raise ValueError unless ``quantize`` names a form of weights."""
+    if quantize not in QUANTIZED:
+        raise ValueError(f"quantize: got {quantize!r}, wanted 'none' or 'int8'")
+
+
+def quantized(x: Tensor, quantize: str, backend: str, *weights: Tensor | None) -> None:
+    """Raise ValueError unless ``quantize`` names a form that these weights and tokens have, here."""
+    form_of_quantize(quantize)
+    if quantize == "none":
+        return
+    if x.dtype == torch.float64:
+        raise ValueError(
+            "quantize: 'int8' is for float32, bfloat16 and float16, got float64; convert with .float(), or 'none'"
+        )
+    deepest = max(w.shape[1] for w in weights if w is not None)
+    if deepest > reference_int8.DEPTH:
+        raise ValueError(
+            f"quantize: got weights of {deepest} inputs, wanted at most {reference_int8.DEPTH}, whose sums int32 "
+            "holds; leave these at 'none'"
+        )
+    if backend == "triton":
+        raise ValueError("quantize: 'int8' has no Triton kernel; take backend 'auto', the formula on a GPU, or 'none'")
 
 
 def gate_form(activation: str) -> None:

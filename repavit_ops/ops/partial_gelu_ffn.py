@@ -24,6 +24,7 @@ def partial_gelu_ffn(
     residual: bool = False,
     approximate: str = "none",
     norm: str = "layer",
+    quantize: str = "none",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -44,6 +45,8 @@ def partial_gelu_ffn(
         approximate: "none" (erf), "tanh", or "quick": ``x sigmoid(1.702 x)``, which OpenAI trained CLIP with. In every
             form +inf gives +inf and -inf gives NaN (-inf · 0), as the formula has it.
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
+        quantize: "int8": weights as whole numbers per output channel, z and H per token and call, products in int32,
+            all else in fp32 (:mod:`repavit_ops.reference_int8`). Not differentiable, not for fp64.
         packed: the weights packed by :meth:`PartialGELUFFN.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -53,7 +56,7 @@ def partial_gelu_ffn(
     """
     weights = (w_in, b_in, w_out, w_merged, bias)
     operator = torch.ops.repavit_ops.partial_gelu_ffn
-    static: dict[str, Any] = {"residual": residual, "approximate": approximate, "norm": norm}
+    static: dict[str, Any] = {"residual": residual, "approximate": approximate, "norm": norm, "quantize": quantize}
     if (y := _direct.call(operator, backend, norm_eps, (x, *weights, packed), **static)) is not None:
         return y
     if x.dim() < 1 or w_in.dim() != 2:
@@ -70,6 +73,7 @@ def partial_gelu_ffn(
         _check.shape("bias", bias, c)
     _check.gelu_form(approximate)
     _check.norm(norm_eps, norm)
+    _check.quantized(x, quantize, backend, w_in, w_out, w_merged)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 

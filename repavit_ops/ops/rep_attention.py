@@ -33,6 +33,7 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    quantize: str = "none",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -74,6 +75,8 @@ def rep_attention(
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         qk_norm: "layer" or "rms", as ``norm``.
         rotary_layout: pairs are (i, i + width / 2) of "half" (DINOv3), (2 i, 2 i + 1) of "interleaved" (EVA02).
+        quantize: "int8": weights as whole numbers per output channel, z and o per token and call; q kᵀ, softmax and the
+            product with v stay in floats (:mod:`repavit_ops.reference_int8`). Not differentiable, not for fp64.
         packed: the weights packed by :meth:`RepAttention.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -92,6 +95,7 @@ def rep_attention(
         "qk_norm_eps": qk_norm_eps,
         "qk_norm": qk_norm,
         "rotary_layout": rotary_layout,
+        "quantize": quantize,
     }
     if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
         return y
@@ -108,6 +112,7 @@ def rep_attention(
     _check.rotary(x, rotary_cos, rotary_sin, rotary_layout, num_heads, d_qk)
     _check.qk_norm(qk_norm_eps, qk_norm, q_norm, k_norm, d_qk)
     _check.norm(norm_eps, norm)
+    _check.quantized(x, quantize, backend, w_qkv, w_proj)
     _check.same_kind(
         x,
         w_qkv=w_qkv,

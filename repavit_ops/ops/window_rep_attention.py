@@ -29,6 +29,7 @@ def window_rep_attention(
     residual: bool = False,
     norm: str = "layer",
     roll_first: bool = False,
+    quantize: str = "none",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -54,6 +55,8 @@ def window_rep_attention(
         residual: add x (needs C_out = C).
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         roll_first: roll before padding, as timm does; False pads first, as Swin's detection code does.
+        quantize: "int8": weights as whole numbers per output channel, z and o per token and call; q kᵀ, softmax and the
+            product with v stay in floats (:mod:`repavit_ops.reference_int8`). Not differentiable, not for fp64.
         packed: the weights packed by :meth:`WindowRepAttention.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -71,6 +74,7 @@ def window_rep_attention(
         "residual": residual,
         "norm": norm,
         "roll_first": roll_first,
+        "quantize": quantize,
     }
     operator = torch.ops.repavit_ops.window_rep_attention
     if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
@@ -95,6 +99,7 @@ def window_rep_attention(
     if residual and w_proj.shape[0] != x.shape[3]:
         raise ValueError(f"residual: x has {x.shape[3]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     _check.norm(norm_eps, norm)
+    _check.quantized(x, quantize, backend, w_qkv, w_proj)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
     _check.packed(x, packed)
 

@@ -1,0 +1,277 @@
+// C = epilogue(sum over segments of A Bᵀ) for quantized rows and panels of int8_t: whole numbers until a segment ends.
+//
+// A segment's sums are exact. They become floats once, when the segment is done,
+//     (sum · scale of the row + offset · sum of the column) · scale of the column,
+// and floats of several segments add up: rows that were scaled differently, as H and z of an FFN, need no common unit, and
+// no ratio of scales can overflow. The epilogue is handed floats, as from gemm().
+#pragma once
+
+#include "arena.h"
+#include "gemm-inl.h"
+#include "quantize_rows-inl.h"
+
+namespace repavit {
+namespace REPAVIT_ISA {
+
+// Bytes of one panel over the given depth.
+REPAVIT_INLINE ptrdiff_t int8_panel_bytes(ptrdiff_t depth) {
+  return static_cast<ptrdiff_t>(sizeof(Int8Columns)) + groups_of<int8_t>(depth) * kInterleave<int8_t> * kPanelColumns;
+}
+
+// One left operand: rows of `depth` whole numbers q, row r at data + r * stride, each meaning scale[r] (q - zero) + offset.
+template <class O>
+struct Int8Rows {
+  const O* data;
+  ptrdiff_t stride;
+  ptrdiff_t depth;
+  const float* scale;
+  int32_t zero;
+  float offset;
+
+  Int8Rows from(ptrdiff_t row, ptrdiff_t k) const { return {data + row * stride + k, stride, depth, scale + row, zero, offset}; }
+};
+
+// The numbers that stand on top of a panel, for the columns of one tile.
+template <int kVectors>
+struct Int8Head {
+  using I = Simd<int32_t>;
+  using F = Simd<float>;
+  const Int8Columns* columns;
+  ptrdiff_t first;  // of the panel's columns
+
+  REPAVIT_INLINE I::V start(int v, int32_t zero) const {
+    return I::broadcast(-zero) * I::load(columns->sum + first + v * I::kLanes);
+  }
+  REPAVIT_INLINE F::V scale(int v) const { return F::load(columns->scale + first + v * F::kLanes); }
+  REPAVIT_INLINE F::V shift(int v, float offset) const {
+    return F::broadcast(offset) * I::to_float(I::load(columns->sum + first + v * I::kLanes));
+  }
+};
+
+// Which segment a tile is at: the first starts the floats, the last hands them to the epilogue.
+struct SegmentPlace {
+  bool first, last;
+};
+
+// The end of a segment: floats of one tile go to the epilogue, or to `totals` until the next segment is done.
+template <int kRows, int kVectors, class Epilogue>
+REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kVectors], const Int8Head<kVectors>& head,
+                                   const float* row_scale, float offset, SegmentPlace place, float* totals, ptrdiff_t row,
+                                   ptrdiff_t col, int valid, const Epilogue& epilogue) {
+  using I = Simd<int32_t>;
+  using F = Simd<float>;
+  F::V scale[kVectors], shift[kVectors];
+  REPAVIT_UNROLL
+  for (int v = 0; v < kVectors; ++v) scale[v] = head.scale(v), shift[v] = head.shift(v, offset);
+  REPAVIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const F::V by = F::broadcast(row_scale[r]);
+    F::V values[kVectors];
+    REPAVIT_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = F::fma(I::to_float(sums[r][v]), by, shift[v]) * scale[v];
+      if (!place.first) values[v] += F::load(totals + (r * kVectors + v) * F::kLanes);
+      if (!place.last) F::store(totals + (r * kVectors + v) * F::kLanes, values[v]);
+    }
+    if (place.last) epilogue(row + r, col, values, valid);
+  }
+}
+
+// ---- Rows of bytes meet panels as they are ---------------------------------------------------------------------------
+
+#if REPAVIT_ISA_LEVEL >= 1
+
+template <int kRows, class Epilogue>
+__attribute__((noinline)) void run_int8_tile(const Int8Rows<uint8_t>* segments, int count, const char* panel, ptrdiff_t row,
+                                             ptrdiff_t col, ptrdiff_t first, int valid, const Epilogue& epilogue) {
+  using TileOf = Tile<int8_t, kRows, kTileVectors>;
+  constexpr int kBytes = kTileVectors * TileOf::S::kLanes * kInterleave<int8_t>;
+  alignas(64) float storage[kRows * kTileVectors * TileOf::S::kLanes];
+  float* totals = storage;
+  __asm__("" : "+r"(totals));
+  const auto ahead = [](const int8_t* b, int left) __attribute__((always_inline)) {
+    FetchPanel().ahead_of<kBytes>(b, left);
+  };
+  for (int s = 0; s < count; ++s) {
+    const Int8Rows<uint8_t> rows = segments[s].from(row, 0);
+    const Int8Head<kTileVectors> head{reinterpret_cast<const Int8Columns*>(panel), first};
+    const auto* numbers = reinterpret_cast<const int8_t*>(panel + sizeof(Int8Columns)) + first * kInterleave<int8_t>;
+    TileOf tile;
+    REPAVIT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      const auto start = head.start(v, rows.zero);
+      REPAVIT_UNROLL
+      for (int r = 0; r < kRows; ++r) tile.acc[r][v] = start;
+    }
+    tile.template accumulate<kPanelColumns * kInterleave<int8_t>>({rows.data, rows.stride, rows.depth}, numbers, ahead);
+    finish_segment(tile.acc, head, rows.scale, rows.offset, {s == 0, s + 1 == count}, totals, row, col, valid, epilogue);
+    panel += int8_panel_bytes(rows.depth);
+  }
+}
+
+template <int kMaxRows, class Epilogue>
+REPAVIT_INLINE void choose_int8_rows(int height, const Int8Rows<uint8_t>* segments, int count, const char* panel,
+                                     ptrdiff_t row, ptrdiff_t col, ptrdiff_t first, int valid, const Epilogue& epilogue) {
+  if (height == kMaxRows) return run_int8_tile<kMaxRows>(segments, count, panel, row, col, first, valid, epilogue);
+  if constexpr (kMaxRows > 1) {
+    choose_int8_rows<kMaxRows - 1>(height, segments, count, panel, row, col, first, valid, epilogue);
+  }
+}
+
+// gemm_int8: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` >= 1 segments stacked in the same panels, which stand
+// panel_stride bytes apart. Epilogue as in gemm(); lanes from `valid` on are rubbish.
+template <class Epilogue>
+void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, const int8_t* panels, ptrdiff_t panel_stride,
+               ptrdiff_t columns, const Epilogue& epilogue) {
+  constexpr ptrdiff_t kWide = kTileVectors * Simd<int32_t>::kLanes;
+  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
+    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kWide) {
+      const ptrdiff_t col = panel + first;
+      for (ptrdiff_t t = 0; t < tiles; ++t) {
+        const ptrdiff_t row = rows * t / tiles;
+        choose_int8_rows<kTileRows>(static_cast<int>(rows * (t + 1) / tiles - row), segments, count,
+                                    reinterpret_cast<const char*>(panels), row, col, first,
+                                    static_cast<int>(least(columns - col, kWide)), epilogue);
+      }
+    }
+  }
+}
+
+#endif
+
+// ---- Rows of int16_t meet a chunk of a panel that was widened into L1 ------------------------------------------------
+
+#if REPAVIT_ISA_LEVEL <= 1
+
+constexpr ptrdiff_t kInt8Chunk = 512;  // k at a time: with 16 columns 16 KiB once widened
+
+// Columns [first, first + kWide) of groups of four k from b on, as pairs of k: chunk [depth / 2][kWide][2].
+REPAVIT_INLINE void widen_chunk(const int8_t* b, ptrdiff_t groups, int16_t* chunk) {
+  constexpr int kLanes = Simd<int32_t>::kLanes, kRow = 2 * kTileVectors * kLanes;
+  for (ptrdiff_t g = 0; g < groups; ++g, b += kPanelColumns * kInterleave<int8_t>, chunk += 2 * kRow) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Simd<int32_t>::V quads;
+      __builtin_memcpy(&quads, b + v * kLanes * kInterleave<int8_t>, sizeof(quads));
+      // bytes 0 and 1 of each lane, then 2 and 3, as two 16-bit numbers with their signs
+      const auto pair = [&](int shift) __attribute__((always_inline)) {
+        const auto low = quads << (24 - shift) >> 24, high = quads << (16 - shift) >> 24;
+        return (low & 0xffff) | high << 16;
+      };
+      const auto even = pair(0), odd = pair(16);
+      __builtin_memcpy(chunk + v * 2 * kLanes, &even, sizeof(even));
+      __builtin_memcpy(chunk + kRow + v * 2 * kLanes, &odd, sizeof(odd));
+    }
+  }
+}
+
+// What is kept of a strip between chunks (whole numbers) and segments (floats): [columns][rows], a tile's together.
+struct Int8Sums {
+  int32_t* sums;
+  float* totals;
+};
+
+// Where in a segment a chunk is: the first starts the sums, the last ends the segment.
+struct Int8Place {
+  bool first, last;
+  SegmentPlace segment;
+};
+
+struct NoFetch {
+  template <class B>
+  REPAVIT_INLINE void operator()(const B*, int) const {}
+};
+
+template <int kRows, class Epilogue>
+__attribute__((noinline)) void run_int8_chunk(const Int8Rows<int16_t>& rows, const int16_t* chunk,
+                                              const Int8Head<kTileVectors>& head, Int8Sums at, Int8Place place,
+                                              ptrdiff_t row, ptrdiff_t col, int valid, const Epilogue& epilogue) {
+  using TileOf = Tile<int16_t, kRows, kTileVectors>;
+  using I = Simd<int32_t>;
+  TileOf tile;
+  REPAVIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    REPAVIT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      tile.acc[r][v] = place.first ? head.start(v, rows.zero) : I::load(at.sums + (r * kTileVectors + v) * I::kLanes);
+    }
+  }
+  const NoFetch fetch;
+  tile.template accumulate<2 * kTileVectors * I::kLanes>({rows.data, rows.stride, rows.depth}, chunk, fetch);
+  if (place.last) {
+    return finish_segment(tile.acc, head, rows.scale, rows.offset, place.segment, at.totals, row, col, valid, epilogue);
+  }
+  REPAVIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    REPAVIT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) I::store(at.sums + (r * kTileVectors + v) * I::kLanes, tile.acc[r][v]);
+  }
+}
+
+template <int kMaxRows, class Epilogue>
+REPAVIT_INLINE void choose_int8_chunk(int height, const Int8Rows<int16_t>& rows, const int16_t* chunk,
+                                      const Int8Head<kTileVectors>& head, Int8Sums at, Int8Place place, ptrdiff_t row,
+                                      ptrdiff_t col, int valid, const Epilogue& epilogue) {
+  if (height == kMaxRows) return run_int8_chunk<kMaxRows>(rows, chunk, head, at, place, row, col, valid, epilogue);
+  if constexpr (kMaxRows > 1) {
+    choose_int8_chunk<kMaxRows - 1>(height, rows, chunk, head, at, place, row, col, valid, epilogue);
+  }
+}
+
+// One chunk of a segment, of all columns: `rows` is the strip's part of it, `offset` where the segment's part of a panel
+// starts, `done` how many of its k were before.
+template <class Epilogue>
+void run_int8_columns(const Int8Rows<int16_t>& rows, ptrdiff_t begin, ptrdiff_t height, const int8_t* panels,
+                      ptrdiff_t panel_stride, ptrdiff_t offset, ptrdiff_t done, ptrdiff_t columns, Int8Sums sums,
+                      Int8Place place, const Epilogue& epilogue) {
+  constexpr ptrdiff_t kWide = kTileVectors * Simd<int32_t>::kLanes;
+  alignas(64) int16_t chunk[kInt8Chunk * kWide];
+  const ptrdiff_t tiles = (height + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
+    const int8_t* const part = panels + offset;
+    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kWide) {
+      const Int8Head<kTileVectors> head{reinterpret_cast<const Int8Columns*>(part), first};
+      widen_chunk(part + sizeof(Int8Columns) + done * kPanelColumns + first * kInterleave<int8_t>,
+                  groups_of<int8_t>(rows.depth), chunk);
+      const ptrdiff_t col = panel + first;
+      const int valid = static_cast<int>(least(columns - col, kWide));
+      for (ptrdiff_t t = 0; t < tiles; ++t) {
+        const ptrdiff_t row = height * t / tiles, at = col * height + row * kWide;
+        choose_int8_chunk<kTileRows>(static_cast<int>(height * (t + 1) / tiles - row), rows.from(row, 0), chunk, head,
+                                     {sums.sums + at, sums.totals + at}, place, begin + row, col, valid, epilogue);
+      }
+    }
+  }
+}
+
+template <class Epilogue>
+void gemm_int8(const Int8Rows<int16_t>* segments, int count, ptrdiff_t rows, const int8_t* panels, ptrdiff_t panel_stride,
+               ptrdiff_t columns, const Epilogue& epilogue) {
+  if (rows == 0 || columns == 0) return;
+  bool chunks = false;
+  for (int s = 0; s < count; ++s) chunks |= segments[s].depth > kInt8Chunk;
+  const ptrdiff_t strips = (rows + kStripRows - 1) / kStripRows, tallest = (rows + strips - 1) / strips;
+  const size_t numbers = static_cast<size_t>(tallest * whole_panels(columns));
+  const size_t sum_bytes = chunks ? sizeof(int32_t) * numbers : 0, total_bytes = count > 1 ? sizeof(float) * numbers : 0;
+  char* const memory = static_cast<char*>(product_arena(sum_bytes + total_bytes));
+  const Int8Sums sums{reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + sum_bytes)};
+  for (ptrdiff_t strip = 0; strip < strips; ++strip) {
+    const ptrdiff_t begin = rows * strip / strips, height = rows * (strip + 1) / strips - begin;
+    ptrdiff_t offset = 0;
+    for (int s = 0; s < count; ++s) {
+      const ptrdiff_t depth = segments[s].depth;
+      for (ptrdiff_t k = 0; k == 0 || k < depth; k += kInt8Chunk) {
+        Int8Rows<int16_t> part = segments[s].from(begin, k);
+        part.depth = least(kInt8Chunk, depth - k);
+        const Int8Place place{k == 0, k + part.depth == depth, {s == 0, s + 1 == count}};
+        run_int8_columns(part, begin, height, panels, panel_stride, offset, k, columns, sums, place, epilogue);
+      }
+      offset += int8_panel_bytes(depth);
+    }
+  }
+}
+
+#endif
+
+}  // namespace REPAVIT_ISA
+}  // namespace repavit
