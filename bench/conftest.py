@@ -66,6 +66,9 @@ def pytest_terminal_summary(terminalreporter):
         rate = f" {row['gflops']:7.1f} GFLOP/s" if "gflops" in row else ""
         line = f"{row['case']:<34} {row['dtype']:<9}{rate}{share}  best peer {row['ratio']:.2f}x"
         terminalreporter.write_line(f"{line}  ({peers})")
+        if "cosines" in row:
+            cosines = "  ".join(f"{name} {value:.5f}" for name, value in row["cosines"].items())
+            terminalreporter.write_line(f"{'':<34} cosine with float64: {cosines}")
     for dtype in dict.fromkeys(row["dtype"] for row in ROWS):
         ratios = [row["ratio"] for row in ROWS if row["dtype"] == dtype]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

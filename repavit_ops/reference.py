@@ -104,12 +104,12 @@ def _partial_gelu_ffn_int8(
     """The same behind the norm on quantized weights, z and H quantized too (:mod:`repavit_ops.reference_int8`)."""
     int8 = reference_int8
     int8.refuse_derivatives(z, w_in, b_in, w_out, w_merged, bias)
-    rows = int8.symmetric(z, int8.ZERO)
-    h = int8.product(rows, int8.symmetric(int8.widened(w_in), 0))
+    rows = int8.rows(z)
+    h = int8.product(rows, int8.weights(int8.widened(w_in)))
     h = gelu(h if b_in is None else h + b_in, approximate)
-    y = int8.product(int8.from_lowest(h, int8.LOWEST_GELU), int8.symmetric(int8.widened(w_out), 0))
+    y = int8.product(int8.rows(h), int8.weights(int8.widened(w_out)))
     if w_merged is not None:
-        y = y + int8.product(rows, int8.symmetric(int8.widened(w_merged), 0))
+        y = y + int8.product(rows, int8.weights(int8.widened(w_merged)))
     return y if bias is None else y + bias
 
 

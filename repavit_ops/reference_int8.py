@@ -3,17 +3,18 @@
 Sums of whole numbers are exact, so they are the same on every machine; so are the scales, which come from one row's
 own numbers: a token's result does not depend on those beside it.
 
-    weights      w[n] ≈ s_n q,  q from -127 to 127,  s_n = max |w[n]| / 127                  per output channel
-    tokens       x[t] ≈ s_t (q - 128),  q from 1 to 255,  s_t = max |x[t]| / 127             per token and call
-    activations  h[t] ≈ s_t q + LOWEST_GELU,  q from 0 to 255,  s_t = (max h[t] - LOWEST_GELU) / 255
+    weights  w[n] ≈ s_n q,        q from -127 to 127,  s_n = max |w[n]| / 127                      per output channel
+    rows     x[t] ≈ s_t q + o_t,  q from 0 to 255,     s_t = (max x[t] - o_t) / 255, o_t = min x[t]         per token
 
-Rounding is to nearest, ties to even. A row of zeros has scale 0; one that holds a NaN or an infinity has scale NaN, and
-so has what comes of it. Everything else (norms, biases, activation, softmax, shortcut) is in float32.
+Rows are what meets the weights: tokens behind their norm, activations, what attention returns. Rounding is to nearest,
+ties to even. A row of one number has scale 0; one that holds a NaN or an infinity has scale NaN, and so has what comes
+of it. Everything else (norms, biases, activation, softmax, shortcut) is in float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,56 +22,54 @@ from torch import Tensor
 
 from . import backends
 
-LOWEST_GELU = -0.171  # below every form of GELU: their minima are -0.16997 (erf), -0.17004 (tanh) and -0.16361 (quick)
-ZERO = 128  # q of 0 in a token
-TINY = 1e-30  # rows of no number above it count as zero
-DEPTH = (2**31 - 1) // ((255 + 128) * 127)  # inputs of a weight, whose sums int32 holds (csrc/cpu/kernels.h)
+TINY = 1e-30  # a row whose numbers span less is one number; weights of no greater magnitude are zero
+DEPTH = (2**31 - 1) // (255 * 127)  # inputs of a weight, whose sums int32 holds (csrc/cpu/kernels.h)
 
 
-class Rows(NamedTuple):
-    """Rows of whole numbers and what they stand for: ``scale (q - zero) + lowest``.
+class Quantized(NamedTuple):
+    """Rows of whole numbers and what they stand for: ``scale · q + offset``.
 
     Shapes:
-        q      [..., K]  whole numbers, in floats
-        scale  [..., 1]
+        q              [..., K]  whole numbers, in floats
+        scale, offset  [..., 1]
     """
 
     q: Tensor
     scale: Tensor
-    zero: int = 0
-    lowest: float = 0.0
+    offset: Tensor
 
 
-def symmetric(x: Tensor, zero: int) -> Rows:
-    """Rows [..., K] quantized about 0: weights with ``zero`` 0, tokens with :data:`ZERO`."""
-    most = _most(x.abs(), 0.0)
+def weights(w: Tensor) -> Quantized:
+    """Weights [N, K] about 0, each row with a scale of its own."""
+    most = _extreme(w.abs(), torch.amax)
     used = most >= TINY
-    scale = torch.where(used, most / 127, torch.where(most < TINY, torch.zeros_like(most), math.nan))
-    factor = torch.where(used & most.isfinite(), 127 / most, 0.0)
-    return Rows(_whole(x * factor) + zero, torch.where(most.isfinite(), scale, math.nan), zero)
+    factor = torch.where(used, 127 / most, 0.0)
+    scale = torch.where(used, most / 127, most * 0)  # NaN stays
+    return Quantized(_whole(w * factor), scale, torch.zeros_like(scale))
 
 
-def from_lowest(h: Tensor, lowest: float) -> Rows:
-    """Rows [..., K] quantized from a value on that none is below."""
-    spread = _most(h, 0.0) - lowest
-    finite = spread.isfinite()
-    factor = torch.where(finite, 255 / spread, 0.0)
-    return Rows(_whole((h - lowest) * factor), torch.where(finite, spread / 255, math.nan), 0, lowest)
+def rows(x: Tensor) -> Quantized:
+    """Rows [..., K], each from its least number to its greatest."""
+    least = _extreme(x, torch.amin)
+    span = _extreme(x, torch.amax) - least
+    used = span.isfinite() & (span >= TINY)
+    factor = torch.where(used, 255 / span, 0.0)
+    scale = torch.where(used, span / 255, torch.where(span < TINY, 0.0, math.nan))
+    return Quantized(_whole((x - least) * factor), scale, torch.where(scale.isnan(), 0.0, least))
 
 
-def product(rows: Rows, w: Rows) -> Tensor:
+def product(x: Quantized, w: Quantized) -> Tensor:
     """``x Wᵀ`` of quantized rows [..., K] and weights [N, K], the sums exact: [..., N]."""
     wide = torch.float64  # holds every sum of fewer than 2**38 such products; integers have no product on a GPU
-    sums = (rows.q.to(wide) - rows.zero) @ w.q.to(wide).mT
-    columns = w.q.to(wide).sum(-1)
-    kind = rows.scale.dtype
-    return (sums.to(kind) * rows.scale + rows.lowest * columns.to(kind)) * w.scale.squeeze(-1)
+    sums, columns = x.q.to(wide) @ w.q.to(wide).mT, w.q.to(wide).sum(-1)
+    kind = x.scale.dtype
+    return (sums.to(kind) * x.scale + x.offset * columns.to(kind)) * w.scale.squeeze(-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` with both quantized, in float32 or wider."""
     refuse_derivatives(x, weight, bias)
-    y = product(symmetric(x, ZERO), symmetric(widened(weight), 0))
+    y = product(rows(x), weights(widened(weight)))
     return y if bias is None else y + bias
 
 
@@ -89,12 +88,11 @@ def refuse_derivatives(*tensors: Tensor | None) -> None:
         )
 
 
-def _most(x: Tensor, none: float) -> Tensor:
-    """The greatest of each row [..., 1]; NaN where one is a NaN or an infinity, ``none`` of no columns."""
+def _extreme(x: Tensor, of: Callable[..., Tensor]) -> Tensor:
+    """The least or greatest of each row [..., 1]; NaN where one is a NaN or an infinity, 0 of no columns."""
     if x.shape[-1] == 0:
-        return x.new_full((*x.shape[:-1], 1), none)
-    most = x.amax(-1, keepdim=True)
-    return torch.where(x.isfinite().all(-1, keepdim=True), most, math.nan)
+        return x.new_zeros((*x.shape[:-1], 1))
+    return torch.where(x.isfinite().all(-1, keepdim=True), of(x, -1, keepdim=True), math.nan)
 
 
 def _whole(x: Tensor) -> Tensor:

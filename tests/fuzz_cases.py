@@ -85,8 +85,9 @@ class Call:
 
     def pack(self) -> Tensor:
         """The packed weights that belong to these arguments."""
+        quantize = {"quantize": self.static.get("quantize", "none")}
         if self.name == "partial_gelu_ffn":
-            return OP.partial_gelu_ffn_pack(self.tensors[1], self.tensors[3], self.tensors[4])
+            return OP.partial_gelu_ffn_pack(self.tensors[1], self.tensors[3], self.tensors[4], **quantize)
         if self.name == "gated_ffn":
             return OP.gated_ffn_pack(*(self.tensors[i] for i in (1, 3, 5, 6)))
         if self.name == "patch_projection":
@@ -94,7 +95,8 @@ class Call:
         d_qk = self.static.get("d_qk")
         if d_qk is None:
             d_qk = (self.tensors[1].shape[0] - self.tensors[3].shape[1]) // (2 * self.static["num_heads"])
-        return OP.rep_attention_pack(self.tensors[1], self.tensors[3], num_heads=self.static["num_heads"], d_qk=d_qk)
+        heads = {"num_heads": self.static["num_heads"], "d_qk": d_qk}
+        return OP.rep_attention_pack(self.tensors[1], self.tensors[3], **heads, **quantize)
 
 
 def _is_dense(t: Any) -> bool:
@@ -258,14 +260,19 @@ KINDS = {
 }
 
 
+QUANTIZED = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")
+
+
 @st.composite
-def calls(draw: Any, name: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Call:
+def calls(draw: Any, name: str, dtypes: tuple[torch.dtype, ...] = DTYPES, quantize: str = "none") -> Call:
     """A call that must succeed, its tensors in layouts of all kinds, with packed weights or without."""
     dtype = draw(st.sampled_from(dtypes))
     call: Call = draw(KINDS[name](Numbers(draw(st.integers(0, 2**32)), dtype)))
     call.static["norm_eps"] = draw(st.sampled_from((None, 1e-6, 1e-5)))
     if name != "patch_projection":
         call.static["norm"] = draw(st.sampled_from(("layer", "rms")))
+    if name in QUANTIZED:
+        call.static["quantize"] = quantize
     if dtype != torch.float64 and draw(st.booleans()):
         call.packed = call.pack()
     call.tensors = [None if t is None else draw(laid_out(t)) for t in call.tensors]

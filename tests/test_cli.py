@@ -223,6 +223,16 @@ def test_verify_accepts_a_checkpoint_in_every_form(call, trained, form):
     assert ("fused" in out) == (form == "fused")
 
 
+def test_verify_of_int8_goes_by_the_cosine(call, trained):
+    status, out, _ = call("verify", trained, trained, *LOAD, "--form", "fused", "--quantize", "int8", "--batch", "2")
+    assert status == OK
+    assert "cosine" in out
+    assert "(at least 0.99)" in out
+    status, _, err = call("verify", trained, trained, *LOAD, "--quantize", "int8")
+    assert status != OK
+    assert "--form fused" in err
+
+
 @pytest.mark.parametrize("layout", ["native", "authors"])
 def test_verify_compares_a_training_checkpoint_with_what_it_was_converted_to(call, trained, tmp_path, layout):
     target = tmp_path / "deployed.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fuzz_cases import DTYPES, KINDS, Call, broken_calls, calls, fuzzing, require_message, steps
+from fuzz_cases import DTYPES, KINDS, QUANTIZED, Call, broken_calls, calls, fuzzing, require_message, steps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,6 +52,24 @@ def test_any_shape_layout_dtype_and_option(name):
         for ours in (call.run(), call.registered(), call.run("auto")):
             assert ours.dtype == call.tensors[0].dtype
             assert_as_good_as_eager(ours, eager, truth)
+        assert torch.equal(call.run(), call.run())
+
+    check()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_int8_of_any_shape_layout_dtype_and_option(name):
+    """The formula in whole numbers, up to numbers that lie between two of them."""
+
+    @fuzzing
+    @given(calls(name, DTYPES[:3], "int8"), THREADS)
+    def check(call, threads):
+        torch.set_num_threads(threads)
+        truth = call.truth()
+        for ours in (call.run(), call.registered(), call.run("auto")):
+            assert ours.dtype == truth.dtype
+            assert ours.shape == truth.shape
+            assert widest(ours.float() - truth.float()) <= 0.05 * (1 + widest(truth.float()))
         assert torch.equal(call.run(), call.run())
 
     check()

@@ -135,7 +135,6 @@ def test_rows_that_are_zero_huge_or_not_finite():
     y = ops.partial_gelu_ffn(x, *weights, quantize="int8")
     wanted = reference.partial_gelu_ffn(x, *weights, quantize="int8")
     assert y[1:3].isnan().all()
-    assert torch.equal(y[0], y[3])
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert torch.equal(y[5:], plain[5:])
     assert_same_numbers(y[[0, 3]], wanted[[0, 3]])
@@ -209,8 +208,8 @@ class TestPackedWeights:
         packed = torch.ops.repavit_ops.partial_gelu_ffn_pack(w_in, w_out, None, quantize="int8")
         back_in, back_out, _ = torch.ops.repavit_ops.partial_gelu_ffn_unpack(packed)
         for w, back in ((w_in, back_in), (w_out, back_out)):
-            rows = reference_int8.symmetric(w, 0)
-            assert torch.equal(back, rows.q * rows.scale)
+            used = reference_int8.weights(w)
+            assert torch.equal(back, used.q * used.scale)
         again = torch.ops.repavit_ops.partial_gelu_ffn_pack(back_in, back_out, None, quantize="int8")
         assert torch.equal(again[64:], packed[64:])  # behind the header, which tells of the weights
 

@@ -63,14 +63,14 @@ struct ProjectionToTokens {
 struct QuantizedScratch {
   ptrdiff_t stride;  // whole numbers, of at most two bytes
   float* row;        // one row before it is quantized
-  float* scale;      // [rows]
+  RowScale* scales;  // [rows]
   char* numbers;     // [rows, stride]
 
   // Of `channels`, and of `values` between the products; nothing where the weights are of another kind.
   QuantizedScratch(Carver& carver, bool wanted, ptrdiff_t rows, ptrdiff_t channels, ptrdiff_t values)
       : stride(scratch_stride<int16_t>(channels > values ? channels : values)),
         row(carver.take<float>(wanted ? stride : 0)),
-        scale(carver.take<float>(wanted ? rows : 0)),
+        scales(carver.take<RowScale>(wanted ? rows : 0)),
         numbers(carver.take<char>(wanted ? rows * stride * static_cast<ptrdiff_t>(sizeof(int16_t)) : 0)) {}
 
   template <class O>
@@ -79,7 +79,7 @@ struct QuantizedScratch {
   }
   template <class O>
   Int8Rows<O> rows(ptrdiff_t depth) const {
-    return {at<O>(0), stride, depth, scale, kInt8Zero, 0.0f};
+    return {at<O>(0), stride, depth, scales};
   }
 };
 
@@ -174,8 +174,8 @@ void gather_input(const AttentionPlan<T>& plan, const Tokens<T>& at, AttentionSc
           O* const to = s.quantized.template at<O>(r);
           const T* x = at.x[r];
           if (x != nullptr) norm_row(x, s.quantized.row, channels, plan.args.norm, plan.args.norm_eps);
-          s.quantized.scale[r] =
-              x != nullptr ? quantize_symmetric(s.quantized.row, channels, to) : unquantized(to, channels, true);
+          for (ptrdiff_t k = 0; k < channels && x == nullptr; ++k) s.quantized.row[k] = 0.0f;
+          s.quantized.scales[r] = quantize_row(s.quantized.row, channels, to);
         }
       });
     }
@@ -333,7 +333,7 @@ void quantize_values(const AttentionPlan<T>& plan, ptrdiff_t rows, AttentionScra
     using O = decltype(operand);
     for (ptrdiff_t r = 0; r < rows; ++r) {
       convert_row(s.o + r * plan.o_stride, s.quantized.row, depth);
-      s.quantized.scale[r] = quantize_symmetric(s.quantized.row, depth, s.quantized.template at<O>(r));
+      s.quantized.scales[r] = quantize_row(s.quantized.row, depth, s.quantized.template at<O>(r));
     }
   });
 }

@@ -54,8 +54,8 @@ template <>
 struct Dot<int16_t> : GroupDot<int16_t, int16_t> {
   static REPAVIT_INLINE void accumulate(Factor& acc, Factor a, Factor b) {
 #if REPAVIT_ISA_LEVEL == 1
-    acc += (Factor)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-    __asm__("" : "+x"(acc));  // stays where it is: gcc 12 would add to the product's register and move
+    const Factor product = (Factor)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(product));  // in acc's register: gcc 12 would add to the other and move
 #elif defined(__SSE2__)
     typedef int16_t H __attribute__((vector_size(16)));
     acc += (Factor)__builtin_ia32_pmaddwd128((H)a, (H)b);

@@ -1,7 +1,7 @@
 // C = epilogue(sum over segments of A Bᵀ) for quantized rows and panels of int8_t: whole numbers until a segment ends.
 //
 // A segment's sums are exact. They become floats once, when the segment is done,
-//     (sum · scale of the row + offset · sum of the column) · scale of the column,
+//     (sum · scale of the row + offset of the row · sum of the column) · scale of the column,
 // and floats of several segments add up: rows that were scaled differently, as H and z of an FFN, need no common unit, and
 // no ratio of scales can overflow. The epilogue is handed floats, as from gemm().
 #pragma once
@@ -18,17 +18,15 @@ REPAVIT_INLINE ptrdiff_t int8_panel_bytes(ptrdiff_t depth) {
   return static_cast<ptrdiff_t>(sizeof(Int8Columns)) + groups_of<int8_t>(depth) * kInterleave<int8_t> * kPanelColumns;
 }
 
-// One left operand: rows of `depth` whole numbers q, row r at data + r * stride, each meaning scale[r] (q - zero) + offset.
+// One left operand: rows of `depth` whole numbers q, row r at data + r * stride, each meaning scale q + offset of its row.
 template <class O>
 struct Int8Rows {
   const O* data;
   ptrdiff_t stride;
   ptrdiff_t depth;
-  const float* scale;
-  int32_t zero;
-  float offset;
+  const RowScale* scales;
 
-  Int8Rows from(ptrdiff_t row, ptrdiff_t k) const { return {data + row * stride + k, stride, depth, scale + row, zero, offset}; }
+  Int8Rows from(ptrdiff_t row, ptrdiff_t k) const { return {data + row * stride + k, stride, depth, scales + row}; }
 };
 
 // The numbers that stand on top of a panel, for the columns of one tile.
@@ -39,13 +37,8 @@ struct Int8Head {
   const Int8Columns* columns;
   ptrdiff_t first;  // of the panel's columns
 
-  REPAVIT_INLINE I::V start(int v, int32_t zero) const {
-    return I::broadcast(-zero) * I::load(columns->sum + first + v * I::kLanes);
-  }
   REPAVIT_INLINE F::V scale(int v) const { return F::load(columns->scale + first + v * F::kLanes); }
-  REPAVIT_INLINE F::V shift(int v, float offset) const {
-    return F::broadcast(offset) * I::to_float(I::load(columns->sum + first + v * I::kLanes));
-  }
+  REPAVIT_INLINE F::V sum(int v) const { return I::to_float(I::load(columns->sum + first + v * I::kLanes)); }
 };
 
 // Which segment a tile is at: the first starts the floats, the last hands them to the epilogue.
@@ -56,20 +49,20 @@ struct SegmentPlace {
 // The end of a segment: floats of one tile go to the epilogue, or to `totals` until the next segment is done.
 template <int kRows, int kVectors, class Epilogue>
 REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kVectors], const Int8Head<kVectors>& head,
-                                   const float* row_scale, float offset, SegmentPlace place, float* totals, ptrdiff_t row,
-                                   ptrdiff_t col, int valid, const Epilogue& epilogue) {
+                                   const RowScale* rows, SegmentPlace place, float* totals, ptrdiff_t row, ptrdiff_t col,
+                                   int valid, const Epilogue& epilogue) {
   using I = Simd<int32_t>;
   using F = Simd<float>;
-  F::V scale[kVectors], shift[kVectors];
+  F::V scale[kVectors], sum[kVectors];
   REPAVIT_UNROLL
-  for (int v = 0; v < kVectors; ++v) scale[v] = head.scale(v), shift[v] = head.shift(v, offset);
+  for (int v = 0; v < kVectors; ++v) scale[v] = head.scale(v), sum[v] = head.sum(v);
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const F::V by = F::broadcast(row_scale[r]);
+    const F::V by = F::broadcast(rows[r].scale), offset = F::broadcast(rows[r].offset);
     F::V values[kVectors];
     REPAVIT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      values[v] = F::fma(I::to_float(sums[r][v]), by, shift[v]) * scale[v];
+      values[v] = F::fma(offset, sum[v], I::to_float(sums[r][v]) * by) * scale[v];
       if (!place.first) values[v] += F::load(totals + (r * kVectors + v) * F::kLanes);
       if (!place.last) F::store(totals + (r * kVectors + v) * F::kLanes, values[v]);
     }
@@ -97,14 +90,9 @@ __attribute__((noinline)) void run_int8_tile(const Int8Rows<uint8_t>* segments, 
     const Int8Head<kTileVectors> head{reinterpret_cast<const Int8Columns*>(panel), first};
     const auto* numbers = reinterpret_cast<const int8_t*>(panel + sizeof(Int8Columns)) + first * kInterleave<int8_t>;
     TileOf tile;
-    REPAVIT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) {
-      const auto start = head.start(v, rows.zero);
-      REPAVIT_UNROLL
-      for (int r = 0; r < kRows; ++r) tile.acc[r][v] = start;
-    }
+    tile.clear();
     tile.template accumulate<kPanelColumns * kInterleave<int8_t>>({rows.data, rows.stride, rows.depth}, numbers, ahead);
-    finish_segment(tile.acc, head, rows.scale, rows.offset, {s == 0, s + 1 == count}, totals, row, col, valid, epilogue);
+    finish_segment(tile.acc, head, rows.scales, {s == 0, s + 1 == count}, totals, row, col, valid, epilogue);
     panel += int8_panel_bytes(rows.depth);
   }
 }
@@ -193,13 +181,13 @@ __attribute__((noinline)) void run_int8_chunk(const Int8Rows<int16_t>& rows, con
   for (int r = 0; r < kRows; ++r) {
     REPAVIT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
-      tile.acc[r][v] = place.first ? head.start(v, rows.zero) : I::load(at.sums + (r * kTileVectors + v) * I::kLanes);
+      tile.acc[r][v] = place.first ? I::zero() : I::load(at.sums + (r * kTileVectors + v) * I::kLanes);
     }
   }
   const NoFetch fetch;
   tile.template accumulate<2 * kTileVectors * I::kLanes>({rows.data, rows.stride, rows.depth}, chunk, fetch);
   if (place.last) {
-    return finish_segment(tile.acc, head, rows.scale, rows.offset, place.segment, at.totals, row, col, valid, epilogue);
+    return finish_segment(tile.acc, head, rows.scales, place.segment, at.totals, row, col, valid, epilogue);
   }
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) {

@@ -68,9 +68,8 @@ struct Int8Columns {
 };
 static_assert(sizeof(Int8Columns) == 256, "the numbers behind it start at a cache line");
 
-// Longest depth at which int32_t holds every sum of products of 0 to 255 and -127 to 127, started at 128 times the sum of
-// the latter. Deeper weights have no int8 form.
-constexpr int64_t kInt8Depth = INT32_MAX / ((255 + 128) * 127);
+// Longest depth at which int32_t holds every sum of products of 0 to 255 and -127 to 127. Deeper weights have no int8 form.
+constexpr int64_t kInt8Depth = INT32_MAX / (255 * 127);
 
 // First 64 bytes of a packed FFN. Panels of w_in (N = m, K = C) follow at once, then the output panels (N = C), in which
 // w_out (K = m) stands on top of w_merged (K = C): one accumulation over [H | Z] gives both terms. A gated FFN has two

@@ -1,7 +1,6 @@
 // partial_gelu_ffn on weights of int8 (kernels.h): z and H are quantized too, row by row, and all products are exact.
 //
-// 1. z, symmetric, serves both products. H is quantized from its known lowest value on, which needs no zero point of its
-//    own; it waits as floats in a strip of rows that L2 holds, since its scale is that of the whole row.
+// 1. z serves both products. H waits as floats in a strip of rows that L2 holds, since its scale is that of a whole row.
 // 2. b_in, activation, bias and shortcut are in fp32; x itself is never quantized, so a shortcut costs no digits.
 #pragma once
 
@@ -53,15 +52,16 @@ struct Int8FfnPlan {
 // One thread's memory for a block of rows.
 template <class T, class O>
 struct Int8FfnScratch {
-  float *row, *h, *b_in, *z_scale, *h_scale;
+  float *row, *h, *b_in;
+  RowScale *z_scales, *h_scales;
   O *z, *hq;
 
   Int8FfnScratch(Carver& carver, const Int8FfnPlan<T, O>& plan)
       : row(carver.take<float>(whole_panels(plan.layout.channels))),
         h(carver.take<float>(plan.block_rows * plan.float_stride)),
         b_in(carver.take<float>(whole_panels(plan.layout.active))),
-        z_scale(carver.take<float>(plan.block_rows)),
-        h_scale(carver.take<float>(plan.block_rows)),
+        z_scales(carver.take<RowScale>(plan.block_rows)),
+        h_scales(carver.take<RowScale>(plan.block_rows)),
         z(carver.take<O>(plan.block_rows * plan.z_stride)),
         hq(carver.take<O>(plan.block_rows * plan.h_stride)) {}
 };
@@ -69,13 +69,13 @@ struct Int8FfnScratch {
 // Rows of x through their norm and quantized.
 template <class T, class O>
 Int8Rows<O> quantized_input(const FfnArgs& args, const T* x, ptrdiff_t rows, float* row, O* z, ptrdiff_t stride,
-                            float* scale) {
+                            RowScale* scales) {
   const ptrdiff_t columns = static_cast<ptrdiff_t>(args.channels), x_stride = static_cast<ptrdiff_t>(args.x_stride);
   for (ptrdiff_t r = 0; r < rows; ++r) {
     norm_row(x + r * x_stride, row, columns, args.norm, args.norm_eps);
-    scale[r] = quantize_symmetric(row, columns, z + r * stride);
+    scales[r] = quantize_row(row, columns, z + r * stride);
   }
-  return {z, stride, columns, scale, kInt8Zero, 0.0f};
+  return {z, stride, columns, scales};
 }
 
 template <class T, class O>
@@ -86,7 +86,7 @@ void int8_ffn_block(const Int8FfnPlan<T, O>& plan, ptrdiff_t block, Int8FfnScrat
   const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
   const T* x = static_cast<const T*>(args.x) + begin * x_stride;
 
-  const Int8Rows<O> z = quantized_input(args, x, rows, s.row, s.z, plan.z_stride, s.z_scale);
+  const Int8Rows<O> z = quantized_input(args, x, rows, s.row, s.z, plan.z_stride, s.z_scales);
   const auto hidden = [&](const auto& epilogue) {
     gemm_int8(&z, 1, rows, plan.panels, layout.in_stride, layout.active, epilogue);
   };
@@ -96,9 +96,9 @@ void int8_ffn_block(const Int8FfnPlan<T, O>& plan, ptrdiff_t block, Int8FfnScrat
     default: hidden(GeluToScratch<float, kGeluErf>{s.h, plan.float_stride, s.b_in});
   }
   for (ptrdiff_t r = 0; r < rows; ++r) {
-    s.h_scale[r] = quantize_from(s.h + r * plan.float_stride, layout.active, kLowestGelu, s.hq + r * plan.h_stride);
+    s.h_scales[r] = quantize_row(s.h + r * plan.float_stride, layout.active, s.hq + r * plan.h_stride);
   }
-  const Int8Rows<O> segments[2] = {{s.hq, plan.h_stride, layout.active, s.h_scale, 0, kLowestGelu}, z};
+  const Int8Rows<O> segments[2] = {{s.hq, plan.h_stride, layout.active, s.h_scales}, z};
   const BiasResidual<T> epilogue{static_cast<T*>(args.y) + begin * layout.channels, layout.channels,
                                  static_cast<const T*>(args.bias), args.residual ? x : nullptr, x_stride};
   gemm_int8(segments, layout.has_merged ? 2 : 1, rows, plan.panels + layout.out_offset, layout.out_stride, layout.channels,

@@ -53,36 +53,34 @@ inline double dot(const double* a, const double* b, int64_t n) {
 
 // ---- On weights of int8 -------------------------------------------------------------------------------------------------
 
-// Whole numbers, and what they stand for: scale (q - zero) + lowest.
+// Whole numbers, and what they stand for: scale q + offset.
 struct Quantized {
   std::vector<int> q;
-  float scale, zero, lowest;
-  double operator[](int64_t i) const { return static_cast<double>(scale) * (q[static_cast<size_t>(i)] - zero) + lowest; }
+  float scale, offset;
+  double operator[](int64_t i) const { return static_cast<double>(scale) * q[static_cast<size_t>(i)] + offset; }
 };
 
-// Symmetric about `zero`, as the kernels do it, in float: 0 of a row that is zero, NaN of one that is not finite.
-inline Quantized quantize(const std::vector<double>& x, float zero) {
+// Weights: about 0, as the kernels do it, in float.
+inline Quantized quantize_weight(const std::vector<double>& w) {
   float most = 0.0f;
-  bool finite = true;
-  for (const double v : x) most = std::max(most, std::fabs(static_cast<float>(v))), finite &= std::isfinite(v);
-  const bool used = finite && most >= 1e-30f;
-  Quantized to{{}, used ? most / 127.0f : finite ? 0.0f : std::nanf(""), zero, 0.0f};
-  for (const double v : x) {
-    const float number = used ? std::nearbyintf(static_cast<float>(v) * (127.0f / most)) : 0.0f;
-    to.q.push_back(static_cast<int>(number + zero));
+  for (const double v : w) most = std::max(most, std::fabs(static_cast<float>(v)));
+  const bool used = most >= 1e-30f;
+  Quantized to{{}, used ? most / 127.0f : 0.0f, 0.0f};
+  for (const double v : w) {
+    to.q.push_back(used ? static_cast<int>(std::nearbyintf(static_cast<float>(v) * (127.0f / most))) : 0);
   }
   return to;
 }
 
-inline Quantized quantize_from(const std::vector<double>& x, float lowest) {
-  float most = x.empty() ? 0.0f : static_cast<float>(x[0]);
-  bool finite = true;
-  for (const double v : x) most = std::max(most, static_cast<float>(v)), finite &= std::isfinite(v);
-  const float range = most - lowest;
-  Quantized to{{}, finite ? range / 255.0f : std::nanf(""), 0.0f, lowest};
+// Rows: from their least number to their greatest.
+inline Quantized quantize(const std::vector<double>& x) {
+  if (x.empty()) return {{}, 0.0f, 0.0f};
+  const auto least = static_cast<float>(*std::min_element(x.begin(), x.end()));
+  const float range = static_cast<float>(*std::max_element(x.begin(), x.end())) - least;
+  const bool used = range >= 1e-30f;
+  Quantized to{{}, used ? range / 255.0f : 0.0f, least};
   for (const double v : x) {
-    const float number = finite ? std::nearbyintf((static_cast<float>(v) - lowest) * (255.0f / range)) : 0.0f;
-    to.q.push_back(static_cast<int>(number));
+    to.q.push_back(used ? static_cast<int>(std::nearbyintf((static_cast<float>(v) - least) * (255.0f / range))) : 0);
   }
   return to;
 }
@@ -91,7 +89,7 @@ inline Quantized quantize_from(const std::vector<double>& x, float lowest) {
 inline std::vector<Quantized> quantize_weights(const std::vector<double>& w, int64_t depth) {
   std::vector<Quantized> rows;
   for (size_t i = 0; depth > 0 && i < w.size(); i += static_cast<size_t>(depth)) {
-    rows.push_back(quantize({w.begin() + static_cast<ptrdiff_t>(i), w.begin() + static_cast<ptrdiff_t>(i) + depth}, 0.0f));
+    rows.push_back(quantize_weight({w.begin() + static_cast<ptrdiff_t>(i), w.begin() + static_cast<ptrdiff_t>(i) + depth}));
   }
   return rows;
 }
@@ -120,12 +118,12 @@ inline Int8Ffn ffn_int8(const Ffn& p) {
   std::vector<double> h(static_cast<size_t>(m));
   for (int64_t r = 0; r < p.rows; ++r) {
     const double* x = p.x.data() + r * c;
-    const Quantized z = quantize(normed(x, c, p.norm, p.norm_eps), 128.0f);
+    const Quantized z = quantize(normed(x, c, p.norm, p.norm_eps));
     for (int64_t j = 0; j < m; ++j) {
       const auto at = static_cast<size_t>(j);
       h[at] = activate((c > 0 ? dot(z, w_in[at]) : 0.0) + (p.b_in.empty() ? 0.0 : p.b_in[at]), p.activation);
     }
-    const Quantized hq = quantize_from(h, -0.171f);
+    const Quantized hq = quantize(h);
     for (int64_t j = 0; j < c; ++j) {
       const auto at = static_cast<size_t>(j);
       double v = m > 0 ? dot(hq, w_out[at]) : 0.0;

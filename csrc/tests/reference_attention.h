@@ -62,7 +62,7 @@ inline std::vector<double> qkv_row(const Attention& p, const double* x) {
   std::vector<double> z = x == nullptr ? nothing : normed(x, p.channels, p.norm, p.norm_eps);
   std::vector<double> row(static_cast<size_t>(width)), weights = p.w_qkv;
   if (p.int8) {
-    const Quantized whole = quantize(z, 128.0f);
+    const Quantized whole = quantize(z);
     for (size_t i = 0; i < z.size(); ++i) z[i] = whole[static_cast<int64_t>(i)];
     weights = dequantized(p.w_qkv, p.channels);
   }
@@ -176,7 +176,7 @@ inline std::vector<double> rep_attention(const Attention& p) {
     if (p.w_proj.empty()) y.insert(y.end(), o.begin(), o.end());
     std::vector<float> scales;
     for (int64_t t = 0; t < p.tokens && p.int8; ++t) {
-      const Quantized whole = quantize({o.begin() + t * width, o.begin() + (t + 1) * width}, 128.0f);
+      const Quantized whole = quantize({o.begin() + t * width, o.begin() + (t + 1) * width});
       for (int64_t i = 0; i < width; ++i) o[static_cast<size_t>(t * width + i)] = whole[i];
       scales.push_back(whole.scale);
     }

@@ -36,6 +36,7 @@ def verify(
     candidate: Annotated[str, typer.Argument(metavar="B", help="The model to check.")],
     form: Annotated[Form, typer.Option(help="Compare B as it is, merged, or merged and fused.")] = Form.as_is,
     dtype: Annotated[str, typer.Option(help=f"Cast B: {', '.join(DTYPES)}; default its own.")] = "",
+    quantize: Annotated[str, typer.Option(help="With --form fused: none, or int8 for products in int8.")] = "none",
     idle_ratio: Annotated[
         str | None, typer.Option(help="θ of training checkpoints in the authors' keys, as in convert.")
     ] = None,
@@ -51,7 +52,8 @@ def verify(
 
     A and B are each a checkpoint file, a name of the registry (random weights from --seed), or NAME=FILE: the named
     model with the weights of a file in its own keys. The truth is A in float64; B may be off by twice what A itself is
-    off in B's dtype, plus 1e-6. --form fused --dtype bfloat16 compares what would be deployed.
+    off in B's dtype, plus 1e-6. --form fused --dtype bfloat16 compares what would be deployed. Of --quantize int8 every
+    block's and output's cosine with the truth must be at least 0.99 instead.
     """
     with plain_errors():
         import torch
@@ -59,11 +61,13 @@ def verify(
         from ..models.patch_embed import image_of
         from ..verification import verify as compare
 
+        if quantize != "none" and form is not Form.fused:
+            raise ValueError(f"--quantize: got {quantize} with --form {form.value}, wanted --form fused")
         if dtype and dtype not in DTYPES:
             raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
         arguments, overrides = read_config(config), overrides_of(idle_ratio, num_heads)
         right, other = (_model(source, arguments, overrides, seed) for source in (reference, candidate))
-        checked, fusion = _candidate(other, form, getattr(torch, dtype) if dtype else None)
+        checked, fusion = _candidate(other, form, getattr(torch, dtype) if dtype else None, quantize)
         image, channels = image_of(right)
         size = (img_size, img_size) if img_size is not None else image
         inputs = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
@@ -106,12 +110,14 @@ def _model(source: str, config: dict[str, Any] | None, overrides: dict[str, Any]
     return model.eval()
 
 
-def _candidate(model: nn.Module, form: Form, dtype: torch.dtype | None) -> tuple[nn.Module, FusionReport | None]:
+def _candidate(
+    model: nn.Module, form: Form, dtype: torch.dtype | None, quantize: str
+) -> tuple[nn.Module, FusionReport | None]:
     """The candidate in the form that is asked for, and what fused where."""
     from ..fusing import fuse, fusion_report, reparameterize
 
     if form is Form.fused:
-        model = fuse(model, dtype=dtype)
+        model = fuse(model, dtype=dtype, quantize=quantize)
         return model, fusion_report(model)
     if form is Form.merged:
         model = reparameterize(model)

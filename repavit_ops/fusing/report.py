@@ -161,8 +161,8 @@ def _rounding(module: PackedWeights) -> str:
     errors = []
     for w in module.sources():
         if w is not None and is_plain(w) and w.numel():
-            rows = reference_int8.symmetric(w.detach().float(), 0)
-            errors.append(((rows.q * rows.scale - w.detach()).norm() / w.detach().norm()).item())
+            used = reference_int8.weights(w.detach().float())
+            errors.append(((used.q * used.scale - w.detach()).norm() / w.detach().norm()).item())
     return f"weights {max(errors):.1e} off" if errors else "weights freed"
 
 

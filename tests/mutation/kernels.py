@@ -90,6 +90,22 @@ MUTANTS = (
     ("token_embedding", "first - «image * patches»,", "0"),
     ("token_embedding", "«position != nullptr» ? position + at", "false"),
     ("pack", "const ptrdiff_t known = «end < depth ? end : depth»;", "(end < depth ? end : depth - 1)"),
+    ("gemm_int8", "F::fma(«offset», sum[v], I::to_float", "F::zero()"),
+    ("gemm_int8", "I::to_float(sums[r][v]) * by) * «scale[v]»;", "scale[0]"),
+    ("gemm_int8", "if («!place.first») values[v] +=", "false"),
+    ("gemm_int8", "offset += «int8_panel_bytes(depth)»;", "int8_panel_bytes(0)"),
+    ("gemm_int8", "place.first ? «I::zero()» : I::load", "I::broadcast(1)"),
+    ("gemm_int8", "sizeof(Int8Columns) + «done * kPanelColumns» + first", "done"),
+    ("gemm_int8", "low = quads << («24 - shift») >> 24", "(16 - shift)"),
+    ("gemm_int8", "place{k == 0, «k + part.depth == depth»,", "true"),
+    ("quantize_rows", "«constant» ? row.least : 0.0f", "false"),
+    ("quantize_rows", "S::round(«(v - from)» * by)", "v"),
+    ("quantize_rows", "return {«range / 255.0f», row.least};", "(range / 254.0f)"),
+    ("pack", "*sum += «q»;", "0"),
+    ("pack", "*scale = used ? «most / 127.0f» :", "(most / 128.0f)"),
+    ("partial_gelu_ffn_int8", "«layout.has_merged ? 2 : 1»", "1"),
+    ("partial_gelu_ffn_int8", "«args.residual» ? x : nullptr", "false"),
+    ("attention_rows", "k < channels && «x == nullptr»;", "false"),
 )
 
 
