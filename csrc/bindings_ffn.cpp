@@ -7,7 +7,7 @@ using namespace repavit_bindings;
 
 // What the two operators do not share: names for messages, and their functions in the table of kernels.
 struct FfnOperator {
-  bool gated;
+  bool gated, int8;
   const char *w_in, *b_in, *weights, *pack_name;
   const char (&magic)[8];
   decltype(&repavit::Kernels::gated_ffn_packed_bytes) packed_bytes;
@@ -20,15 +20,22 @@ struct FfnOperator {
   }
 };
 
-const FfnOperator kPlain{false, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack", repavit::kPackedFfnMagic,
+const FfnOperator kPlain{false, false, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack", repavit::kPackedFfnMagic,
                          &repavit::Kernels::partial_gelu_ffn_packed_bytes, &repavit::Kernels::partial_gelu_ffn_pack,
                          &repavit::Kernels::partial_gelu_ffn_unpack};
-const FfnOperator kInt8{false, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack",
+const FfnOperator kPlainInt8{false, true, "w_in", "b_in", "w_in, w_out, w_merged", "partial_gelu_ffn_pack",
                         repavit::kPackedInt8FfnMagic, &repavit::Kernels::partial_gelu_ffn_int8_packed_bytes,
                         &repavit::Kernels::partial_gelu_ffn_int8_pack, &repavit::Kernels::partial_gelu_ffn_int8_unpack};
-const FfnOperator kGated{true, "w_gate", "b_gate", "w_gate, w_up, w_out, w_merged", "gated_ffn_pack",
+const FfnOperator kGated{true, false, "w_gate", "b_gate", "w_gate, w_up, w_out, w_merged", "gated_ffn_pack",
                          repavit::kPackedGatedFfnMagic, &repavit::Kernels::gated_ffn_packed_bytes,
                          &repavit::Kernels::gated_ffn_pack, &repavit::Kernels::gated_ffn_unpack};
+const FfnOperator kGatedInt8{true, true, "w_gate", "b_gate", "w_gate, w_up, w_out, w_merged", "gated_ffn_pack",
+                             repavit::kPackedInt8GatedFfnMagic, &repavit::Kernels::gated_ffn_int8_packed_bytes,
+                             &repavit::Kernels::gated_ffn_int8_pack, &repavit::Kernels::gated_ffn_int8_unpack};
+
+const FfnOperator& operator_for(bool gated, bool int8) {
+  return gated ? (int8 ? kGatedInt8 : kGated) : (int8 ? kPlainInt8 : kPlain);
+}
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 
@@ -65,7 +72,7 @@ Tensor pack(const FfnOperator& ffn, const Matrices& w) {
   STD_TORCH_CHECK(w.w_in.dim() == 2, ffn.w_in, ": got shape ", shape_of(w.w_in), ", wanted [m, C]");
   const DType dtype = check_input(ffn.w_in, w.w_in);
   const int64_t active = w.active(), channels = w.channels();
-  check_int8(&ffn == &kInt8, dtype, {channels, active});
+  check_int8(ffn.int8, dtype, {channels, active});
   if (w.w_up != nullptr) {
     check_shape("w_up", *w.w_up, {active, channels});
     check_same_kind("w_up", *w.w_up, w.w_in);
@@ -82,11 +89,12 @@ Tensor pack(const FfnOperator& ffn, const Matrices& w) {
 }
 
 Tensor partial_gelu_ffn_pack(const Tensor& w_in, const Tensor& w_out, const MaybeTensor& w_merged, std::string quantize) {
-  return pack(wants_int8(quantize) ? kInt8 : kPlain, {w_in, nullptr, w_out, w_merged});
+  return pack(operator_for(false, wants_int8(quantize)), {w_in, nullptr, w_out, w_merged});
 }
 
-Tensor gated_ffn_pack(const Tensor& w_gate, const Tensor& w_up, const Tensor& w_out, const MaybeTensor& w_merged) {
-  return pack(kGated, {w_gate, &w_up, w_out, w_merged});
+Tensor gated_ffn_pack(const Tensor& w_gate, const Tensor& w_up, const Tensor& w_out, const MaybeTensor& w_merged,
+                      std::string quantize) {
+  return pack(operator_for(true, wants_int8(quantize)), {w_gate, &w_up, w_out, w_merged});
 }
 
 std::vector<Tensor> unpack(const FfnOperator& ffn, const Tensor& packed) {
@@ -105,14 +113,16 @@ std::vector<Tensor> unpack(const FfnOperator& ffn, const Tensor& packed) {
 }
 
 std::vector<Tensor> partial_gelu_ffn_unpack(const Tensor& packed) {
-  return unpack(is_packed_as(packed, kInt8.magic) ? kInt8 : kPlain, packed);
+  return unpack(operator_for(false, is_packed_as(packed, kPlainInt8.magic)), packed);
 }
-std::vector<Tensor> gated_ffn_unpack(const Tensor& packed) { return unpack(kGated, packed); }
+std::vector<Tensor> gated_ffn_unpack(const Tensor& packed) {
+  return unpack(operator_for(true, is_packed_as(packed, kGatedInt8.magic)), packed);
+}
 
 // Packed weights of this call: those given, once they hold these weights, else fresh ones.
 Tensor packed_for(const FfnOperator& ffn, Reading& reading, const MaybeTensor& packed, const Tensor& x, const Matrices& w) {
   if (!packed) return pack(ffn, w);
-  if (!ffn.gated) check_packed_kind(&ffn == &kInt8, is_packed_as(*packed, kInt8.magic));
+  check_packed_kind(ffn.int8, is_packed_as(*packed, operator_for(ffn.gated, true).magic));
   const repavit::PackedFfnHeader header = header_of(ffn, *packed);
   const bool merged = w.w_merged.has_value() && w.w_merged->numel() > 0;
   STD_TORCH_CHECK(header.dtype == dtype_of("x", x) && header.channels == w.channels() && header.active == w.active() &&
@@ -173,7 +183,7 @@ repavit::PartialGeluFfnArgs partial_gelu_ffn_args(const Tensor& x, const FfnWeig
                                                   bool residual, repavit::Activation gelu, Reading& reading,
                                                   std::vector<Tensor>& copies) {
   repavit::PartialGeluFfnArgs args{};
-  fill(w.int8 ? kInt8 : kPlain, x, w, norm, residual, gelu, reading, copies, args);
+  fill(operator_for(false, w.int8), x, w, norm, residual, gelu, reading, copies, args);
   args.b_in = optional_data("b_in", w.b_in, args.active, x, copies);
   return args;
 }
@@ -183,7 +193,7 @@ repavit::GatedFfnArgs gated_ffn_args(const Tensor& x, const FfnWeightTensors& w,
                                      Reading& reading, std::vector<Tensor>& copies) {
   check_norm("inner_norm_eps", inner_norm_eps);
   repavit::GatedFfnArgs args{};
-  fill(kGated, x, w, norm, residual, activation, reading, copies, args);
+  fill(operator_for(true, w.int8), x, w, norm, residual, activation, reading, copies, args);
   args.b_gate = optional_data("b_gate", w.b_in, args.active, x, copies);
   args.b_up = optional_data("b_up", w.b_up, args.active, x, copies);
   args.inner_norm_eps = inner_norm_eps.value_or(0.0);
@@ -242,13 +252,14 @@ Tensor partial_gelu_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& 
 Tensor gated_ffn(const Tensor& x, const Tensor& w_gate, const MaybeTensor& b_gate, const Tensor& w_up,
                  const MaybeTensor& b_up, const Tensor& w_out, const MaybeTensor& w_merged, const MaybeTensor& bias,
                  const MaybeTensor& packed, std::string activation, std::optional<double> norm_eps,
-                 std::optional<double> inner_norm_eps, bool residual, std::string norm) {
+                 std::optional<double> inner_norm_eps, bool residual, std::string norm, std::string quantize) {
   std::vector<Tensor> copies;
   Reading reading;
+  const bool int8 = wants_int8(quantize);
   repavit::GatedFfnArgs args =
-      gated_ffn_args(x, {w_gate, b_gate, &w_up, b_up, w_out, w_merged, bias, packed}, norm_args(norm_eps, norm),
+      gated_ffn_args(x, {w_gate, b_gate, &w_up, b_up, w_out, w_merged, bias, packed, int8}, norm_args(norm_eps, norm),
                      inner_norm_eps, residual, activation_form(activation), reading, copies);
-  return run(args, x, repavit::kernels().gated_ffn);
+  return run(args, x, kernels_for(int8).gated_ffn);
 }
 
 }  // namespace

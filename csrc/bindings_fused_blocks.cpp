@@ -84,7 +84,8 @@ class Run {
     }
     if (step.kind() == Step::kGatedFfn) {
       const FfnWeightTensors weights{step.tensor(0, "w_gate"), t[1], &step.tensor(2, "w_up"), t[3],
-                                     step.tensor(4, "w_out"), t[5], t[6], t[7]};
+                                     step.tensor(4, "w_out"), t[5], t[6], t[7], step.int8()};
+      int8_ |= step.int8();
       to.gated = gated_ffn_args(x, weights, step.norm(), step.inner_norm_eps(), step.residual(), step.activation(),
                                 reading, copies_);
       list_.push_back(to);

@@ -79,7 +79,7 @@ OPERATORS = (
         "gated_ffn",
         "Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, Tensor w_out, Tensor? w_merged, "
         "Tensor? bias, Tensor? packed=None, *, str activation, float? norm_eps=None, float? inner_norm_eps=None, "
-        "bool residual=False, str norm='layer'",
+        "bool residual=False, str norm='layer', str quantize='none'",
         reference.gated_ffn,
         _same_shape,
     ),
@@ -114,7 +114,7 @@ OPERATORS = (
 CPU_TOOLS = (
     "partial_gelu_ffn_pack(Tensor w_in, Tensor w_out, Tensor? w_merged, *, str quantize='none') -> Tensor",
     "partial_gelu_ffn_unpack(Tensor packed) -> Tensor[]",
-    "gated_ffn_pack(Tensor w_gate, Tensor w_up, Tensor w_out, Tensor? w_merged) -> Tensor",
+    "gated_ffn_pack(Tensor w_gate, Tensor w_up, Tensor w_out, Tensor? w_merged, *, str quantize='none') -> Tensor",
     "gated_ffn_unpack(Tensor packed) -> Tensor[]",
     "rep_attention_pack(Tensor w_qkv, Tensor w_proj, *, int num_heads, int d_qk, str quantize='none') -> Tensor",
     "rep_attention_unpack(Tensor packed) -> Tensor[]",

@@ -78,39 +78,16 @@ def partial_gelu_ffn(
     quantize: str = "none",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.partial_gelu_ffn`, differentiable by plain autograd unless quantized."""
+    given, linear = x, _linear(quantize)
     if quantize == "int8":
-        y = _partial_gelu_ffn_int8(
-            normed(reference_int8.widened(x), norm_eps, norm), w_in, b_in, w_out, w_merged, bias, approximate
-        )
-        return ((y + x) if residual else y).to(x.dtype).contiguous()
+        x = reference_int8.widened(x)
     z = normed(x, norm_eps, norm)
-    y = F.linear(gelu(F.linear(z, w_in, b_in), approximate), w_out, bias)
+    y = linear(gelu(linear(z, w_in, b_in), approximate), w_out, bias)
     if w_merged is not None:
-        y = y + F.linear(z, w_merged)
+        y = y + linear(z, w_merged, None)
     if residual:
         y = y + x
-    return y.contiguous()
-
-
-def _partial_gelu_ffn_int8(
-    z: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    w_merged: Tensor | None,
-    bias: Tensor | None,
-    approximate: str,
-) -> Tensor:
-    """The same behind the norm on quantized weights, z and H quantized too (:mod:`repavit_ops.reference_int8`)."""
-    int8 = reference_int8
-    int8.refuse_derivatives(z, w_in, b_in, w_out, w_merged, bias)
-    rows = int8.rows(z)
-    h = int8.product(rows, int8.weights(int8.widened(w_in)))
-    h = gelu(h if b_in is None else h + b_in, approximate)
-    y = int8.product(int8.rows(h), int8.weights(int8.widened(w_out)))
-    if w_merged is not None:
-        y = y + int8.product(rows, int8.weights(int8.widened(w_merged)))
-    return y if bias is None else y + bias
+    return (y if quantize == "none" else y.to(given.dtype)).contiguous()
 
 
 def gated_ffn(
@@ -128,16 +105,20 @@ def gated_ffn(
     inner_norm_eps: float | None = None,
     residual: bool = False,
     norm: str = "layer",
+    quantize: str = "none",
 ) -> Tensor:
-    """Reference of :func:`repavit_ops.ops.gated_ffn`, differentiable by plain autograd."""
+    """Reference of :func:`repavit_ops.ops.gated_ffn`, differentiable by plain autograd unless quantized."""
+    given, linear = x, _linear(quantize)
+    if quantize == "int8":
+        x = reference_int8.widened(x)
     z = normed(x, norm_eps, norm)
-    h = gate(F.linear(z, w_gate, b_gate), activation) * F.linear(z, w_up, b_up)
-    y = F.linear(normed(h, inner_norm_eps), w_out, bias)
+    h = gate(linear(z, w_gate, b_gate), activation) * linear(z, w_up, b_up)
+    y = linear(normed(h, inner_norm_eps), w_out, bias)
     if w_merged is not None:
-        y = y + F.linear(z, w_merged)
+        y = y + linear(z, w_merged, None)
     if residual:
         y = y + x
-    return y.contiguous()
+    return (y if quantize == "none" else y.to(given.dtype)).contiguous()
 
 
 def rep_attention(
@@ -185,7 +166,7 @@ def rep_attention(
     y = linear(o, w_proj, b_proj)
     if residual:
         y = y + x
-    return y.to(given.dtype).contiguous()
+    return (y if quantize == "none" else y.to(given.dtype)).contiguous()
 
 
 def _linear(quantize: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -245,7 +226,7 @@ def window_rep_attention(
     y = linear(o, w_proj, b_proj)
     if residual:
         y = y + x
-    return y.to(given.dtype).contiguous()
+    return (y if quantize == "none" else y.to(given.dtype)).contiguous()
 
 
 def patch_projection(

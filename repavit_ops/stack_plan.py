@@ -82,7 +82,9 @@ _NAMES = {
 
 _FORMS = {
     "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm", 10: "quantize"}),
-    "gated_ffn": _Form(8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm"}, second_eps="inner_norm_eps"),
+    "gated_ffn": _Form(
+        8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm", 10: "quantize"}, second_eps="inner_norm_eps"
+    ),
     "rep_attention": _Form(
         10,
         4,

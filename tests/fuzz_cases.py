@@ -89,7 +89,7 @@ class Call:
         if self.name == "partial_gelu_ffn":
             return OP.partial_gelu_ffn_pack(self.tensors[1], self.tensors[3], self.tensors[4], **quantize)
         if self.name == "gated_ffn":
-            return OP.gated_ffn_pack(*(self.tensors[i] for i in (1, 3, 5, 6)))
+            return OP.gated_ffn_pack(*(self.tensors[i] for i in (1, 3, 5, 6)), **quantize)
         if self.name == "patch_projection":
             return OP.patch_projection_pack(self.tensors[1])
         d_qk = self.static.get("d_qk")
@@ -260,7 +260,7 @@ KINDS = {
 }
 
 
-QUANTIZED = ("partial_gelu_ffn", "rep_attention", "window_rep_attention")
+QUANTIZED = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")
 
 
 @st.composite

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import repavit_ops
 from repavit_ops import backends, ops, reference, reference_int8
-from repavit_ops.nn import PartialGELUFFN, RepAttention, WindowRepAttention
+from repavit_ops.nn import GatedFFN, PartialGELUFFN, RepAttention, WindowRepAttention
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -55,6 +55,19 @@ def test_ffn_with_every_option(norm, residual, approximate, absent):
     static = {"norm_eps": norm and 1e-6, "norm": norm or "layer", "residual": residual, "approximate": approximate}
     ours = ops.partial_gelu_ffn(*tensors, **static, quantize="int8")
     assert_same_numbers(ours, reference.partial_gelu_ffn(*tensors, **static, quantize="int8"), 0.9)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "gelu_quick"])
+@pytest.mark.parametrize("inner_norm_eps", [None, 1e-2], ids=["", "inner_norm"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_gated_ffn_is_the_whole_number_formula(activation, inner_norm_eps, dtype):
+    x, w_gate, b_gate, w_out, w_merged, bias = cast(operands(29, 70, 45), dtype)
+    tensors = (x, w_gate, b_gate, weight(45, 70, 9).to(dtype), b_gate, w_out, w_merged, bias)
+    static = {"activation": activation, "inner_norm_eps": inner_norm_eps, "norm_eps": 1e-6, "residual": True}
+    ours = ops.gated_ffn(*tensors, **static, quantize="int8")
+    assert_same_numbers(ours, reference.gated_ffn(*tensors, **static, quantize="int8"), 0.6)
+    plain = reference.gated_ffn(*(t.double() for t in tensors), **static)
+    assert norm_error(ours, plain) < 0.03
 
 
 def attention_operands(batch: int, tokens: int, c: int, heads: int, d: int) -> tuple[Tensor, ...]:
@@ -234,9 +247,10 @@ class TestPackedWeights:
         attn = RepAttention(48, 3, norm_eps=1e-6, residual=True, quantize="int8").eval().requires_grad_(False)
         ffn = PartialGELUFFN(48, 40, norm_eps=1e-6, residual=True, quantize="int8").eval().requires_grad_(False)
         plain = PartialGELUFFN(48, 40, norm_eps=1e-6, residual=True).eval().requires_grad_(False)
+        gated = GatedFFN(48, 40, norm_eps=1e-6, residual=True, quantize="int8").eval().requires_grad_(False)
         x = randn(3, 17, 48).float()
-        stack = repavit_ops.stack.FusedStack.replacing(torch.nn.Sequential(attn, ffn, plain, attn))
-        assert torch.equal(stack(x), attn(plain(ffn(attn(x)))))
+        stack = repavit_ops.stack.FusedStack.replacing(torch.nn.Sequential(attn, ffn, plain, gated, attn))
+        assert torch.equal(stack(x), attn(gated(plain(ffn(attn(x))))))
 
     def test_windows_in_one_call_are_the_same_bit_for_bit(self):
         attn = (

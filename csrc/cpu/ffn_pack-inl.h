@@ -85,9 +85,9 @@ void ffn_pack(const FfnWeights& weights, void* destination, const Pool& pool) {
   const Layout& layout = context.layout;
 
   PackedFfnHeader header{};
-  const auto& magic = IsSame<P, int8_t>::value    ? kPackedInt8FfnMagic
-                      : kKind == FfnKind::kGated ? kPackedGatedFfnMagic
-                                                 : kPackedFfnMagic;
+  constexpr bool kInt8 = IsSame<P, int8_t>::value, kGated = kKind == FfnKind::kGated;
+  const auto& magic = kGated ? (kInt8 ? kPackedInt8GatedFfnMagic : kPackedGatedFfnMagic)
+                             : (kInt8 ? kPackedInt8FfnMagic : kPackedFfnMagic);
   __builtin_memcpy(header.magic, magic, sizeof(header.magic));
   header.dtype = kDTypeOf<T>;
   header.has_merged = layout.has_merged;

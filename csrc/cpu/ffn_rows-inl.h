@@ -25,27 +25,6 @@ REPAVIT_INLINE typename SimdOf<T>::V load_bias(const T* bias, ptrdiff_t col, int
   return n > 0 ? S::load(bias + col, n) : S::zero();
 }
 
-// Store to H: gelu(acc + b_in). H has whole panels of columns, so a full vector is always written.
-template <class T, Activation kForm>
-struct GeluToScratch {
-  using S = SimdOf<T>;
-  using V = typename S::V;
-  Operand<T>* h;
-  ptrdiff_t stride;
-  const T* bias;  // [columns] or null
-
-  template <int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
-    Operand<T>* out = h + row * stride + col;
-    REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) {
-      V v = acc[i];
-      if (bias != nullptr) v += load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes);
-      S::store(out + i * S::kLanes, activate<Accumulator<T>, kForm>(v));
-    }
-  }
-};
-
 // One call, as every thread sees it.
 template <class T, FfnKind kKind, class Args>
 struct FfnPlan {

@@ -5,7 +5,7 @@
 // they multiply, and H is the first that is written.
 #pragma once
 
-#include "ffn_rows-inl.h"
+#include "ffn_rows_int8-inl.h"
 
 namespace repavit {
 namespace REPAVIT_ISA {
@@ -38,16 +38,54 @@ struct GatedToScratch {
 template <class T, Activation kForm>
 constexpr bool kWholeTiles<GatedToScratch<T, kForm>> = true;
 
+// H of `rows` through its norm.
+template <class E>
+void inner_norm(const GatedFfnArgs& args, ptrdiff_t rows, E* h, ptrdiff_t stride) {
+  const ptrdiff_t active = static_cast<ptrdiff_t>(args.active);
+  for (ptrdiff_t r = 0; args.inner_norm && r < rows; ++r) {
+    layer_norm_row(h + r * stride, h + r * stride, active, args.inner_norm_eps);
+  }
+}
+
+// Columns of the first product, gates and what they multiply.
+template <class Layout>
+ptrdiff_t gated_columns(const Layout& layout) {
+  return (layout.active + layout.kHiddenColumns - 1) / layout.kHiddenColumns * kPanelColumns;
+}
+
+template <class T>
+void gated_ffn_int8(const GatedFfnArgs& args, const Pool& pool) {
+  const auto prepare = [&](auto& s) {
+    s.template set_bias<T>(0, args.b_gate, static_cast<ptrdiff_t>(args.active));
+    s.template set_bias<T>(1, args.b_up, static_cast<ptrdiff_t>(args.active));
+  };
+  int8_ffn_call<T, FfnKind::kGated>(args, pool, prepare, [](const auto& plan, const auto& z, ptrdiff_t rows, auto& s) {
+    const ptrdiff_t active = plan.layout.active, stride = plan.float_stride;
+    const auto product = [&](const auto& to_scratch) {
+      gemm_int8(&z, 1, rows, plan.panels, plan.layout.in_stride, gated_columns(plan.layout), to_scratch);
+    };
+    switch (plan.args.activation) {
+      case kGeluErf: product(GatedToScratch<float, kGeluErf>{s.h, stride, s.biases[0], s.biases[1], active}); break;
+      case kGeluTanh: product(GatedToScratch<float, kGeluTanh>{s.h, stride, s.biases[0], s.biases[1], active}); break;
+      case kGeluQuick: product(GatedToScratch<float, kGeluQuick>{s.h, stride, s.biases[0], s.biases[1], active}); break;
+      default: product(GatedToScratch<float, kSilu>{s.h, stride, s.biases[0], s.biases[1], active});
+    }
+    inner_norm(plan.args, rows, s.h, stride);
+  });
+}
+
 // gated_ffn_<T>: see GatedFfnArgs.
 template <class T>
 void gated_ffn(const GatedFfnArgs& args, const Pool& pool) {
+  if constexpr (kHasInt8<T>) {
+    if (args.int8) return gated_ffn_int8<T>(args, pool);
+  }
   ffn_call<T, FfnKind::kGated>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h) {
     const GatedFfnArgs& a = plan.args;
     const T *b_gate = static_cast<const T*>(a.b_gate), *b_up = static_cast<const T*>(a.b_up);
     const ptrdiff_t active = plan.layout.active, stride = plan.h_stride;
-    const ptrdiff_t columns = (active + plan.layout.kHiddenColumns - 1) / plan.layout.kHiddenColumns * kPanelColumns;
     const auto product = [&](const auto& to_scratch) {
-      gemm(&z, 1, rows, plan.panels, plan.layout.in_stride, columns, to_scratch);
+      gemm(&z, 1, rows, plan.panels, plan.layout.in_stride, gated_columns(plan.layout), to_scratch);
     };
     switch (a.activation) {
       case kGeluErf: product(GatedToScratch<T, kGeluErf>{h, stride, b_gate, b_up, active}); break;
@@ -55,8 +93,7 @@ void gated_ffn(const GatedFfnArgs& args, const Pool& pool) {
       case kGeluQuick: product(GatedToScratch<T, kGeluQuick>{h, stride, b_gate, b_up, active}); break;
       default: product(GatedToScratch<T, kSilu>{h, stride, b_gate, b_up, active});
     }
-    if (!a.inner_norm) return;
-    for (ptrdiff_t r = 0; r < rows; ++r) layer_norm_row(h + r * stride, h + r * stride, active, a.inner_norm_eps);
+    inner_norm(a, rows, h, stride);
   });
 }
 

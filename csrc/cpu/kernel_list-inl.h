@@ -44,6 +44,9 @@ void install_packing_of(Kernels& table) {
     table.partial_gelu_ffn_int8_packed_bytes[kType] = ffn_packed_bytes<int8_t, FfnKind::kPlain>;
     table.partial_gelu_ffn_int8_pack[kType] = ffn_pack<T, FfnKind::kPlain, int8_t>;
     table.partial_gelu_ffn_int8_unpack[kType] = ffn_unpack<T, FfnKind::kPlain, int8_t>;
+    table.gated_ffn_int8_packed_bytes[kType] = ffn_packed_bytes<int8_t, FfnKind::kGated>;
+    table.gated_ffn_int8_pack[kType] = ffn_pack<T, FfnKind::kGated, int8_t>;
+    table.gated_ffn_int8_unpack[kType] = ffn_unpack<T, FfnKind::kGated, int8_t>;
     table.rep_attention_int8_packed_bytes[kType] = rep_attention_packed_bytes<int8_t>;
     table.rep_attention_int8_pack[kType] = rep_attention_pack<T, int8_t>;
     table.rep_attention_int8_unpack[kType] = rep_attention_unpack<T, int8_t>;

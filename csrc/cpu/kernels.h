@@ -87,7 +87,8 @@ struct PackedFfnHeader {
 static_assert(sizeof(PackedFfnHeader) == 64, "panels start at a cache line");
 constexpr char kPackedFfnMagic[8] = {'r', 'v', 'f', 'f', 'n', '0', '0', '1'};
 constexpr char kPackedGatedFfnMagic[8] = {'r', 'v', 'g', 'f', 'n', '0', '0', '1'};
-constexpr char kPackedInt8FfnMagic[8] = {'r', 'v', 'f', 'f', '8', '0', '0', '1'};  // plain, in panels of int8_t
+constexpr char kPackedInt8FfnMagic[8] = {'r', 'v', 'f', 'f', '8', '0', '0', '1'};  // in panels of int8_t
+constexpr char kPackedInt8GatedFfnMagic[8] = {'r', 'v', 'g', 'f', '8', '0', '0', '1'};
 
 // Columns of w_gate, and then of w_up, that stand side by side: as many as the narrowest vector has lanes, so that every
 // level finds gates and their partners in the same tile.
@@ -117,7 +118,7 @@ struct FfnArgs {
   Norm norm;
   bool has_merged;                 // what the header of `packed` says: it is checked once and not read again
   bool residual;                   // add x, in the accumulator's precision
-  bool int8;                       // `packed` has panels of int8_t: rows are quantized too (partial_gelu_ffn_int8-inl.h)
+  bool int8;                       // `packed` has panels of int8_t: rows are quantized too (ffn_rows_int8-inl.h)
   Activation activation;
 };
 
@@ -320,6 +321,10 @@ struct Kernels {
   int64_t (*gated_ffn_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);  // as above
   void (*gated_ffn_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
   void (*gated_ffn_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
+
+  int64_t (*gated_ffn_int8_packed_bytes[kDTypes])(int64_t channels, int64_t active, bool has_merged);
+  void (*gated_ffn_int8_pack[kDTypes])(const FfnWeights&, void* destination, const Pool&);
+  void (*gated_ffn_int8_unpack[kDTypes])(const void* packed, const FfnMutableWeights&, const Pool&);
 
   int64_t (*product_peak[kDTypes])(int64_t iterations, const Pool&);  // see peak-inl.h
   int64_t (*int8_product_peak)(int64_t iterations, const Pool&);

@@ -113,7 +113,8 @@ inline double magnitude(const Quantized& w) {
 
 inline Int8Ffn ffn_int8(const Ffn& p) {
   const int64_t c = p.channels, m = p.active;
-  const auto w_in = quantize_weights(p.w_in, c), w_out = quantize_weights(p.w_out, m), w_merged = quantize_weights(p.w_merged, c);
+  const auto w_in = quantize_weights(p.w_in, c), w_up = quantize_weights(p.w_up, c);
+  const auto w_out = quantize_weights(p.w_out, m), w_merged = quantize_weights(p.w_merged, c);
   Int8Ffn to;
   std::vector<double> h(static_cast<size_t>(m));
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -122,7 +123,9 @@ inline Int8Ffn ffn_int8(const Ffn& p) {
     for (int64_t j = 0; j < m; ++j) {
       const auto at = static_cast<size_t>(j);
       h[at] = activate((c > 0 ? dot(z, w_in[at]) : 0.0) + (p.b_in.empty() ? 0.0 : p.b_in[at]), p.activation);
+      if (p.gated) h[at] *= (c > 0 ? dot(z, w_up[at]) : 0.0) + (p.b_up.empty() ? 0.0 : p.b_up[at]);
     }
+    if (p.inner_norm) h = core(h.data(), m, p.norm_eps);
     const Quantized hq = quantize(h);
     for (int64_t j = 0; j < c; ++j) {
       const auto at = static_cast<size_t>(j);
@@ -132,7 +135,8 @@ inline Int8Ffn ffn_int8(const Ffn& p) {
       to.y.push_back(v + (p.residual ? x[j] : 0.0));
       const double of_h = m > 0 ? hq.scale * 127.0 * w_out[at].scale : 0.0;
       double of_z = w_merged.empty() ? 0.0 : z.scale * 127.0 * w_merged[at].scale;
-      if (m > 0 && c > 0) of_z += z.scale * 127.0 * w_in[0].scale * 2.0 * magnitude(w_out[at]);
+      const double most = p.w_in.empty() ? 0.0 : z.scale * 127.0 * std::max(w_in[0].scale, p.gated ? w_up[0].scale : 0.0f);
+      if (m > 0 && c > 0) of_z += most * (p.gated ? 16.0 : 2.0) * magnitude(w_out[at]);  // gates multiply it
       to.step.push_back(of_h + (p.norm == repavit::kNoNorm ? 0.0 : of_z));
     }
   }

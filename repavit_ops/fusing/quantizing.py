@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reparam
-from ..nn import PartialGELUFFN, RepAttention
+from ..nn import GatedFFN, PartialGELUFFN, RepAttention
 from ..nn.packed_weights import PackedWeights
 from ..reference_int8 import DEPTH
 
-QUANTIZABLE = (PartialGELUFFN, RepAttention)  # and windows, which are a RepAttention
+QUANTIZABLE = (PartialGELUFFN, GatedFFN, RepAttention)  # and windows, which are a RepAttention
 
 
 def why_in_floats(module: PackedWeights) -> str | None:

@@ -100,7 +100,7 @@ def fuse(
             and whatever else reads or writes a freed weight, raises.
         quantize: "int8": products of FFNs and attention's projections in whole numbers, weights per output channel,
             tokens per token and call, so no data is needed beforehand; the rest stays in the model's dtype
-            (docs/int8.md). Not exact, not differentiable; gated FFNs and patches keep their floats.
+            (docs/int8.md). Not exact, not differentiable; patches and the head keep their floats.
 
     Returns:
         The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,

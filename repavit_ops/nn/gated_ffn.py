@@ -43,6 +43,7 @@ class GatedFFN(PackedWeights):
         inner_norm_eps: eps of the LayerNorm core behind the gate; None for no norm.
         residual: add x.
         norm: "layer" or "rms" (RMSNorm): the core that ``norm_eps`` asks for.
+        quantize: "int8": the packed copy, z and H in whole numbers; the plain weights stay what they are.
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -65,6 +66,7 @@ class GatedFFN(PackedWeights):
         inner_norm_eps: float | None = None,
         residual: bool = False,
         norm: str = "layer",
+        quantize: str = "none",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,8 +77,10 @@ class GatedFFN(PackedWeights):
         _check.gate_form(activation)
         _check.norm(norm_eps, norm)
         _check.norm(inner_norm_eps, name="inner_norm")
+        _check.form_of_quantize(quantize)
         self.dim, self.act_channels, self.activation = dim, act_channels, activation
         self.norm_eps, self.inner_norm_eps, self.residual, self.norm = norm_eps, inner_norm_eps, residual, norm
+        self.quantize = quantize
         self.backend = backend
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -133,7 +137,7 @@ class GatedFFN(PackedWeights):
         return module
 
     def pack(self, *weights: Tensor | None) -> Tensor:
-        return torch.ops.repavit_ops.gated_ffn_pack(*weights)
+        return torch.ops.repavit_ops.gated_ffn_pack(*weights, quantize=self.quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_proxy(x):
@@ -157,6 +161,7 @@ class GatedFFN(PackedWeights):
             "inner_norm_eps": self.inner_norm_eps,
             "residual": self.residual,
             "norm": self.norm,
+            "quantize": self.quantize,
         }
 
     def extra_repr(self) -> str:
@@ -164,5 +169,5 @@ class GatedFFN(PackedWeights):
             f"dim={self.dim}, act_channels={self.act_channels}, bias={self.bias is not None}, "
             f"merged={self.w_merged is not None}, activation={self.activation!r}, norm_eps={self.norm_eps}, "
             f"inner_norm_eps={self.inner_norm_eps}, residual={self.residual}, norm={self.norm!r}, "
-            f"backend={self.backend!r}"
+            f"quantize={self.quantize!r}, backend={self.backend!r}"
         )

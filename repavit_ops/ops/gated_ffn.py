@@ -27,6 +27,7 @@ def gated_ffn(
     inner_norm_eps: float | None = None,
     residual: bool = False,
     norm: str = "layer",
+    quantize: str = "none",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -49,6 +50,8 @@ def gated_ffn(
         activation: "silu" (SwiGLU), "gelu" (GEGLU, erf), "gelu_tanh" or "gelu_quick" (``x sigmoid(1.702 x)``).
         residual: add x itself, in the fp32 epilogue.
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
+        quantize: "int8": weights as whole numbers per output channel, z and H per token and call, products in int32,
+            all else in fp32 (:mod:`repavit_ops.reference_int8`). Not differentiable, not for fp64.
         packed: the weights packed by :meth:`GatedFFN.repack` for the C++ backend; others ignore it.
         backend: "auto" takes the device's kernels; any other name is used or raises, never replaced.
 
@@ -63,6 +66,7 @@ def gated_ffn(
         "inner_norm_eps": inner_norm_eps,
         "residual": residual,
         "norm": norm,
+        "quantize": quantize,
     }
     if (y := _direct.call(operator, backend, norm_eps, (x, *weights, packed), **static)) is not None:
         return y
@@ -81,6 +85,7 @@ def gated_ffn(
     _check.gate_form(activation)
     _check.norm(norm_eps, norm)
     _check.norm(inner_norm_eps, name="inner_norm")
+    _check.quantized(x, quantize, backend, w_gate, w_up, w_out, w_merged)
     _check.same_kind(x, w_gate=w_gate, b_gate=b_gate, w_up=w_up, b_up=b_up, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 

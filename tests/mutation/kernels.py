@@ -103,8 +103,8 @@ MUTANTS = (
     ("quantize_rows", "return {«range / 255.0f», row.least};", "(range / 254.0f)"),
     ("pack", "*sum += «q»;", "0"),
     ("pack", "*scale = used ? «most / 127.0f» :", "(most / 128.0f)"),
-    ("partial_gelu_ffn_int8", "«layout.has_merged ? 2 : 1»", "1"),
-    ("partial_gelu_ffn_int8", "«args.residual» ? x : nullptr", "false"),
+    ("ffn_rows_int8", "«layout.has_merged ? 2 : 1»", "1"),
+    ("ffn_rows_int8", "«args.residual» ? x : nullptr", "false"),
     ("attention_rows", "k < channels && «x == nullptr»;", "false"),
 )
 

@@ -1,7 +1,7 @@
-// partial_gelu_ffn on weights of int8 (kernels.h): z and H are quantized too, row by row, and all products are exact.
+// What both FFNs do with their rows on weights of int8 (kernels.h): as in ffn_rows-inl.h, with z and H quantized row by row.
 //
 // 1. z serves both products. H waits as floats in a strip of rows that L2 holds, since its scale is that of a whole row.
-// 2. b_in, activation, bias and shortcut are in fp32; x itself is never quantized, so a shortcut costs no digits.
+// 2. Biases, activation and shortcut are in fp32; x itself is never quantized, so a shortcut costs no digits.
 #pragma once
 
 #include "ffn_rows-inl.h"
@@ -10,18 +10,20 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-template <class T, class O>
+template <class O, FfnKind kKind, class Args>
 struct Int8FfnPlan {
-  using Layout = FfnLayout<int8_t, FfnKind::kPlain>;
-  const PartialGeluFfnArgs& args;
+  using Layout = FfnLayout<int8_t, kKind>;
+  const Args& args;
   Layout layout;
   const int8_t* panels;
   ptrdiff_t blocks, block_rows;            // row blocks of nearly equal height; height of the tallest
   ptrdiff_t float_stride, z_stride, h_stride;
 
-  Int8FfnPlan(const PartialGeluFfnArgs& a, int threads)
+  Int8FfnPlan(const Args& a, int threads)
       : args(a), layout(a.channels, a.active, a.has_merged), panels(first_panel<int8_t>(a.packed)) {
-    const double depth = 2.0 * static_cast<double>(args.active) + static_cast<double>(args.has_merged ? args.channels : 0);
+    constexpr double kInputs = kKind == FfnKind::kGated ? 2.0 : 1.0;
+    const double depth = (kInputs + 1.0) * static_cast<double>(args.active) +
+                         static_cast<double>(args.has_merged ? args.channels : 0);
     const double work = static_cast<double>(args.rows) * static_cast<double>(args.channels) * depth;
     const ptrdiff_t owners = useful_threads(work, threads);  // a multiplication takes half of what it does in floats
     const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(layout);
@@ -50,51 +52,53 @@ struct Int8FfnPlan {
 };
 
 // One thread's memory for a block of rows.
-template <class T, class O>
+template <class O>
 struct Int8FfnScratch {
-  float *row, *h, *b_in;
+  float *row, *h;
+  float* biases[2];  // of the first product, in float: b_in, or b_gate and b_up; whole panels
   RowScale *z_scales, *h_scales;
   O *z, *hq;
 
-  Int8FfnScratch(Carver& carver, const Int8FfnPlan<T, O>& plan)
+  template <class Plan>
+  Int8FfnScratch(Carver& carver, const Plan& plan)
       : row(carver.take<float>(whole_panels(plan.layout.channels))),
         h(carver.take<float>(plan.block_rows * plan.float_stride)),
-        b_in(carver.take<float>(whole_panels(plan.layout.active))),
+        biases{carver.take<float>(whole_panels(plan.layout.active)), carver.take<float>(whole_panels(plan.layout.active))},
         z_scales(carver.take<RowScale>(plan.block_rows)),
         h_scales(carver.take<RowScale>(plan.block_rows)),
         z(carver.take<O>(plan.block_rows * plan.z_stride)),
         hq(carver.take<O>(plan.block_rows * plan.h_stride)) {}
+
+  // A bias of T, or none, as floats; zeros behind it.
+  template <class T>
+  void set_bias(int i, const void* bias, ptrdiff_t count) {
+    for (ptrdiff_t k = bias != nullptr ? count : 0; k < whole_panels(count); ++k) biases[i][k] = 0.0f;
+    if (bias != nullptr) convert_row(static_cast<const T*>(bias), biases[i], count);
+  }
 };
 
 // Rows of x through their norm and quantized.
 template <class T, class O>
-Int8Rows<O> quantized_input(const FfnArgs& args, const T* x, ptrdiff_t rows, float* row, O* z, ptrdiff_t stride,
-                            RowScale* scales) {
+Int8Rows<O> quantized_input(const FfnArgs& args, const T* x, ptrdiff_t rows, ptrdiff_t stride, Int8FfnScratch<O>& s) {
   const ptrdiff_t columns = static_cast<ptrdiff_t>(args.channels), x_stride = static_cast<ptrdiff_t>(args.x_stride);
   for (ptrdiff_t r = 0; r < rows; ++r) {
-    norm_row(x + r * x_stride, row, columns, args.norm, args.norm_eps);
-    scales[r] = quantize_row(row, columns, z + r * stride);
+    norm_row(x + r * x_stride, s.row, columns, args.norm, args.norm_eps);
+    s.z_scales[r] = quantize_row(s.row, columns, s.z + r * stride);
   }
-  return {z, stride, columns, scales};
+  return {s.z, stride, columns, s.z_scales};
 }
 
-template <class T, class O>
-void int8_ffn_block(const Int8FfnPlan<T, O>& plan, ptrdiff_t block, Int8FfnScratch<T, O>& s) {
-  const PartialGeluFfnArgs& args = plan.args;
+// One block of rows, whose H `hidden(plan, z, rows, scratch)` writes to scratch.
+template <class T, class O, class Plan, class Hidden>
+void int8_ffn_block(const Plan& plan, ptrdiff_t block, Int8FfnScratch<O>& s, const Hidden& hidden) {
+  const FfnArgs& args = plan.args;
   const auto& layout = plan.layout;
   const ptrdiff_t begin = plan.block_begin(block), rows = plan.block_begin(block + 1) - begin;
   const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
   const T* x = static_cast<const T*>(args.x) + begin * x_stride;
 
-  const Int8Rows<O> z = quantized_input(args, x, rows, s.row, s.z, plan.z_stride, s.z_scales);
-  const auto hidden = [&](const auto& epilogue) {
-    gemm_int8(&z, 1, rows, plan.panels, layout.in_stride, layout.active, epilogue);
-  };
-  switch (args.activation) {
-    case kGeluTanh: hidden(GeluToScratch<float, kGeluTanh>{s.h, plan.float_stride, s.b_in}); break;
-    case kGeluQuick: hidden(GeluToScratch<float, kGeluQuick>{s.h, plan.float_stride, s.b_in}); break;
-    default: hidden(GeluToScratch<float, kGeluErf>{s.h, plan.float_stride, s.b_in});
-  }
+  const Int8Rows<O> z = quantized_input(args, x, rows, plan.z_stride, s);
+  hidden(plan, z, rows, s);
   for (ptrdiff_t r = 0; r < rows; ++r) {
     s.h_scales[r] = quantize_row(s.h + r * plan.float_stride, layout.active, s.hq + r * plan.h_stride);
   }
@@ -105,29 +109,30 @@ void int8_ffn_block(const Int8FfnPlan<T, O>& plan, ptrdiff_t block, Int8FfnScrat
             epilogue);
 }
 
-template <class T, class O>
-void partial_gelu_ffn_int8(const PartialGeluFfnArgs& args, const Pool& pool) {
-  using Plan = Int8FfnPlan<T, O>;
-  const Plan plan(args, pool.threads);
-  const auto body = [](void* raw, int64_t begin, int64_t end) {
-    const Plan& p = *static_cast<const Plan*>(raw);
-    Carver count;
-    (void)Int8FfnScratch<T, O>(count, p);
-    Carver carver(thread_arena(count.bytes()));
-    Int8FfnScratch<T, O> scratch(carver, p);
-    const ptrdiff_t active = p.layout.active;
-    for (ptrdiff_t i = 0; i < whole_panels(active); ++i) scratch.b_in[i] = 0.0f;
-    if (p.args.b_in != nullptr) convert_row(static_cast<const T*>(p.args.b_in), scratch.b_in, active);
-    for (int64_t block = begin; block < end; ++block) int8_ffn_block(p, static_cast<ptrdiff_t>(block), scratch);
-  };
-  pool.run(plan.blocks, body, const_cast<Plan*>(&plan));
-}
-
-// The call of a level that runs int8.
-template <class T>
-void partial_gelu_ffn_int8(const PartialGeluFfnArgs& args, const Pool& pool) {
+// A whole call. `prepare(scratch)` sets the biases of a thread's scratch.
+template <class T, FfnKind kKind, class Args, class Prepare, class Hidden>
+void int8_ffn_call(const Args& args, const Pool& pool, const Prepare& prepare, const Hidden& hidden) {
   if (args.rows == 0 || args.channels == 0) return;
-  with_int8_operand([&](auto operand) { partial_gelu_ffn_int8<T, decltype(operand)>(args, pool); });
+  with_int8_operand([&](auto operand) {
+    using O = decltype(operand);
+    struct Context {
+      Int8FfnPlan<O, kKind, Args> plan;
+      const Prepare& prepare;
+      const Hidden& hidden;
+    } context{{args, pool.threads}, prepare, hidden};
+    const auto body = [](void* raw, int64_t begin, int64_t end) {
+      const Context& c = *static_cast<const Context*>(raw);
+      Carver count;
+      (void)Int8FfnScratch<O>(count, c.plan);
+      Carver carver(thread_arena(count.bytes()));
+      Int8FfnScratch<O> scratch(carver, c.plan);
+      c.prepare(scratch);
+      for (int64_t block = begin; block < end; ++block) {
+        int8_ffn_block<T>(c.plan, static_cast<ptrdiff_t>(block), scratch, c.hidden);
+      }
+    };
+    pool.run(context.plan.blocks, body, &context);
+  });
 }
 
 }  // namespace REPAVIT_ISA
