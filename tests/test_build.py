@@ -325,7 +325,7 @@ def test_sums_of_int8_stay_in_registers(disassembly, level, function, instructio
             spills = [i for i in loop if register in i and re.search(r"%r[sb]p", i)]
             assert len(spills) <= (6 if function == "run_int8_chunk" else 4), (rows, epilogue, spills)
     assert heights == set(range(1, height + 1))
-    assert epilogues == {"GeluToScratch", "BiasResidual", "QkvToScratch", "ProjectionToTokens"}
+    assert epilogues == {"GeluToScratch", "GatedToScratch", "BiasResidual", "QkvToScratch", "ProjectionToTokens"}
 
 
 def test_another_torch_gets_an_environment_of_its_own():
