@@ -323,7 +323,8 @@ def test_sums_of_int8_stay_in_registers(disassembly, level, function, instructio
             loop = k_loop(text, 2 * unrolled * rows, (instruction,))
             assert not [i for i in loop if i.startswith(("call", "vzeroupper"))], (rows, epilogue)
             spills = [i for i in loop if register in i and re.search(r"%r[sb]p", i)]
-            assert len(spills) <= (6 if function == "run_int8_chunk" else 4), (rows, epilogue, spills)
+            allowed = (6 if function == "run_int8_chunk" else 4) if rows == height else len(loop) // 8
+            assert len(spills) <= allowed, (rows, epilogue, spills)
     assert heights == set(range(1, height + 1))
     assert epilogues == {"GeluToScratch", "GatedToScratch", "BiasResidual", "QkvToScratch", "ProjectionToTokens"}
 

@@ -10,8 +10,8 @@ namespace REPAVIT_ISA {
 // instructions.
 template <class Factor>
 REPAVIT_INLINE Factor unknown(Factor f) {
-#if defined(__x86_64__)
-  __asm__ volatile("" : "+v"(f));
+#if defined(__x86_64__) && REPAVIT_ISA_LEVEL <= 1
+  __asm__ volatile("" : "+x"(f));
 #endif
   return f;
 }
