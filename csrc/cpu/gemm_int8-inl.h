@@ -134,6 +134,20 @@ void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, con
 
 constexpr ptrdiff_t kInt8Chunk = 512;  // k at a time: with 16 columns 16 KiB once widened
 
+// Of lanes of four bytes the first two, or the last two, as 16-bit numbers with their signs.
+template <int kFirst>
+REPAVIT_INLINE Simd<int32_t>::V widened_pair(Simd<int32_t>::V quads) {
+#if REPAVIT_ISA_LEVEL == 1
+  constexpr int kFour = kFirst << 8 | (kFirst + 1) << 24 | 0x800080;  // each byte on top of 16 bits, then down again
+  const __m256i bytes = _mm256_setr_epi32(kFour, kFour + 0x04000400, kFour + 0x08000800, kFour + 0x0c000c00, kFour,
+                                          kFour + 0x04000400, kFour + 0x08000800, kFour + 0x0c000c00);
+  return (Simd<int32_t>::V)_mm256_srai_epi16(_mm256_shuffle_epi8((__m256i)quads, bytes), 8);
+#else
+  const auto low = quads << (24 - 8 * kFirst) >> 24, high = quads << (16 - 8 * kFirst) >> 24;
+  return (low & 0xffff) | high << 16;
+#endif
+}
+
 // Columns [first, first + kWide) of groups of four k from b on, as pairs of k: chunk [depth / 2][kWide][2].
 REPAVIT_INLINE void widen_chunk(const int8_t* b, ptrdiff_t groups, int16_t* chunk) {
   constexpr int kLanes = Simd<int32_t>::kLanes, kRow = 2 * kTileVectors * kLanes;
@@ -141,12 +155,7 @@ REPAVIT_INLINE void widen_chunk(const int8_t* b, ptrdiff_t groups, int16_t* chun
     for (int v = 0; v < kTileVectors; ++v) {
       Simd<int32_t>::V quads;
       __builtin_memcpy(&quads, b + v * kLanes * kInterleave<int8_t>, sizeof(quads));
-      // bytes 0 and 1 of each lane, then 2 and 3, as two 16-bit numbers with their signs
-      const auto pair = [&](int shift) __attribute__((always_inline)) {
-        const auto low = quads << (24 - shift) >> 24, high = quads << (16 - shift) >> 24;
-        return (low & 0xffff) | high << 16;
-      };
-      const auto even = pair(0), odd = pair(16);
+      const auto even = widened_pair<0>(quads), odd = widened_pair<2>(quads);
       __builtin_memcpy(chunk + v * 2 * kLanes, &even, sizeof(even));
       __builtin_memcpy(chunk + kRow + v * 2 * kLanes, &odd, sizeof(odd));
     }

@@ -14,7 +14,7 @@ namespace REPAVIT_ISA {
 
 constexpr float kTinyRange = 1e-30f;
 
-// Whole numbers in lanes of floats to memory.
+// Lanes of floats to the nearest whole numbers, ties to even, in memory.
 template <class O>
 REPAVIT_INLINE void store_whole(O* out, Simd<float>::V v, int n) {
 #if REPAVIT_ISA_LEVEL >= 2
@@ -32,6 +32,7 @@ REPAVIT_INLINE void store_whole(O* out, Simd<float>::V v, int n) {
   _mm_storeu_si128((__m128i*)lanes, packed);
   __builtin_memcpy(out, lanes, sizeof(O) * static_cast<size_t>(n));
 #else
+  v = Simd<float>::round(v);
   for (int i = 0; i < n; ++i) out[i] = static_cast<O>(v[i]);
 #endif
 }
@@ -83,7 +84,7 @@ RowScale quantize_row(const float* x, ptrdiff_t columns, O* out) {
   }
   const S::V by = S::broadcast(255.0f / range), from = S::broadcast(row.least);
   for_each_vector(x, columns, [&](S::V v, ptrdiff_t i, int n) __attribute__((always_inline)) {
-    store_whole(out + i, S::round((v - from) * by), n);
+    store_whole(out + i, (v - from) * by, n);
   });
   for (ptrdiff_t k = columns; k < whole; ++k) out[k] = 0;
   return {range / 255.0f, row.least};
