@@ -28,6 +28,7 @@ LAYERS = (
     ("fusing",),
     ("checkpoints", "exporting"),
     ("verification", "cuda_graphs", "info", "moved"),
+    ("testing",),
     ("idling", "demo"),  # extras: the core never imports them
     ("cli",),
     ("__main__", "__init__"),
