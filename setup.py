@@ -165,6 +165,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=["repavit_ops", "repavit_ops.*"]), "repavit_ops.kernels"],
+    py_modules=["pytest_repavit_ops"],
     package_dir={"repavit_ops": "repavit_ops", "repavit_ops.kernels": "kernels"},
     package_data={"repavit_ops": ["py.typed"], "repavit_ops.kernels": ["tuned/*.json"]},
     ext_modules=[] if WANTED == "0" else [Extension("repavit_ops._C", sources=[], optional=True)],

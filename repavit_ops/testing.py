@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from .verification import VerificationReport, verify
 
 
+class NotEquivalentError(AssertionError):
+    """What :func:`assert_equivalent` raises.
+
+    Attributes:
+        report: the whole comparison.
+    """
+
+    def __init__(self, report: VerificationReport) -> None:
+        super().__init__(f"candidate: not equivalent to the reference\n{report}")
+        self.report = report
+
+
 def assert_equivalent(
     reference: nn.Module,
     candidate: nn.Module,
@@ -29,12 +41,12 @@ def assert_equivalent(
         The report, for further assertions: ``.output.top1``, ``.output.cosine``, ``.blocks``.
 
     Raises:
-        AssertionError: the models are not equivalent on these inputs; the message is the report, a line per block and
-            per output.
+        NotEquivalentError: an AssertionError: the models are not equivalent on these inputs; the message is the report,
+            a line per block and per output.
         RuntimeError, ValueError: the models cannot be compared; see :func:`repavit_ops.verify`.
     """
     __tracebackhide__ = True  # pytest then points at the caller's line
     report = verify(reference, candidate, inputs, atol=atol, block_types=block_types)
     if not report:
-        raise AssertionError(f"candidate: not equivalent to the reference\n{report}")
+        raise NotEquivalentError(report)
     return report

@@ -18,7 +18,8 @@ import pytest
 from repavit_ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "repavit_ops", "kernels", "csrc")
+METADATA = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = (*METADATA, "pytest_repavit_ops.py", "repavit_ops", "kernels", "csrc")
 LIBRARY = ROOT / "repavit_ops/_C.so"
 
 
@@ -56,7 +57,7 @@ def test_kernels_install_inside_the_package(pure):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         top_level = next(name for name in names if name.endswith("top_level.txt"))
-        assert archive.read(top_level).decode().split() == ["repavit_ops"]
+        assert archive.read(top_level).decode().split() == ["pytest_repavit_ops", "repavit_ops"]
     packages = {name.rsplit("/", 1)[0] for name in names if name.endswith("/__init__.py")}
     for package in (ROOT / "repavit_ops").rglob("__init__.py"):
         assert package.parent.relative_to(ROOT).as_posix() in packages
