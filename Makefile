@@ -29,7 +29,7 @@ LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_IS
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot \
-        fuzz long-runs mutants build wheels clean
+        fuzz long-runs mutants docs build wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -81,6 +81,11 @@ mutants: $(VENV)/.dev ## do the tests notice: mutants of Python by cosmic-ray, o
 	tests/mutation/python.sh $(abspath $(BIN)/python)
 	$(BIN)/python tests/mutation/kernels.py
 	$(BIN)/python tests/mutation/gpu_kernels.py
+
+docs: $(VENV)/.dev ## the documentation site, in build/docs; any warning is an error
+	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.[docs]' --no-build-isolation
+	$(BIN)/python docs/site/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.dev ## a wheel for this platform, in dist/
 	REPAVIT_BUILD_CPU=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
