@@ -4,6 +4,7 @@
 #   TORCH='torch==2.10.0'        what pip installs as PyTorch (2.10 or later; options such as --index-url may follow), in
 #                                an environment of its own: make test TORCH=torch==2.10.0
 #   EXAMPLES=2000                of each property that make fuzz draws
+#   OLD=FILE.jsonl               what make bench-check compares with; CHECKED='deit_base and batch8' the cases it runs
 #   WORKERS=2                    processes that run the Python tests; each uses PyTorch's threads besides
 
 PYTHON ?= python3
@@ -14,6 +15,9 @@ VENV ?= .venv$(if $(filter torch-2.13.0,$(TORCH_NAME)),,-$(TORCH_NAME))
 WORKERS ?= 2
 EXAMPLES ?= 2000
 FAMILIES := 'transformers==5.23.0' 'open_clip_torch==3.3.0' 'peft==0.21.2' 'accelerate==1.15.0'
+
+OLD ?= build/bench-old.jsonl
+CHECKED ?= (deit_tiny or deit_small or swin_tiny) and batch1 and float32
 
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 BIN := $(VENV)/bin
@@ -29,7 +33,7 @@ LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_IS
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint test-cpp test-aarch64 test-avx512 test-levels test-python coverage aot \
-        fuzz long-runs mutants docs build wheels clean
+        fuzz long-runs mutants docs bench-check build wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -81,6 +85,12 @@ mutants: $(VENV)/.dev ## do the tests notice: mutants of Python by cosmic-ray, o
 	tests/mutation/python.sh $(abspath $(BIN)/python)
 	$(BIN)/python tests/mutation/kernels.py
 	$(BIN)/python tests/mutation/gpu_kernels.py
+
+bench-check: $(VENV)/.dev ## slower than before? the first time keeps this machine's figures in OLD, later ones compare
+	@mkdir -p build && rm -f build/bench-new.jsonl
+	$(BIN)/python -m pytest -n 0 bench/bench_models.py -k "$(CHECKED)" --peers --results build/bench-new.jsonl
+	@if [ -e $(OLD) ]; then $(BIN)/python bench/compare.py $(OLD) build/bench-new.jsonl; \
+	else mv build/bench-new.jsonl $(OLD); echo "kept in $(OLD): make bench-check compares with it from now on"; fi
 
 docs: $(VENV)/.dev ## the documentation site, in build/docs; any warning is an error
 	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.[docs]' --no-build-isolation

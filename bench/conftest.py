@@ -19,7 +19,7 @@ ROWS: list[dict] = []
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=None, help="append one JSON line per case to this file")
     parser.addoption("--threads", type=int, default=None, help="threads of every provider (default: torch's)")
-    parser.addoption("--peers", nargs="+", choices=PEERS, default=PEERS, help="peers of whole models, beside eager")
+    parser.addoption("--peers", nargs="*", choices=PEERS, default=PEERS, help="peers of whole models, beside eager")
 
 
 @pytest.fixture
