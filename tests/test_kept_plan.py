@@ -11,6 +11,7 @@ from model_helpers import Recorder, images, in_threads, tiny_swin, tiny_vit
 import repavit_ops
 from repavit_ops import backends, stack_plan
 from repavit_ops.stack.kept_plan import KeptPlan
+from repavit_ops.stack.route import Route, keep
 
 pytestmark = pytest.mark.skipif(
     backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
@@ -137,6 +138,18 @@ def test_a_model_keeps_one_plan_per_kind_of_input_and_none_after_it():
     for number in first + last:
         with pytest.raises(RuntimeError, match="no plan that is kept"):
             torch_ops.fused_blocks_kept(x, number)
+
+
+def test_sixteen_routes_are_kept_and_the_next_one_starts_anew():
+    routes, route = {}, Route(())
+    for size in range(16):
+        keep(routes, (size,), route)
+    assert list(routes) == [(size,) for size in range(16)]
+    keep(routes, (0,), other := Route(()))  # one that is known takes its own place
+    assert len(routes) == 16
+    assert routes[(0,)] is other
+    keep(routes, (16,), route)
+    assert list(routes) == [(16,)]
 
 
 def test_whoever_records_operators_sees_the_weights():

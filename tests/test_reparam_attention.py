@@ -164,6 +164,18 @@ def test_bypass_under_layernorm_keeps_the_shortcut():
     assert relative_error(attention(n, merged.weights) + n @ merged.w_merged.T + x, wanted) <= EXACT
 
 
+@pytest.mark.parametrize(("dim", "d_v"), [(C, 5), (128, 43)])
+def test_bypass_by_its_defaults_beside_values_of_another_width(dim, d_v):
+    """w_proj is not square, the shortcut goes into w_merged; 128 channels make more rows than small integers."""
+    draw = Draw(11)
+    weights, x = random_weights(draw, dim=dim, d_v=d_v), draw.normal(2, T, dim)
+    w, b = draw.weight(dim, dim), draw.normal(dim)
+    merged = merge_attention_bypass(weights, w, b_bypass=b)
+    assert merged.residual is False
+    got = attention(x, merged.weights) + x @ merged.w_merged.T
+    assert relative_error(got, attention(x, weights) + F.linear(x, w, b) + x) <= EXACT
+
+
 # --- Windows with padding ---------------------------------------------------------------------------------------------
 
 WINDOW = 4
