@@ -54,7 +54,7 @@ AT_THE_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in AT_THE_TOP)]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULES = {"models", "nn", "ops", "reparam"}  # names of repavit_ops with a page of their own
-PUBLIC = ("", *(f".{name}" for name in sorted(MODULES)), ".idling")
+PUBLIC = ("", *(f".{name}" for name in sorted(MODULES)), ".idling", ".profiling")
 
 
 def without_code(text: str) -> str:
