@@ -140,6 +140,21 @@ def test_a_model_keeps_one_plan_per_kind_of_input_and_none_after_it():
             torch_ops.fused_blocks_kept(x, number)
 
 
+@torch.no_grad()
+def test_a_position_table_resized_for_other_images_is_kept_until_somebody_writes():
+    """``.data`` raises no version counter, and the plan holds a table of its own."""
+    model = tiny_vit()
+    fused, x = repavit_ops.fuse(model), images(1, 48)
+    fused(x)
+    (first,) = fused._routes.values()
+    fused(x)
+    assert next(iter(fused._routes.values())) is first
+    for one in (model, fused):
+        one.pos_embed.data.add_(0.5)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    assert next(iter(fused._routes.values())) is not first
+
+
 def test_sixteen_routes_are_kept_and_the_next_one_starts_anew():
     routes, route = {}, Route(())
     for size in range(16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from model_helpers import randomise
+from torch.autograd import forward_ad
 
 from repavit_ops import backends
 from repavit_ops.nn import PartialGELUFFN, RepAttention
@@ -71,3 +72,29 @@ def test_restoring_what_was_not_dropped_keeps_the_copy():
     module.restore_unpacked()
     assert module.packed_copy is not None
     assert torch.equal(module(tokens()), ffn()(tokens()))
+
+
+@torch.no_grad()
+def test_dropping_where_there_is_no_copy_or_a_second_time_changes_nothing():
+    module, x = ffn(backend="reference"), tokens()
+    before = module(x)
+    module.drop_unpacked()
+    assert torch.equal(module.w_in, ffn().w_in)
+    assert torch.equal(module(x), before)
+    module = ffn()
+    module.drop_unpacked()
+    before, result = module.packed_copy, module(x)
+    module.drop_unpacked()
+    assert module.packed_copy is before
+    assert torch.equal(module(x), result)
+
+
+def test_derivatives_forward_and_transforms_alone_need_the_weights():
+    module, x = ffn(), tokens()
+    module.drop_unpacked()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no weights to differentiate or transform"):
+        torch.func.vmap(module)(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="no weights to differentiate or transform"):
+            module(dual)
