@@ -27,6 +27,7 @@ def assert_equivalent(
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     atol: float | None = None,
+    least_cosine: float | None = None,
     block_types: tuple[type[nn.Module], ...] | None = None,
 ) -> VerificationReport:
     """Assert that a candidate (merged, fused, cast) computes what its reference does, as :func:`repavit_ops.verify`.
@@ -35,7 +36,7 @@ def assert_equivalent(
     and eager the reference in the candidate's dtype.
 
     Args:
-        reference, candidate, inputs, atol, block_types: as :func:`repavit_ops.verify`.
+        reference, candidate, inputs, atol, least_cosine, block_types: as :func:`repavit_ops.verify`.
 
     Returns:
         The report, for further assertions: ``.output.top1``, ``.output.cosine``, ``.blocks``.
@@ -46,7 +47,7 @@ def assert_equivalent(
         RuntimeError, ValueError: the models cannot be compared; see :func:`repavit_ops.verify`.
     """
     __tracebackhide__ = True  # pytest then points at the caller's line
-    report = verify(reference, candidate, inputs, atol=atol, block_types=block_types)
+    report = verify(reference, candidate, inputs, atol=atol, least_cosine=least_cosine, block_types=block_types)
     if not report:
         raise NotEquivalentError(report)
     return report

@@ -66,8 +66,15 @@ def test_what_is_made_of_the_arguments():
     assert window_module(padding=True).pad_kv.shape == (24,)
     square = WindowRepAttention(12, 2, 4, 2)
     assert (square.window, square.shift, square.rel_bias.shape) == ((4, 4), (2, 2), (2, 16, 16))
+    assert WindowRepAttention(12, 2, 4).shift == (0, 0)
     with pytest.raises(TypeError):
         WindowRepAttention(12, 2, 4, 2, 6)  # options have names
+
+
+def test_pickles_of_older_versions_shift_by_the_smaller_side():
+    module, x = window_module(), torch.randn(2, 2, 6, 12)
+    del module.shift_by_axis
+    torch.testing.assert_close(module(x), by_the_operator(module, x, (0, 0)))
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -1,8 +1,8 @@
 """The inside of one operator call: how its time divides among its products, which nothing outside of it can see.
 
 Each product is timed alone, by the same kernels on the same sizes; the call's time is divided in these proportions.
-What attention takes beyond its two projections is its core. It is an estimate: alone, a product finds other things in
-cache.
+What attention takes beyond its two projections is its core's, and that is at least as slow per operation. It is an
+estimate: alone, a product finds other things in cache.
 """
 
 from __future__ import annotations
@@ -89,11 +89,10 @@ def _attention(module: RepAttention, call: Call, rows: int, normed: bool, produc
     heads, values = module.num_heads, module.num_heads * module.d_v
     width, dim, out = module.w_qkv.shape[0], module.dim, module.w_proj.shape[0]
     qkv, proj = products.seconds(rows, dim, width, normed), products.seconds(rows, values, out)
-    scale = min(1.0, call.seconds / (qkv + proj))
-    core = call.seconds - (qkv + proj) * scale
     keys = module.window[0] * module.window[1] if isinstance(module, WindowRepAttention) else call.size[1]
-    return [
-        (QKV, qkv * scale, 2 * rows * dim * width),
-        (CORE, core, 2 * rows * heads * keys * (module.d_qk + module.d_v)),
-        (PROJ, proj * scale, 2 * rows * values * out),
-    ]
+    flops = (2 * rows * dim * width, 2 * rows * heads * keys * (module.d_qk + module.d_v), 2 * rows * values * out)
+    # The remainder is the core's, which takes at least as long for an operation as the products do.
+    core = max(call.seconds - qkv - proj, (qkv + proj) * flops[1] / max(1, flops[0] + flops[2]))
+    scale = call.seconds / ((qkv + core + proj) or 1.0)
+    alone = (qkv, core, proj)
+    return [(part, t * scale, n) for part, t, n in zip((QKV, CORE, PROJ), alone, flops, strict=True)]

@@ -45,8 +45,9 @@ TOML
 run repavit_ops/reparam/affine.py tests/test_reparam_affine.py
 run repavit_ops/reparam/ffn.py tests/test_reparam_ffn.py
 run repavit_ops/reparam/attention.py tests/test_reparam_attention.py
-run repavit_ops/stack/route.py tests/test_one_call.py tests/test_fused_blocks.py tests/test_kept_plan.py
-run repavit_ops/nn/window_rep_attention.py tests/test_nn.py tests/test_window_rep_attention.py
+run repavit_ops/stack/route.py tests/test_kept_plan.py tests/test_one_call.py tests/test_fused_blocks.py tests/test_timm_models.py
+run repavit_ops/nn/window_rep_attention.py tests/test_window_module.py tests/test_nn.py tests/test_window_rep_attention.py
 run repavit_ops/reparam/join.py tests/test_reparam_join.py
 run repavit_ops/nn/join.py tests/test_join_coefficient.py tests/test_joined_merging.py tests/test_joined_training_form.py
-run repavit_ops/nn/packed_weights.py tests/test_nn.py tests/test_dropped_weights.py tests/test_export.py tests/test_fuzz_modules.py
+run repavit_ops/nn/packed_weights.py tests/test_packed_copies.py tests/test_nn.py tests/test_dropped_weights.py tests/test_export.py \
+  tests/test_fuzz_modules.py
