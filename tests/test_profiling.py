@@ -127,6 +127,18 @@ def test_a_gated_model_of_timm(timm):
         }
 
 
+def test_an_activation_inside_attention_is_no_ffn(timm):
+    """SwinV2 makes its position bias by a small FFN, and a sigmoid stands between the scores and softmax."""
+    model = timm.create_model(
+        "swinv2_tiny_window8_256", img_size=32, window_size=8, depths=(1,), embed_dim=24, num_heads=(2,), num_classes=0
+    )
+    parts = found(model.eval(), images(1))
+    assert parts["FFN: in"] == parts["FFN: out"] == 2 * 64 * 24 * 96
+    assert parts["attention: proj"] == 2 * 64 * 24 * 24
+    assert parts["attention: core"] == 2 * 64 * 64 * 2 * 24
+    assert parts["attention: qkv"] >= 3 * parts["attention: proj"]
+
+
 def test_a_model_of_transformers(torchvision_stub):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

@@ -23,10 +23,11 @@ def parts_of(calls: list[Call]) -> list[str]:
     for index, call in enumerate(calls):
         if call.kind == "core":
             sorter.attention(index)
-        elif call.kind == "activation":
-            sorter.ffn(index)
         elif call.kind == "whole attention":
             sorter.parts[index] = WHOLE
+    for index, call in enumerate(calls):  # afterwards: attention may hold activations, as SwinV2's of its position bias
+        if call.kind == "activation" and sorter.parts[index] is None:
+            sorter.ffn(index)
     sorter.embedding()
     return [part or REST for part in sorter.parts]
 
