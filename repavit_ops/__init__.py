@@ -18,6 +18,7 @@ from .nn import JoinSchedule, recalibrate_bn, set_join
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoints.packed_models import load_packed, save_packed
     from .cuda_graphs import cuda_graph
     from .idling import distill, distill_blocks, idle_pretrained
     from .verification import VerificationReport, verify
@@ -37,6 +38,7 @@ __all__ = [
     "idle_pretrained",
     "list_models",
     "load_checkpoint",
+    "load_packed",
     "models",
     "nn",
     "ops",
@@ -44,6 +46,7 @@ __all__ = [
     "reparam",
     "reparameterize",
     "save_checkpoint",
+    "save_packed",
     "set_join",
     "verify",
 ]
@@ -52,6 +55,7 @@ moved.install()
 LATER = {  # loaded when they are asked for: extras, which the core does without, and what a model in use does not need
     **dict.fromkeys(("distill", "distill_blocks", "idle_pretrained"), "idling"),
     **dict.fromkeys(("VerificationReport", "verify"), "verification"),
+    **dict.fromkeys(("load_packed", "save_packed"), "checkpoints.packed_models"),
     "cuda_graph": "cuda_graphs",
 }
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .mapped_file import PACKED
 from .shards import INDEX, read_index, refuse_what_stands_for_a_file
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -98,6 +99,10 @@ def _read_safetensors(path: Path, ema: bool) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if PACKED in metadata:
+                raise ValueError(
+                    f"{path.name}: got a packed model, wanted a checkpoint; repavit_ops.load_packed reads it"
+                )
             # clones: the tensors would otherwise be windows into the file on disk
             state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         config = json.loads(metadata.get("config", "{}"))

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .common import overrides_of, plain_errors, read_config
+from .common import DTYPES, overrides_of, plain_errors, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,9 +32,20 @@ def convert(
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, which a ViT's shapes do not tell.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of the authors' constructor arguments.")] = None,
     layout: Annotated[Layout, typer.Option(help="Keys to write: ours, or the authors'.")] = Layout.native,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Fuse, and write what load_packed maps into every worker.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help=f"With --packed: {', '.join(DTYPES[:3])}; default the file's.")] = "",
 ) -> None:
-    """Merge a training checkpoint into its deployed form, or rewrite a deployed one, in either layout."""
+    """Merge a training checkpoint into its deployed form, or rewrite a deployed one, in either layout.
+
+    With --packed the model is fused besides, and its weights are written as the CPU kernels read them.
+    """
     with plain_errors():
+        if packed and layout is not Layout.native:
+            raise ValueError("--layout: got authors beside --packed, which has a layout of its own; give one of them")
+        if dtype and (not packed or dtype not in DTYPES[:3]):
+            raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES[:3])}, beside --packed")
         from ..checkpoints import load_checkpoint, save_checkpoint
         from ..fusing import reparameterize
         from ..models import complexity
@@ -44,15 +55,29 @@ def convert(
         image, channels = image_of(model)
         before = complexity(model, image, in_chans=channels)
         merged = reparameterize(model)
-        save_checkpoint(merged, target, layout.value)
         after = complexity(merged, image, in_chans=channels)
+        if packed:
+            _write_packed(merged, source, target, dtype)
+        else:
+            save_checkpoint(merged, target, layout.value)
     console = Console(soft_wrap=True)
     counts = _training_forms(model)
     what = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing (already in deployed form)"
     console.print(f"merged      {what}")
     console.print(f"parameters  {before.params:,} → {after.params:,}  ({after.params / before.params - 1:+.1%})")
     console.print(f"GMACs       {before.gmacs:.3f} → {after.gmacs:.3f}  ({after.macs / before.macs - 1:+.1%})")
-    console.print(f"wrote       {escape(str(target))}  ({layout.value} layout)")
+    console.print(f"wrote       {escape(str(target))}  ({'packed' if packed else f'{layout.value} layout'})")
+
+
+def _write_packed(merged: nn.Module, source: Path, target: Path, dtype: str) -> None:
+    """Fuse and write for mapping."""
+    import torch
+
+    from ..checkpoints.packed_models import save_packed
+    from ..fusing import fuse
+
+    options = {"dtype": getattr(torch, dtype)} if dtype else {}
+    save_packed(fuse(merged, inplace=True, keep_unpacked=False, **options), target, source=source)
 
 
 def _training_forms(model: nn.Module) -> dict[str, int]:

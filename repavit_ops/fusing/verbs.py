@@ -128,26 +128,6 @@ def fuse(
     def wanted(module: nn.Module, name: str) -> bool:
         return filter_fn is None or filter_fn(module, name)
 
-    def fused(module: nn.Module, name: str) -> nn.Module:
-        rule = rule_of(module)
-        if rule is None or can_fuse(module) is not None or not wanted(module, name):
-            return module
-        made = rule.fold(module, backend)
-        if (
-            isinstance(made, PartialGELUFFN)
-            and quantize == "none"
-            and backend != "reference"
-            and dtype in (None, torch.float32)
-        ):
-            made.take_out_shortcut()
-        return made
-
-    def patches(module: nn.Module, name: str) -> nn.Module:
-        return fuse_patches(module, backend) if wanted(module, name) else module
-
-    def merged(module: nn.Module, name: str) -> nn.Module:
-        return _merged(module, name) if wanted(module, name) else module
-
     if torch.is_inference_mode_enabled():
         warnings.warn(
             "repavit_ops.fuse: called inside torch.inference_mode(), so the result can never be trained; fuse outside, "
@@ -172,14 +152,8 @@ def fuse(
             backends.release_freed_memory()
 
     model, device = _taken(model, inplace, "fuse")
-    model = _swap(model, merged)
-    if strict:
-        _require_fusible(model, wanted)
-    for module in model.modules():
-        recorders.forget(module)
-        reset(module)
-    model = _swap(_swap(_swap(model, fused, finished), patches, finished), _stacked)
-    _refuse_saving(model)
+    keeps_shortcut = quantize != "none" or dtype not in (None, torch.float32)  # which those take out by themselves
+    model = _swapped(model, backend, wanted, keeps_shortcut, strict, finished)
     if dtype is not None:
         _cast(model, dtype)
     if device is not None:
@@ -189,6 +163,56 @@ def fuse(
             warn_without_kernels(kind)
     if filter_fn is None and not any(isinstance(module, PackedWeights | ConvReLU2d) for module in model.modules()):
         warnings.warn(f"repavit_ops.fuse: {nothing_fuses(model)}", stacklevel=2)
+    return model
+
+
+def fused_structure(model: nn.Module) -> nn.Module:
+    """What :func:`fuse` makes of a model without weights: the same modules, names and shapes, on the meta device.
+
+    Args:
+        model: on the meta device, in evaluation mode; it is changed.
+    """
+    return _swapped(unwrapped(model), "auto", lambda module, name: True)
+
+
+def stacked(model: nn.Module) -> nn.Module:
+    """A model whose blocks are fused, changed so that runs of them, or all of it, go through one operator call."""
+    return _swap(model, _stacked)
+
+
+def _swapped(
+    model: nn.Module,
+    backend: Backend,
+    wanted: Callable[[nn.Module, str], bool],
+    keeps_shortcut: bool = False,
+    strict: bool = False,
+    finished: Callable[[nn.Module], None] = lambda module: None,
+) -> nn.Module:
+    """The model with training forms merged, then sub-blocks and patches fused where ``wanted``, then blocks stacked."""
+
+    def merged(module: nn.Module, name: str) -> nn.Module:
+        return _merged(module, name) if wanted(module, name) else module
+
+    def fused(module: nn.Module, name: str) -> nn.Module:
+        rule = rule_of(module)
+        if rule is None or can_fuse(module) is not None or not wanted(module, name):
+            return module
+        made = rule.fold(module, backend)
+        if isinstance(made, PartialGELUFFN) and backend != "reference" and not keeps_shortcut:
+            made.take_out_shortcut()
+        return made
+
+    def patches(module: nn.Module, name: str) -> nn.Module:
+        return fuse_patches(module, backend) if wanted(module, name) else module
+
+    model = _swap(model, merged)
+    if strict:
+        _require_fusible(model, wanted)
+    for module in model.modules():
+        recorders.forget(module)
+        reset(module)
+    model = stacked(_swap(_swap(model, fused, finished), patches, finished))
+    _refuse_saving(model)
     return model
 
 

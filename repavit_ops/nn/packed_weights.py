@@ -143,14 +143,32 @@ class PackedWeights(nn.Module):
         packed = self.current()[0]
         if packed is None or self._copy.alone:
             return
-        self.requires_grad_(False)
         torch.ops.repavit_ops.packed_stands_alone(packed)
+        self.take_packed(packed)
+
+    def take_packed(self, packed: Tensor) -> None:
+        """Let ``packed`` stand in for the plain weights from now on, whose shapes and dtype are those it was made of.
+
+        Args:
+            packed: what the operator's pack function returned, marked to stand alone (``packed_stands_alone``).
+        """
+        self.requires_grad_(False)
         unpacks, kind = f"{self.operator}_unpack", type(self).__name__
         self._copy = Copy()
         for index, (name, weight) in enumerate(self._named_sources()):
             if weight is not None:
                 setattr(self, name, DroppedWeight.of(weight, packed, unpacks, index, f"{name} of {kind}"))
         self.repack()
+
+    def require_packed(self) -> None:
+        """Raise RuntimeError unless the packed copy is one of weights like these, by its header and size."""
+        dtype = getattr(self, self.packed_names[0]).dtype
+        with torch.no_grad():
+            self(torch.empty(self.no_rows(), dtype=dtype))  # the operator looks at all that it is given
+
+    def no_rows(self) -> tuple[int, ...]:
+        """The shape of an input of nothing."""
+        raise TypeError(f"{type(self).__name__} must define no_rows()")
 
     def restore_unpacked(self) -> None:
         """Undo :meth:`drop_unpacked`."""

@@ -186,6 +186,9 @@ class PartialGELUFFN(PackedWeights):
     def pack(self, *weights: Tensor | None) -> Tensor:
         return torch.ops.repavit_ops.partial_gelu_ffn_pack(*weights, quantize=self.quantize)
 
+    def no_rows(self) -> tuple[int, ...]:
+        return 0, self.dim
+
     def forward(self, x: Tensor) -> Tensor:
         if is_proxy(x):
             return call_of(self, x)

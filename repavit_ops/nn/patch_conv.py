@@ -39,6 +39,9 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
         assert weight is not None
         return torch.ops.repavit_ops.patch_projection_pack(weight.flatten(1))
 
+    def no_rows(self) -> tuple[int, ...]:
+        return 0, self.in_channels, *self.kernel_size
+
     def forward(self, x: Tensor) -> Tensor:
         if is_proxy(x):
             return call_of(self, x)

@@ -67,6 +67,9 @@ class PatchProjection(PackedWeights):
     def pack(self, *weights: Tensor | None) -> Tensor:
         return torch.ops.repavit_ops.patch_projection_pack(*weights)
 
+    def no_rows(self) -> tuple[int, ...]:
+        return (0, *self.patch, self.in_chans) if self.channels_last else (0, self.in_chans, *self.patch)
+
     def forward(self, x: Tensor) -> Tensor:
         if is_proxy(x):
             return call_of(self, x)

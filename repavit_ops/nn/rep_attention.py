@@ -117,6 +117,9 @@ class RepAttention(PackedWeights):
             *weights, num_heads=self.num_heads, d_qk=self.d_qk, quantize=self.quantize
         )
 
+    def no_rows(self) -> tuple[int, ...]:
+        return 0, 1, self.dim
+
     def forward(
         self, x: Tensor, attn_bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:

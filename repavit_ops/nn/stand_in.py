@@ -49,6 +49,12 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if pair is None else pair[0]
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was built as: the one whose place a stand-in takes, else its class."""
+    pair = type(module).__dict__.get("_stands_in")
+    return type(module) if pair is None else pair[1]
+
+
 def is_stand_in(cls: type) -> bool:
     """Whether :func:`stand_in_class` made a class."""
     return "_stands_in" in cls.__dict__

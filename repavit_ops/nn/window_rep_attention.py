@@ -87,6 +87,9 @@ class WindowRepAttention(RepAttention):
         pad_width = num_heads * (self.d_qk + self.d_v)
         self.pad_kv = nn.Parameter(torch.zeros(pad_width, device=device, dtype=dtype)) if padding else None
 
+    def no_rows(self) -> tuple[int, ...]:
+        return 0, *self.window, self.dim
+
     def forward(self, x: Tensor, static_shift: bool | None = None) -> Tensor:  # type: ignore[override]
         """``static_shift`` given: for this call in place of the module's own."""
         if is_proxy(x):

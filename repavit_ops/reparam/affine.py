@@ -48,7 +48,7 @@ def batchnorm_affine(
         )
     var = as_float64(running_var, "running_var", C=None)
     mean = as_float64(running_mean, "running_mean", C=var.shape[0])
-    if not bool((torch.isfinite(var) & (var + eps > 0)).all()):
+    if not var.is_meta and not bool((torch.isfinite(var) & (var + eps > 0)).all()):
         raise ValueError(
             f"running_var: got values in [{float(var.min()):g}, {float(var.max()):g}] with eps {eps:g}, wanted finite "
             "ones with running_var + eps > 0; fold before casting the model to fp16, or recalibrate the BatchNorm"

@@ -70,7 +70,7 @@ def cast(x: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | None:
     if x is None:
         return None
     rounded = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(rounded).all()):
+    if not rounded.is_meta and not bool(torch.isfinite(rounded).all()):
         raise ValueError(_not_finite(x, rounded, name))
     return rounded
 

@@ -1,0 +1,538 @@
+"""Packed models as files: mapped, shared, bit for bit the model that was saved; whatever is wrong with one is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from model_helpers import Recorder, images, randomise, relative, tiny_swin, tiny_vit
+from torch import nn
+
+import repavit_ops
+from repavit_ops import backends
+from repavit_ops.checkpoints.mapped_file import LINE, PACKED
+from repavit_ops.fusing.opening import open_ffns
+from repavit_ops.models import JoinedVisionTransformer
+from repavit_ops.nn import PartialGELUFFN
+from repavit_ops.nn.packed_weights import PackedWeights
+
+pytestmark = pytest.mark.skipif(
+    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
+)
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    """A small fused ViT and its file."""
+    fused = repavit_ops.fuse(tiny_vit())
+    repavit_ops.save_packed(fused, path)
+    return fused, path
+
+
+@torch.no_grad()
+def first_output(model, x):
+    out = model(x)
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def without_memory(model):
+    return [line for line in str(repavit_ops.fusion_report(model)).splitlines() if not line.startswith("memory")]
+
+
+def require_same(fused, loaded, x):
+    assert torch.equal(first_output(fused, x), first_output(loaded, x))
+    assert without_memory(fused) == without_memory(loaded)
+    assert [name for name, _ in loaded.named_modules()] == [name for name, _ in fused.named_modules()]
+    assert loaded.state_dict().keys() == fused.state_dict().keys()
+
+
+# --- the same model ---------------------------------------------------------------------------------------------------
+
+
+def joined():
+    config = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+    model = randomise(JoinedVisionTransformer(**config, branches=3))
+    repavit_ops.set_join(model, 1.0)
+    return model
+
+
+OURS = {
+    "vit": (tiny_vit, 32),
+    "swin": (tiny_swin, 64),
+    "padded swin": (tiny_swin, 72),
+    "joined": (joined, 32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OURS)
+def test_a_loaded_model_of_ours_answers_bit_for_bit(name, dtype, path):
+    build, size = OURS[name]
+    fused = repavit_ops.fuse(build(), dtype=dtype)
+    repavit_ops.save_packed(fused, path)
+    require_same(fused, repavit_ops.load_packed(path), images(2, size).to(dtype))
+
+
+TIMM = {
+    "vit_tiny_patch16_224": {"depth": 2, "img_size": 32, "num_classes": 7},
+    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 28},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 24, "img_size": 56},
+    "eva02_tiny_patch14_224": {"depth": 2, "img_size": 28},
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_loaded_model_of_timm_answers_bit_for_bit(timm, name, path):
+    fused = repavit_ops.fuse(randomise(timm.create_model(name, **TIMM[name])))
+    repavit_ops.save_packed(fused, path, arguments=TIMM[name])
+    require_same(fused, repavit_ops.load_packed(path), images(2, TIMM[name]["img_size"]))
+
+
+def test_what_a_model_of_timm_tells_needs_no_arguments(timm, path):
+    fused = repavit_ops.fuse(randomise(timm.create_model("test_vit", num_classes=7, img_size=32)))
+    repavit_ops.save_packed(fused, path)
+    require_same(fused, repavit_ops.load_packed(path), images(2))
+    pooled = repavit_ops.fuse(timm.create_model("test_vit", global_pool="avg").eval())
+    with pytest.raises(ValueError, match=r"global_pool is avg, rebuilt as token.*arguments="):
+        repavit_ops.save_packed(pooled, path)
+
+
+def test_an_idled_model_of_timm_keeps_its_channels(timm, path):
+    arguments = {"depth": 2, "img_size": 32, "num_classes": 7}
+    model = open_ffns(randomise(timm.create_model("vit_tiny_patch16_224", **arguments)))
+    for name, m in (("blocks.0.mlp", 96), ("blocks.1.mlp", 33)):
+        model.set_submodule(name, PartialGELUFFN(192, m, norm_eps=1e-6, residual=True, backend="reference").eval())
+    fused = repavit_ops.fuse(model)
+    repavit_ops.save_packed(fused, path, arguments=arguments)
+    loaded = repavit_ops.load_packed(path)
+    require_same(fused, loaded, images(2))
+    assert [block.mlp.act_channels for block in loaded.blocks] == [96, 33]
+
+
+TRANSFORMERS = {
+    "ViTForImageClassification": ("ViTConfig", {**SMALL, "intermediate_size": 96, "num_labels": 7}),
+    "Dinov2Model": ("Dinov2Config", SMALL),
+    "CLIPVisionModel": ("CLIPVisionConfig", {**SMALL, "intermediate_size": 96}),
+    "SwinModel": ("SwinConfig", {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "image_size": 56}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_loaded_model_of_transformers_answers_bit_for_bit(torchvision_stub, name, path):
+    transformers = pytest.importorskip("transformers")
+    config, arguments = TRANSFORMERS[name]
+    model = randomise(getattr(transformers, name)(getattr(transformers, config)(**arguments)))
+    fused = repavit_ops.fuse(model)
+    repavit_ops.save_packed(fused, path)
+    loaded = repavit_ops.load_packed(path)
+    require_same(fused, loaded, images(2, arguments["image_size"]))
+    assert isinstance(loaded, getattr(transformers, name))
+    assert "/" not in json.loads(metadata_of(path)[PACKED])["recipe"]["config"].get("_name_or_path", "")
+
+
+def encoder(depth=2):
+    layer = nn.TransformerEncoderLayer(48, 3, 96, activation="gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+
+def test_a_model_that_no_constructor_is_known_for_takes_one(path):
+    fused, x = repavit_ops.fuse(randomise(encoder())), torch.randn(2, 5, 48)
+    with pytest.raises(ValueError, match=r"TransformerEncoder, which no constructor.*pass build="):
+        repavit_ops.save_packed(fused, path)
+    repavit_ops.save_packed(fused, path, build=encoder)
+    with pytest.raises(ValueError, match="build: got none, wanted the function"):
+        repavit_ops.load_packed(path)
+    require_same(fused, repavit_ops.load_packed(path, build=encoder), x)
+    with pytest.raises(ValueError, match=r"gives another one: layers\.1 is only in the saved one"):
+        repavit_ops.save_packed(fused, path, build=lambda: encoder(1))
+
+
+def test_weights_that_stand_twice_are_stored_once_and_stay_one(path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = tiny_vit()
+            self.again = nn.Linear(48, 10)
+            self.again.weight = self.trunk.head.weight
+
+        def forward(self, x):
+            return self.trunk(x)
+
+    fused = repavit_ops.fuse(Tied().eval())
+    repavit_ops.save_packed(fused, path, build=Tied)
+    loaded = repavit_ops.load_packed(path, build=Tied)
+    assert loaded.again.weight is loaded.trunk.head.weight
+    require_same(fused, loaded, images())
+
+
+# --- mapped and shared ------------------------------------------------------------------------------------------------
+
+
+def metadata_of(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_safetensors_reads_the_file_and_every_tensor_begins_at_a_cache_line(saved):
+    _, path = saved
+    with safetensors.safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert (8 + length) % LINE == 0
+    assert all(header[name]["data_offsets"][0] % LINE == 0 for name in held if "padding" not in name)
+    loaded = repavit_ops.load_packed(path)
+    assert torch.equal(held["head.weight"], loaded.head.weight)
+    assert all(p.data_ptr() % LINE == 0 for p in (loaded.head.weight, loaded.blocks[0].mlp.packed_copy))
+
+
+def test_loading_folds_packs_and_copies_nothing(saved):
+    _, path = saved
+    with Recorder() as recorder, torch.no_grad():
+        loaded = repavit_ops.load_packed(path)
+        loaded(images())
+    assert not [call for call in recorder.calls if call.endswith("pack")]
+    assert not [call for call in recorder.calls if call in ("aten::clone", "aten::copy_")]
+    assert "repavit_ops::fused_blocks" in recorder.calls
+
+
+def pages_of(path):
+    """Kilobytes of the map of a file by what Linux says of them."""
+    found, inside = {}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path))
+        elif inside and line.endswith(" kB"):
+            name, amount, _ = line.split()
+            found[name] = found.get(name, 0) + int(amount)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the maps of a process are Linux's to tell")
+def test_no_page_of_the_file_becomes_private_and_none_is_written_back(saved):
+    _, path = saved
+    before = path.read_bytes()
+    loaded = repavit_ops.load_packed(path)
+    first_output(loaded, images())
+    pages = pages_of(path)
+    assert pages["Rss:"] >= 200
+    assert pages["Private_Dirty:"] == pages["Anonymous:"] == 0
+    with torch.no_grad():
+        loaded.head.bias.add_(1)
+    assert pages_of(path)["Private_Dirty:"] > 0
+    assert path.read_bytes() == before
+
+
+def test_weights_that_are_edited_or_loaded_are_those_of_a_model_without_plain_weights(saved):
+    fused, path = saved
+    loaded = repavit_ops.load_packed(path)
+    for key, value in fused.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with pytest.raises(RuntimeError, match="w_in of PartialGELUFFN was freed"):
+        loaded.blocks[0].mlp.w_in.add_(1)
+    with torch.no_grad():
+        loaded.head.bias.add_(1)
+    assert relative(first_output(loaded, images()), first_output(fused, images()) + 1) < 1e-5
+    other = repavit_ops.fuse(tiny_vit(seed=3))
+    loaded.load_state_dict(other.state_dict())
+    assert torch.equal(first_output(loaded, images()), first_output(other, images()))
+    assert torch.equal(first_output(repavit_ops.load_packed(path), images()), first_output(fused, images()))
+
+
+def test_edits_behind_a_fused_model_are_in_the_file(path):
+    fused = repavit_ops.fuse(tiny_vit())
+    fused.blocks[0].mlp.w_in.data[0, 1] += 1  # which no counter and no fingerprint need see
+    repavit_ops.save_packed(fused, path)
+    loaded = repavit_ops.load_packed(path)
+    assert torch.equal(loaded.state_dict()["blocks.0.mlp.w_in"], fused.blocks[0].mlp.w_in)
+
+
+def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
+    _, path = saved
+    again = tmp_path / "again.safetensors"
+    repavit_ops.save_packed(repavit_ops.load_packed(path), again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+PACK = """
+import sys, torch, repavit_ops
+from model_helpers import tiny_vit
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    fused = repavit_ops.fuse(tiny_vit(), dtype=dtype, keep_unpacked=False)
+    for module in fused.modules():
+        if isinstance(module, repavit_ops.nn.packed_weights.PackedWeights):
+            sys.stdout.buffer.write(module.packed_copy.numpy().tobytes())
+"""
+
+
+def test_every_level_packs_alike_so_that_a_file_serves_all():
+    levels = backends.CPU_ISA[: backends.CPU_ISA.index(backends.cpu_isa()) + 1]
+    packed = {}
+    for level in (levels[0], levels[-1]):
+        environment = {**os.environ, "REPAVIT_CPU_ISA": level, "PYTHONPATH": str(Path(__file__).parent)}
+        packed[level] = subprocess.run(
+            [sys.executable, "-c", PACK], capture_output=True, check=True, timeout=300, env=environment
+        ).stdout
+    assert len(packed[levels[0]]) > 100_000
+    assert packed[levels[0]] == packed[levels[-1]]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+class File:
+    """A packed file in parts, to be changed and written."""
+
+    def __init__(self, path):
+        whole = path.read_bytes()
+        (length,) = struct.unpack("<Q", whole[:8])
+        self.path, self.header, self.data = path, json.loads(whole[8 : 8 + length]), bytearray(whole[8 + length :])
+        self.said = json.loads(self.header["__metadata__"][PACKED])
+
+    def write(self):
+        self.header["__metadata__"][PACKED] = json.dumps(self.said)
+        text = json.dumps(self.header).encode()
+        text += b" " * (-(8 + len(text)) % LINE)
+        self.path.write_bytes(struct.pack("<Q", len(text)) + text + self.data)
+
+    def at(self, name):
+        return self.header[name]["data_offsets"][0]
+
+
+FFN, QKV = "blocks.0.mlp.packed", "blocks.0.attn.packed"
+
+
+def swap_offsets(file, first, second):
+    a, b = file.header[first], file.header[second]
+    file.header[first], file.header[second] = b, a
+
+
+def renamed(file, old, new):
+    file.header[new] = file.header.pop(old)
+
+
+def put(file, name, offset, number, kind="<q"):
+    struct.pack_into(kind, file.data, file.at(name) + offset, number)
+
+
+TAMPERED = {
+    "overlapping offsets": (lambda f: f.header["head.bias"].update(data_offsets=[0, 40]), "begins at byte"),
+    "an end past the file": (lambda f: f.data.__delitem__(slice(-64, None)), "tensors end at byte"),
+    "more behind": (lambda f: f.data.extend(b"x" * 64), "tensors end at byte"),
+    "a shape too large": (lambda f: f.header["head.weight"].update(shape=[10, 4800]), "bytes for the shape"),
+    "a negative side": (lambda f: f.header["head.weight"].update(shape=[-10, -48]), "no dtype, shape and offsets"),
+    "sides that overflow": (lambda f: f.header["head.weight"].update(shape=[2**61, 2**61, 0]), "bytes for the shape"),
+    "a dtype unknown": (lambda f: f.header["head.weight"].update(dtype=["F32"]), "no dtype, shape and offsets"),
+    "another shape": (lambda f: f.header["head.weight"].update(shape=[48, 10]), "its model wants"),
+    "a tensor missing": (lambda f: renamed(f, "head.bias", "padding.77"), r"head\.bias has nothing"),
+    "a tensor too many": (lambda f: renamed(f, next(n for n in f.header if "padding" in n), "x"), "no place for: x"),
+    "integers for floats": (lambda f: f.header["head.bias"].update(dtype="I32"), "its model wants"),
+    "copies exchanged": (lambda f: swap_offsets(f, "blocks.0.mlp.packed", "blocks.1.mlp.packed"), None),
+    "copies of other kinds": (lambda f: swap_offsets(f, FFN, QKV), "begins with b'rvffn001', wanted rvatt001"),
+    "another magic": (lambda f: put(f, FFN, 0, 7), "begins with"),
+    "more channels": (lambda f: put(f, FFN, 16, 4800), "is not what its model's weights are packed to"),
+    "fewer active": (lambda f: put(f, FFN, 24, 16), "is not what its model's weights are packed to"),
+    "other bytes": (lambda f: put(f, FFN, 32, 2**60), "is not what its model's weights are packed to"),
+    "another dtype": (lambda f: put(f, QKV, 8, 2, "<i"), "is not what its model's weights are packed to"),
+    "other heads": (lambda f: put(f, QKV, 12, 1, "<i"), "is not what its model's weights are packed to"),
+    "a fingerprint": (lambda f: put(f, FFN, 56, 99), "says that it follows weights"),
+    "shapes in the metadata": (lambda f: f.said["copies"]["blocks.0.mlp"]["shapes"].update(w_in=[1, 1]), "has weights"),
+    "a copy of no operator": (lambda f: f.said["copies"].update(head=f.said["copies"]["blocks.0.mlp"]), "no operator"),
+    "a dtype that is a function": (
+        lambda f: f.said["copies"]["blocks.0.mlp"].update(dtype="load"),
+        "describe no model",
+    ),
+    "no recipe": (lambda f: f.said.pop("recipe"), "describe no model"),
+    "a recipe unknown": (lambda f: f.said["recipe"].update(of="os"), "got a recipe of 'os'"),
+    "a class unknown": (lambda f: f.said["recipe"]["model"].update(type="system"), "no description of a model"),
+    "sizes of a giant": (lambda f: f.said["recipe"]["model"]["args"].update(embed_dim=2**50), "cannot be built|wants"),
+    "a list for a dict": (lambda f: f.said.update(copies=[]), "describe no model"),
+    "another version": (
+        lambda f: f.said["versions"].update(repavit_ops="0.0.1"),
+        r"0\.0\.1 \(here: .*convert it again",
+    ),
+    "another format": (lambda f: f.said.update(format=2), r"format 2 \(here: 1\).*convert it again"),
+    "another byte order": (lambda f: f.said.update(byteorder="big"), "byte order big"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_tampered_file_is_refused_with_the_reason(saved, what):
+    fused, path = saved
+    change, reason = TAMPERED[what]
+    file = File(path)
+    change(file)
+    file.write()
+    if reason is None:  # another model's weights, whole: only the digest can tell
+        assert not torch.equal(first_output(repavit_ops.load_packed(path), images()), first_output(fused, images()))
+        file.data[-1] ^= 1
+        file.write()
+        with pytest.raises(ValueError, match="sha256"):
+            repavit_ops.load_packed(path, check=True)
+        return
+    with pytest.raises(ValueError, match=reason) as raised:
+        repavit_ops.load_packed(path)
+    assert path.name in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 100, -1, -64])
+def test_a_truncated_file_is_refused(saved, size):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[: size if size >= 0 else path.stat().st_size + size])
+    with pytest.raises(ValueError, match="damaged file or one of another kind"):
+        repavit_ops.load_packed(path)
+
+
+def test_random_damage_is_an_error_or_a_model_and_never_a_crash(saved):
+    _, path = saved
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    (length,) = struct.unpack("<Q", whole[:8])
+    refused = 0
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for at in generator.integers(0, 8 + length, generator.integers(1, 4)):
+            damaged[at] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            first_output(repavit_ops.load_packed(path), images())
+        except (ValueError, RuntimeError):
+            refused += 1
+    assert refused > 60
+
+
+def test_other_files_are_named_for_what_they_are(saved, tmp_path):
+    fused, path = saved
+    with pytest.raises(ValueError, match=r"got a packed model, wanted a checkpoint; repavit_ops\.load_packed"):
+        repavit_ops.load_checkpoint(path)
+    plain = tmp_path / "plain.safetensors"
+    repavit_ops.save_checkpoint(tiny_vit(), plain)
+    with pytest.raises(ValueError, match=r"no packed model; read it with repavit_ops\.load_checkpoint"):
+        repavit_ops.load_packed(plain)
+    with pytest.raises(FileNotFoundError, match="wanted an existing file"):
+        repavit_ops.load_packed(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match=r"wanted a name ending in \.safetensors"):
+        repavit_ops.save_packed(fused, tmp_path / "model.bin")
+
+
+def test_a_changed_number_is_seen_when_asked_for(saved):
+    _, path = saved
+    repavit_ops.load_packed(path, check=True)
+    file = File(path)
+    file.data[file.at(FFN) + 1000] ^= 1
+    file.write()
+    repavit_ops.load_packed(path)
+    with pytest.raises(ValueError, match="its data has the sha256"):
+        repavit_ops.load_packed(path, check=True)
+
+
+def test_a_file_knows_the_weights_that_it_was_made_of(saved, tmp_path):
+    fused, path = saved
+    source, other = tmp_path / "source.safetensors", tmp_path / "other.safetensors"
+    repavit_ops.save_checkpoint(tiny_vit(), source)
+    repavit_ops.save_checkpoint(tiny_vit(seed=1), other)
+    with pytest.raises(ValueError, match="does not say which file"):
+        repavit_ops.load_packed(path, source=source)
+    repavit_ops.save_packed(fused, path, source=source)
+    repavit_ops.load_packed(path, source=source)
+    with pytest.raises(ValueError, match=r"was made of source\.safetensors .*stale"):
+        repavit_ops.load_packed(path, source=other)
+
+
+HOSTILE = {
+    "a path": ({"of": "timm", "name": "hf-hub:somebody/model", "arguments": {}}, "one of timm's architectures"),
+    "a file to read": (
+        {"of": "timm", "name": "vit_tiny_patch16_224", "arguments": {"checkpoint_path": "x"}},
+        "none that reads other files",
+    ),
+    "a class that is none": (
+        {"of": "transformers", "class": "pipeline", "config_class": "ViTConfig"},
+        "classes of models",
+    ),
+    "code on a hub": (
+        {"of": "transformers", "class": "ViTModel", "config_class": "ViTConfig", "attention": "sdpa"}
+        | {"config": {"auto_map": {"AutoModel": "evil--code.Model"}}},
+        "got auto_map",
+    ),
+    "a kernel on a hub": (
+        {"of": "transformers", "class": "ViTModel", "config_class": "ViTConfig", "attention": "evil/kernel"}
+        | {"config": {}},
+        "got the attention 'evil/kernel'",
+    ),
+    "a kernel inside": (
+        {"of": "transformers", "class": "ViTModel", "config_class": "ViTConfig", "attention": "sdpa"}
+        | {"config": {"vision": [{"attn_implementation": "evil/kernel"}]}},
+        "got attn_implementation",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_recipe_names_constructors_and_nothing_that_fetches(timm, saved, what):
+    _, path = saved
+    recipe, reason = HOSTILE[what]
+    library = pytest.importorskip(recipe["of"])
+    file = File(path)
+    file.said["recipe"] = recipe
+    file.said["versions"][recipe["of"]] = library.__version__
+    file.write()
+    with pytest.raises(ValueError, match=reason):
+        repavit_ops.load_packed(path)
+
+
+def test_a_model_of_another_version_of_its_library_is_converted_again(timm, path):
+    fused = repavit_ops.fuse(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval())
+    repavit_ops.save_packed(fused, path, arguments={"depth": 1, "img_size": 32})
+    file = File(path)
+    file.said["versions"]["timm"] = "0.1"
+    file.write()
+    with pytest.raises(ValueError, match=r"timm 0\.1 \(here: .*convert it again here"):
+        repavit_ops.load_packed(path)
+
+
+def test_models_that_hold_no_packed_weights_are_refused_with_the_way_out(path):
+    with pytest.raises(ValueError, match=r"nothing in it is fused: repavit_ops\.fuse"):
+        repavit_ops.save_packed(tiny_vit(), path)
+    with pytest.raises(ValueError, match=r"backend 'auto' in torch\.float64"):
+        repavit_ops.save_packed(repavit_ops.fuse(tiny_vit(), dtype=torch.float64), path)
+    with pytest.raises(RuntimeError, match="is in training mode"):
+        repavit_ops.save_packed(repavit_ops.fuse(tiny_vit()).train(), path)
+    assert not path.exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(saved):
+    fused, path = saved
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # what write() then says, ENOSPC says alike
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            repavit_ops.save_packed(fused, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_module_says_what_an_input_of_nothing_is():
+    for model in (repavit_ops.fuse(tiny_vit()), repavit_ops.fuse(tiny_swin())):
+        for module in model.modules():
+            if isinstance(module, PackedWeights):
+                module.require_packed()
