@@ -14,7 +14,7 @@ import torch
 from model_helpers import images, tiny_vit
 from typer.testing import CliRunner
 
-from repavit_ops import info, load_checkpoint, reparameterize, save_checkpoint
+from repavit_ops import backends, fuse, info, load_checkpoint, load_packed, reparameterize, save_checkpoint
 from repavit_ops.cli import app
 from repavit_ops.cli.verify import junit_xml
 from repavit_ops.verification import Comparison, VerificationReport
@@ -64,6 +64,33 @@ def test_models_are_listed_with_their_sizes_and_filtered_by_words(call):
     status, _, err = call("models", "resnet")
     assert status == USAGE
     assert "no model's name holds resnet; repavit-ops models lists all" in err
+
+
+# --- convert --packed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
+)
+def test_convert_packed_writes_what_load_packed_maps(call, trained, tmp_path):
+    packed = tmp_path / "packed.safetensors"
+    status, out, err = call("convert", trained, packed, *LOAD, "--packed", "--dtype", "bfloat16")
+    assert (status, err) == (OK, "")
+    assert "(packed)" in out
+    model = load_packed(packed, source=trained, check=True)
+    expected = fuse(load_checkpoint(trained, num_heads=3, idle_ratio=0.75), dtype=torch.bfloat16)
+    x = images().bfloat16()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+    status, _, err = call("convert", trained, packed, *LOAD, "--packed", "--layout", "authors")
+    assert status == USAGE
+    assert "give one of them" in err
+    status, _, err = call("convert", trained, packed, *LOAD, "--dtype", "bfloat16")
+    assert status == USAGE
+    assert "beside --packed" in err
+    status, _, err = call("convert", packed, tmp_path / "plain.safetensors")
+    assert status == USAGE
+    assert "load_packed reads it" in err
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
