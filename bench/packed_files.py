@@ -1,12 +1,12 @@
 """Start and memory of workers on one packed file:  python bench/packed_files.py [--models NAME …] [--workers 8]
 
-(a) A process that has imported torch and the library: ``load_packed`` to the first logits of one image, over reading the
-plain safetensors file into the unfused model (alone, and to its first logits). Files are read once before, so that both
-come out of the page cache; the ways take turns, and medians are told.
+(a) A process that has imported torch and the library: ``load_packed`` to the first logits of one image, over reading
+the plain safetensors file into the unfused model (alone, and to its first logits). Files are read once before, so that
+both come out of the page cache; the ways take turns, and medians are told.
 (b) Workers on one file, after a first answer: the sum of their proportional shares of memory (PSS of
-/proc/PID/smaps_rollup) over one worker's. Started afresh (spawn), each holds its own interpreter and PyTorch; forked from a
-process that has imported them (what gunicorn --preload does) it shares those too. Beside them a worker that fuses for
-itself. Needs Linux, and a quiet machine for (a).
+/proc/PID/smaps_rollup) over one worker's. Started afresh (spawn), each holds its own interpreter and PyTorch; forked
+from a process that has imported them (what gunicorn --preload does) it shares those too. Beside them a worker that
+fuses for itself. Needs Linux, and a quiet machine for (a).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: context_files(name, Path(folder)) for name in arguments.models}
+        files = {name: files_made_apart(name, Path(folder)) for name in arguments.models}
         print("| model | load_packed to first logits, s | " + " | ".join(list(STARTS)[1:]) + " |")
         print("|---|---|" + "---|" * (len(STARTS) - 1))
         for name, (plain, packed) in files.items():
@@ -147,8 +147,8 @@ def main() -> None:
             print(f"| {label} | {one:.0f} | {many:.0f} | {many / one:.2f}x |")
 
 
-def context_files(name: str, folder: Path) -> tuple[Path, Path]:
-    """:func:`files_of` in a process of its own: this one stays small, and has run no threads, when workers are forked."""
+def files_made_apart(name: str, folder: Path) -> tuple[Path, Path]:
+    """:func:`files_of` in a process of its own: this one stays small, and runs no threads, until workers are forked."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(files_of, (name, folder))
 

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from .checkpoints.packed_models import load_packed, save_packed
     from .cuda_graphs import cuda_graph
     from .idling import distill, distill_blocks, idle_pretrained
+    from .predicting import Predictor
     from .verification import VerificationReport, verify
 
 __all__ = [
     "FusionReport",
     "JoinSchedule",
+    "Predictor",
     "VerificationReport",
     "__version__",
     "can_fuse",
@@ -56,6 +58,7 @@ LATER = {  # loaded when they are asked for: extras, which the core does without
     **dict.fromkeys(("distill", "distill_blocks", "idle_pretrained"), "idling"),
     **dict.fromkeys(("VerificationReport", "verify"), "verification"),
     **dict.fromkeys(("load_packed", "save_packed"), "checkpoints.packed_models"),
+    "Predictor": "predicting",
     "cuda_graph": "cuda_graphs",
 }
 

@@ -29,11 +29,12 @@ LAYERS = (
     ("checkpoints", "exporting"),
     ("verification", "cuda_graphs", "info", "moved"),
     ("testing",),
-    ("idling", "demo", "profiling"),  # extras: the core never imports them
+    ("idling", "predicting", "demo", "profiling"),  # extras: the core never imports them
     ("cli",),
     ("__main__", "__init__"),
 )
 HEAVY = ("torch._dynamo", "triton", "timm", "transformers", "torchvision", "open_clip", "rich", "typer", "matplotlib")
+HEAVY += ("PIL", "pyarrow", "ray")  # of extras
 
 
 def modules() -> dict[str, Path]:

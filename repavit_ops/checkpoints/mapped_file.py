@@ -172,6 +172,15 @@ def write_mapped(path: Path, tensors: Mapping[str, Sequence[Tensor]], metadata: 
         unfinished.unlink(missing_ok=True)
 
 
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _encoded(header: Mapping[str, Any]) -> bytes:
     """Length and header, such that the data behind them begins at a cache line."""
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from .. import backends
 from ..nn.given import require_weights, require_whole, unwrapped
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PACKABLE, PackedWeights
-from .mapped_file import PACKED, PADDING, MappedFile, write_mapped
+from .mapped_file import PACKED, PADDING, MappedFile, sha256_of, write_mapped
 from .rebuilding import Builder, Recipe, differences, operator_of, recipe_of, tree_of, versions_of
 
 FORMAT = 1  # version of what this file writes into the metadata
@@ -83,7 +82,7 @@ def save_packed(
         "operators": operators,
         "copies": {name: _copy_description(fused_parts[name], copy) for name, copy in copies.items()},
         "aliases": aliases,
-        "source": None if source is None else {"name": Path(source).name, "sha256": _sha256(source)},
+        "source": None if source is None else {"name": Path(source).name, "sha256": sha256_of(source)},
     }
     write_mapped(path, tensors, {"format": "pt", PACKED: json.dumps(description)})
 
@@ -193,14 +192,6 @@ def _named(recipe: Recipe) -> str:
     return " ".join(str(recipe[key]) for key in ("of", "name", "class", "arguments") if key in recipe)
 
 
-def _sha256(path: str | os.PathLike[str]) -> str:
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +248,7 @@ def _loaded(
 def _require_source(file: MappedFile, recorded: Any, source: str | os.PathLike[str]) -> None:
     if recorded is None:
         raise ValueError(f"source: {file.path.name} does not say which file it was made of; save_packed(source=…) does")
-    if recorded["sha256"] != _sha256(source):
+    if recorded["sha256"] != sha256_of(source):
         raise ValueError(
             f"source: {file.path.name} was made of {recorded['name']} with the sha256 {recorded['sha256'][:12]}…, and "
             f"{Path(source).name} has another: it is stale, or of another model; convert it again"

@@ -1,4 +1,4 @@
-"""The command ``repavit-ops``: info, models, convert, export, verify, profile, tune, idle, demo; one file each.
+"""The command ``repavit-ops``: info, models, convert, export, verify, profile, tune, idle, predict, demo; one file each.
 
 Nothing heavy is imported above the commands, so that ``--help`` and completion stay quick. A mistake of the user's is
 one line on stderr and exit status 2; a failed check is exit status 1.
@@ -15,6 +15,7 @@ from .export import export
 from .idle import idle
 from .info import info
 from .models import models
+from .predict import predict
 from .profile import profile
 from .tune import tune
 from .verify import verify
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (info, models, convert, export, verify, profile, tune, idle, demo):
+for command in (info, models, convert, export, verify, profile, tune, idle, predict, demo):
     app.command()(command)
 
 

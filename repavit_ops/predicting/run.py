@@ -1,0 +1,203 @@
+"""The embedded run: other processes read and decode, this one computes and writes, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..checkpoints.mapped_file import sha256_of
+from .output import Output, joined
+from .predictor import Predictor, blank, decoded, without_unreadable
+from .preprocessing import Preprocessing
+from .sources import Shard, shards_of
+
+SHARD = 1024  # image files in an output file
+
+
+class Unreadable(RuntimeError):
+    """An image cannot be read, and the run is a strict one."""
+
+
+class Batch(NamedTuple):
+    """Decoded images of one shard; ``last`` of it if so."""
+
+    shard: int
+    pixels: torch.Tensor
+    paths: list[str]
+    errors: list[str | None]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to: images in the folder, those of this call, its seconds, and which are unreadable and why."""
+
+    images: int
+    computed: int
+    seconds: float
+    unreadable: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        rate = self.computed / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.images} images, {self.computed} of them now, {rate:.1f} a second; {len(self.unreadable)} unreadable"
+        )
+
+
+class Decoded(torch.utils.data.IterableDataset):
+    """Batches of decoded images; of several workers each takes whole shards in turn."""
+
+    def __init__(self, shards: list[Shard], preprocessing: Preprocessing, batch: int) -> None:
+        self.shards, self.preprocessing, self.batch = shards, preprocessing, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for shard in self.shards[first::step]:
+            yield from self._of(shard)
+
+    def _of(self, shard: Shard) -> Iterator[Batch]:
+        images: list[np.ndarray] = []
+        paths: list[str] = []
+        errors: list[str | None] = []
+
+        def batch(last: bool) -> Batch:
+            stacked = np.stack(images) if images else np.zeros((0, *blank(self.preprocessing).shape), np.uint8)
+            return Batch(shard.number, torch.from_numpy(stacked), list(paths), list(errors), last)
+
+        for encoded in shard.images():
+            if len(images) == self.batch:
+                yield batch(last=False)
+                images, paths, errors = [], [], []
+            image, error = blank(self.preprocessing), encoded.error
+            if error is None:
+                image, error = decoded(self.preprocessing, encoded.data)
+            images.append(image)
+            paths.append(encoded.path)
+            errors.append(error)
+        yield batch(last=True)
+
+
+def predict(
+    predictor: Predictor,
+    source: str | Path,
+    out: str | Path,
+    *,
+    batch: int = 64,
+    workers: int = 1,
+    shard: int = SHARD,
+    strict: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Run a predictor over all images of a source, into a folder of Parquet files; a run that was killed goes on.
+
+    Each output file is of one shard of the source: a column ``path``, those that :class:`Predictor` returns, and
+    ``error``. Each image is in the folder once.
+
+    Args:
+        predictor: the model.
+        source: as :func:`repavit_ops.predicting.sources.shards_of` takes it.
+        out: the folder.
+        batch: images at once.
+        workers: processes that read and decode; 0: this one.
+        shard: image files to an output file; Parquet and tar files are a shard each.
+        strict: raise at the first image that cannot be read.
+        progress: a bar with images a second and the time left, on stderr (tqdm).
+
+    Raises:
+        ImportError: pyarrow or Pillow is not installed.
+        OSError: the folder cannot be written or the disk is full: what was written before stands.
+        Unreadable: strict, and an image cannot be read; the parts that were done stay.
+        ValueError: batch, shard or workers are out of range; the folder holds a run of other settings.
+    """
+    for name, number, least in (("batch", batch, 1), ("shard", shard, 1), ("workers", workers, 0)):
+        if number < least:
+            raise ValueError(f"{name}: got {number}, wanted at least {least}")
+    _require_installed()
+    output = Output(Path(out), _settings(predictor, source, shard), lambda: shards_of(source, shard))
+    began, computed = time.perf_counter(), 0
+    try:
+        with _Bar(output, progress) as bar:
+            waiting: dict[int, list[dict[str, Any]]] = {}
+            for got in _batches(output.left(), predictor.preprocessing, batch, workers):
+                if strict and any(got.errors):
+                    row = next(row for row, error in enumerate(got.errors) if error)
+                    raise Unreadable(f"{got.paths[row]}: {got.errors[row]}")
+                columns = without_unreadable(predictor.predict(got.pixels), got.errors)
+                waiting.setdefault(got.shard, []).append({"path": got.paths, **columns, "error": got.errors})
+                computed += len(got.paths)
+                if got.last:
+                    output.write(got.shard, joined(waiting.pop(got.shard)))
+                bar.moved(got)
+        count, unreadable = output.finish()
+    finally:
+        output.close()
+    return Summary(count, computed, time.perf_counter() - began, unreadable)
+
+
+def _batches(shards: list[Shard], preprocessing: Preprocessing, batch: int, workers: int) -> Iterator[Batch]:
+    dataset = Decoded(shards, preprocessing, batch)
+    workers = min(workers, len(shards))
+    if not workers:
+        yield from dataset
+        return
+    loader: Any = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=2)
+    yield from loader
+
+
+def _settings(predictor: Predictor, source: str | Path, shard: int) -> dict[str, Any]:
+    """What a run cannot change half-way."""
+    weights = Path(predictor.name)
+    return {
+        "source": str(source),
+        "shard": shard,
+        "model": predictor.name,
+        "model_sha256": sha256_of(weights) if weights.is_file() else None,
+        "dtype": str(predictor.dtype).removeprefix("torch."),
+        "top_k": predictor.top_k,
+        "features": predictor.features,
+        "half": predictor.half,
+        "preprocessing": {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(predictor.preprocessing).items()
+        },
+    }
+
+
+def _require_installed() -> None:
+    try:
+        import PIL  # noqa: F401
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'predict: {error.name} is missing: pip install "repavit-ops[predict]"') from error
+
+
+class _Bar:
+    """Progress on stderr; nothing where it was not asked for."""
+
+    def __init__(self, output: Output, wanted: bool) -> None:
+        self._bar: Any = None
+        if wanted:
+            from tqdm import tqdm
+
+            counted = all(shard.kind == "files" for shard in output.shards)
+            left = output.left()
+            total = sum(len(shard.paths) for shard in left) if counted else None
+            name = f"{len(output.shards) - len(left)} of {len(output.shards)} parts were there"
+            self._bar = tqdm(total=total, unit="image", desc=name, smoothing=0.1)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def moved(self, batch: Batch) -> None:
+        if self._bar is not None:
+            self._bar.update(len(batch.paths))
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
