@@ -19,6 +19,7 @@ EXTRAS = {  # optional package → what needs it
     "sklearn": "the demo's digits",
     "matplotlib": "plots",
     "onnx": "ONNX export",
+    "pyarrow": "repavit-ops predict",
     "onnxruntime": "benchmark peer",
     "openvino": "benchmark peer",
 }

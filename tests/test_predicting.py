@@ -184,6 +184,8 @@ def test_models_without_classes_give_features_and_others_say_what_they_lack(torc
     assert bare.predict(image)["features"].shape == (2, 48)
     classes = randomise(transformers.ViTForImageClassification(config))
     assert Predictor(classes, preprocessing=preprocessing).predict(image)["label"].shape == (2,)
+    with pytest.raises(ValueError, match=r"does not say how its images are prepared; give the folder"):
+        Predictor(classes)
     with pytest.raises(ValueError, match="give its base model"):
         Predictor(classes, preprocessing=preprocessing, features=True).predict(image)
 

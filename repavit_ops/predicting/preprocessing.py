@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.patch_embed import image_of
+from ..nn.stand_in import original_class
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LARGEST = 2**27  # pixels of an image that is decoded: 384 MiB of them
@@ -51,7 +53,10 @@ class Preprocessing:
 
         if not data:
             raise ValueError("the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below says it
+            opened = Image.open(io.BytesIO(data))
+        with opened as image:
             width, height = image.size
             if width * height > LARGEST:
                 raise ValueError(f"{width} x {height} pixels, more than the {LARGEST} that are decoded")
@@ -97,13 +102,19 @@ def preprocessing_of(model: nn.Module, processor: Any = None) -> Preprocessing:
         processor: transformers' image processor; None for other models.
 
     Raises:
-        ValueError: the config asks for a crop or an interpolation that is not known here; names it.
+        ValueError: the model is of another library and comes with neither; the config asks for a crop or an
+            interpolation that is not known here. Says what to give.
     """
     config = getattr(model, "pretrained_cfg", None)
     if processor is not None:
         found = _of_processor(processor)
     elif config:
         found = _of_timm(config)
+    elif not original_class(model).__module__.startswith("repavit_ops."):
+        raise ValueError(
+            f"model: {original_class(model).__module__}.{type(model).__name__} does not say how its images are prepared; "
+            "give the folder of transformers that its processor is in, or preprocessing=Preprocessing(…)"
+        )
     else:
         size = image_of(model)[0]
         found = Preprocessing(size, tuple(math.floor(side / CROP_PCT) for side in size))  # type: ignore[arg-type]
