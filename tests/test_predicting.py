@@ -27,6 +27,7 @@ from repavit_ops import backends
 from repavit_ops.cli import app
 from repavit_ops.predicting import Predictor, Preprocessing, predict
 from repavit_ops.predicting.output import joined
+from repavit_ops.predicting.predictor import given_cpus
 from repavit_ops.predicting.preprocessing import preprocessing_of
 from repavit_ops.predicting.run import Unreadable
 
@@ -93,7 +94,7 @@ def test_pixels_are_those_of_timms_own_transform(timm, photos, name):
     config = timm.data.resolve_model_data_config(model)
     theirs = timm.data.create_transform(**config, is_training=False)
     ours = preprocessing_of(model)
-    for photo in photos[:6]:
+    for photo in photos:
         pixels = torch.from_numpy(ours.pixels(encoded(photo, "PNG")))[None]
         assert torch.allclose(ours.normalised(pixels, torch.float32)[0], theirs(photo), atol=1e-6)
 
@@ -412,6 +413,59 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(predictor, 
 def test_rows_of_two_widths_are_refused():
     with pytest.raises(ValueError, match="features: got rows of several widths"):
         joined([{"features": np.zeros((1, 3))}, {"features": np.zeros((1, 4))}])
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of three CPUs in this machine."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'repavit-ops[ray]'")
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield ray
+    ray.shutdown()
+
+
+def test_a_cluster_gives_what_this_process_gives(cluster, folder, photos, tmp_path):
+    file = tmp_path / "model.safetensors"
+    repavit_ops.save_checkpoint(tiny_vit(), file)
+    predictor = Predictor(file, top_k=3, features=True, threads=1)
+    (folder / "empty.jpg").write_bytes(b"")
+    predict(predictor, folder, tmp_path / "here", workers=0, shard=4)
+    summary = predict(predictor, folder, tmp_path / "there", batch=5, shard=4, ray="auto", actors=2)
+    assert (summary.images, summary.computed) == (25, 25)
+    here, there = rows_of(tmp_path / "here"), rows_of(tmp_path / "there")
+    assert here.keys() == there.keys()
+    for path, row in here.items():
+        assert there[path]["labels"] == row["labels"]
+        assert there[path]["error"] == row["error"]
+        np.testing.assert_allclose(there[path]["features"], row["features"], rtol=1e-5, atol=1e-5)
+    schemas = [parquet.read_schema(tmp_path / name / "part-00000.parquet") for name in ("here", "there")]
+    assert schemas[0] == schemas[1]
+    (tmp_path / "there" / "part-00002.parquet").unlink()
+    assert predict(predictor, folder, tmp_path / "there", shard=4, ray="auto", actors=1).computed == 4
+    with tarfile.open(tmp_path / "none.tar", "w"):
+        pass
+    assert predict(predictor, tmp_path / "none.tar", tmp_path / "none", ray="auto", actors=1).images == 0
+
+
+def test_a_cluster_that_is_too_small_is_said_and_not_waited_for(cluster, folder, tmp_path, predictor):
+    file = tmp_path / "model.safetensors"
+    repavit_ops.save_checkpoint(tiny_vit(), file)
+    with pytest.raises(RuntimeError, match="has 3 CPUs, wanted 4: 3 actors of 1 threads and 1 for decoding"):
+        predict(Predictor(file, threads=1), folder, tmp_path / "a", ray="auto", actors=3)
+    with pytest.raises(RuntimeError, match="has 3 CPUs, wanted 4: 1 actors of 3 threads"):
+        predict(Predictor(file, threads=3), folder, tmp_path / "b", ray="auto")
+    with pytest.raises(ValueError, match="wanted one of a file or name"):
+        predict(predictor, folder, tmp_path / "c", ray="auto")
+
+
+def test_threads_are_the_cpus_that_ray_gave(cluster):
+    task = cluster.remote(given_cpus)
+    assert cluster.get(task.options(num_cpus=2).remote()) == 2
+    assert cluster.get(task.options(num_cpus=1).remote()) == 1
+    assert given_cpus() == len(os.sched_getaffinity(0))  # the driver was given none
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

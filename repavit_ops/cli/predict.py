@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,11 @@ def predict(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default all CPUs of this process.")] = None,
     shard: Annotated[int, typer.Option(min=1, help="Image files to an output file.")] = 1024,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Compute on a Ray cluster; auto: the one that runs, or one here."),
+    ] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Models on the cluster; default: all but a CPU.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -50,8 +55,8 @@ def predict(
             dtype=getattr(torch, dtype) if dtype else None,
             threads=threads,
         )
-        options = {"batch": batch, "workers": workers, "shard": shard}
-        summary = run(predictor, source, out, strict=strict, progress=not quiet, **options)
+        sizes: dict[str, Any] = {"batch": batch, "workers": workers, "shard": shard}
+        summary = run(predictor, source, out, strict=strict, progress=not quiet, ray=ray, actors=actors, **sizes)
     typer.echo(str(summary))
     for path, error in summary.unreadable[:LISTED]:
         typer.echo(f"  {path}: {error}")

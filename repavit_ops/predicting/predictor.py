@@ -54,6 +54,8 @@ class Predictor:
         for name, number in (("top_k", top_k), ("threads", threads)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: got {number}, wanted at least 1")
+        self.arguments: dict[str, Any] = {"top_k": top_k, "features": features, "half": half, "dtype": dtype}
+        self.named = isinstance(model, str | Path)
         self.name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self.top_k, self.features, self.half = top_k, features, half
         self.threads = given_cpus() if threads is None else threads

@@ -112,8 +112,8 @@ def preprocessing_of(model: nn.Module, processor: Any = None) -> Preprocessing:
         found = _of_timm(config)
     elif not original_class(model).__module__.startswith("repavit_ops."):
         raise ValueError(
-            f"model: {original_class(model).__module__}.{type(model).__name__} does not say how its images are prepared; "
-            "give the folder of transformers that its processor is in, or preprocessing=Preprocessing(…)"
+            f"model: {original_class(model).__module__}.{type(model).__name__} does not say how its images are "
+            "prepared; give the folder of transformers that its processor is in, or preprocessing=Preprocessing(…)"
         )
     else:
         size = image_of(model)[0]
@@ -139,8 +139,8 @@ def _of_timm(config: dict[str, Any]) -> Preprocessing:
         )
     share = config.get("crop_pct") or CROP_PCT
     resize = (math.floor(size[0] / share), math.floor(size[1] / share))
-    numbers = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
-    return Preprocessing(size, resize, mode == "squash", interpolation=INTERPOLATIONS[name], **numbers)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Preprocessing(size, resize, mode == "squash", interpolation=INTERPOLATIONS[name], mean=mean, std=std)
 
 
 def _of_processor(processor: Any) -> Preprocessing:

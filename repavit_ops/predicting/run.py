@@ -50,6 +50,14 @@ class Summary:
         )
 
 
+class Rows(NamedTuple):
+    """Finished rows of one shard, in order, with their paths and errors; ``last`` of it if so."""
+
+    shard: int
+    columns: dict[str, Any]
+    last: bool
+
+
 class Decoded(torch.utils.data.IterableDataset):
     """Batches of decoded images; of several workers each takes whole shards in turn."""
 
@@ -94,6 +102,8 @@ def predict(
     shard: int = SHARD,
     strict: bool = False,
     progress: bool = False,
+    ray: str | None = None,
+    actors: int | None = None,
 ) -> Summary:
     """Run a predictor over all images of a source, into a folder of Parquet files; a run that was killed goes on.
 
@@ -109,9 +119,13 @@ def predict(
         shard: image files to an output file; Parquet and tar files are a shard each.
         strict: raise at the first image that cannot be read.
         progress: a bar with images a second and the time left, on stderr (tqdm).
+        ray: compute on a Ray cluster: its address, or "auto" for the one that is running or else one here. Ray decodes
+            and computes where it finds CPUs, ``workers`` does not count; this process writes.
+        actors: predictors on the cluster; default as many as leave a CPU for decoding.
 
     Raises:
         ImportError: pyarrow or Pillow is not installed.
+        RuntimeError: another process writes there; the cluster has fewer CPUs than the actors and one decoder take.
         OSError: the folder cannot be written or the disk is full: what was written before stands.
         Unreadable: strict, and an image cannot be read; the parts that were done stay.
         ValueError: batch, shard or workers are out of range; the folder holds a run of other settings.
@@ -125,20 +139,34 @@ def predict(
     try:
         with _Bar(output, progress) as bar:
             waiting: dict[int, list[dict[str, Any]]] = {}
-            for got in _batches(output.left(), predictor.preprocessing, batch, workers):
-                if strict and any(got.errors):
-                    row = next(row for row, error in enumerate(got.errors) if error)
-                    raise Unreadable(f"{got.paths[row]}: {got.errors[row]}")
-                columns = without_unreadable(predictor.predict(got.pixels), got.errors)
-                waiting.setdefault(got.shard, []).append({"path": got.paths, **columns, "error": got.errors})
-                computed += len(got.paths)
-                if got.last:
-                    output.write(got.shard, joined(waiting.pop(got.shard)))
-                bar.moved(got)
+            for rows in _computed(predictor, output.left(), batch, workers, ray, actors):
+                paths, errors = rows.columns["path"], rows.columns["error"]
+                if strict and any(errors):
+                    row = next(row for row, error in enumerate(errors) if error)
+                    raise Unreadable(f"{paths[row]}: {errors[row]}")
+                waiting.setdefault(rows.shard, []).append(rows.columns)
+                computed += len(paths)
+                if rows.last:
+                    output.write(rows.shard, joined(waiting.pop(rows.shard)))
+                bar.moved(len(paths))
         count, unreadable = output.finish()
     finally:
         output.close()
     return Summary(count, computed, time.perf_counter() - began, unreadable)
+
+
+def _computed(
+    predictor: Predictor, shards: list[Shard], batch: int, workers: int, ray: str | None, actors: int | None
+) -> Iterator[Rows]:
+    if ray is not None:
+        from .on_ray import computed
+
+        for shard, columns in computed(predictor, shards, batch, ray, actors):
+            yield Rows(shard, columns, last=True)
+        return
+    for got in _batches(shards, predictor.preprocessing, batch, workers):
+        columns = without_unreadable(predictor.predict(got.pixels), got.errors)
+        yield Rows(got.shard, {"path": got.paths, **columns, "error": got.errors}, got.last)
 
 
 def _batches(shards: list[Shard], preprocessing: Preprocessing, batch: int, workers: int) -> Iterator[Batch]:
@@ -194,9 +222,9 @@ class _Bar:
     def __enter__(self) -> _Bar:
         return self
 
-    def moved(self, batch: Batch) -> None:
+    def moved(self, images: int) -> None:
         if self._bar is not None:
-            self._bar.update(len(batch.paths))
+            self._bar.update(images)
 
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
