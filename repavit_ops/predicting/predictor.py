@@ -145,7 +145,10 @@ def given_cpus() -> int:
     """CPUs that Ray gave the task that this runs in, else those that the process may run on."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+        try:
+            assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+        except AssertionError:  # this is no task, and was given nothing
+            assigned = 0
         if assigned:
             return max(1, int(assigned))
     affinity = getattr(os, "sched_getaffinity", None)
