@@ -85,6 +85,11 @@ def test_convert_packed_writes_what_load_packed_maps(call, trained, tmp_path):
     status, _, err = call("convert", trained, packed, *LOAD, "--packed", "--layout", "authors")
     assert status == USAGE
     assert "give one of them" in err
+    assert call("convert", trained, packed, *LOAD, "--packed", "--quantize", "int8")[0] == OK
+    assert load_packed(packed).blocks[0].mlp.quantize == "int8"
+    status, _, err = call("convert", trained, packed, *LOAD, "--quantize", "int8")
+    assert status == USAGE
+    assert "give --packed beside it" in err
     status, _, err = call("convert", trained, packed, *LOAD, "--dtype", "bfloat16")
     assert status == USAGE
     assert "beside --packed" in err

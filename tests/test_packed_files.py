@@ -89,6 +89,20 @@ def test_a_loaded_model_of_ours_answers_bit_for_bit(name, dtype, path):
     require_same(fused, repavit_ops.load_packed(path), images(2, size).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_model_in_int8_answers_bit_for_bit_and_its_file_is_smaller(name, dtype, path):
+    build, size = OURS[name]
+    plain, quantized = repavit_ops.fuse(build(), dtype=dtype), repavit_ops.fuse(build(), dtype=dtype, quantize="int8")
+    repavit_ops.save_packed(plain, path)
+    before = path.stat().st_size
+    repavit_ops.save_packed(quantized, path)
+    loaded, x = repavit_ops.load_packed(path), images(2, size).to(dtype)
+    require_same(quantized, loaded, x)
+    assert not torch.equal(first_output(loaded, x), first_output(plain, x))
+    assert path.stat().st_size < 0.8 * before
+
+
 TIMM = {
     "vit_tiny_patch16_224": {"depth": 2, "img_size": 32, "num_classes": 7},
     "vit_small_patch14_dinov2": {"depth": 2, "img_size": 28},
@@ -347,6 +361,11 @@ TAMPERED = {
     "integers for floats": (lambda f: f.header["head.bias"].update(dtype="I32"), "its model wants"),
     "copies exchanged": (lambda f: swap_offsets(f, "blocks.0.mlp.packed", "blocks.1.mlp.packed"), None),
     "copies of other kinds": (lambda f: swap_offsets(f, FFN, QKV), "begins with b'rvffn001', wanted rvatt001"),
+    "a form of numbers": (
+        lambda f: f.said["operators"]["blocks.0.mlp"].update(quantize="int8"),
+        "is not what its model",
+    ),
+    "a form unknown": (lambda f: f.said["operators"]["blocks.0.mlp"].update(quantize="int1"), "int1"),
     "another magic": (lambda f: put(f, FFN, 0, 7), "begins with"),
     "more channels": (lambda f: put(f, FFN, 16, 4800), "is not what its model's weights are packed to"),
     "fewer active": (lambda f: put(f, FFN, 24, 16), "is not what its model's weights are packed to"),

@@ -357,6 +357,8 @@ def test_a_killed_run_goes_on_with_each_image_once(predictor, folder, tmp_path):
         predict(predictor, folder, out, batch=4, shard=4, workers=0)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    with pytest.raises(ValueError, match="run of other settings"):  # so the lock is free, whatever its children do
+        predict(Predictor(tiny_vit(), top_k=2, threads=1), folder, out, batch=4, shard=4, workers=0)
     process = started(folder, out)  # and of this one the process that decodes
     wait_for_parts(out, 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -367,7 +369,7 @@ def test_a_killed_run_goes_on_with_each_image_once(predictor, folder, tmp_path):
     assert b"DataLoader worker" in process.stderr.read()
     done = len(list(out.glob("part-*.parquet")))
     assert 2 <= done < 6
-    (out / "part-00005.unfinished").write_bytes(b"half")
+    (out / "part-00099.unfinished").write_bytes(b"half")
     (folder / "new.jpg").write_bytes(next(folder.rglob("*.jpg")).read_bytes())  # of another run
     summary = predict(predictor, folder, out, batch=4, shard=4, workers=1)
     assert (summary.images, summary.computed) == (24, 24 - 4 * done)

@@ -27,7 +27,9 @@ OURS, TIMM, TRANSFORMERS, CALLER = "repavit_ops", "timm", "transformers", "calle
 # what lets a config of transformers name other files, or code
 FETCHING = ("auto_map", "backbone", "use_timm_backbone", "use_pretrained_backbone", "quantization_config")
 ATTENTIONS = ("eager", "sdpa")  # any other name may be a kernel that transformers would download
-HIDDEN = "hidden"  # attribute of merged FFNs that no constructor takes
+# attributes of operators that were set behind their construction: how many channels a merged FFN had, and the form of
+# its packed copy
+SET_LATER = ("hidden", "quantize")
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 IMMATERIAL = frozenset(  # attributes that change nothing that a model in evaluation mode computes
     {"training", "p", "drop_prob", "drop_rate", "scale_by_keep", "name_or_path", "gradient_checkpointing"}
@@ -89,7 +91,7 @@ def tree_of(recipe: Recipe, operators: Mapping[str, Any], given: Builder | None)
             "model was saved with: save_packed and load_packed take the same"
         )
     if origin == OURS:
-        return _hiding(stacked(build(recipe["model"])).eval(), operators)
+        return _told(stacked(build(recipe["model"])).eval(), operators)
     makers = {TIMM: _timm_model, TRANSFORMERS: _transformers_model}
     if given is None and origin not in makers:
         raise ValueError(f"got a recipe of {origin!r}, wanted one of {OURS}, {', '.join(makers)}, {CALLER}")
@@ -100,15 +102,18 @@ def tree_of(recipe: Recipe, operators: Mapping[str, Any], given: Builder | None)
     for name, described in operators.items():
         if not isinstance(parts.get(name), PackedWeights):
             continue  # of another tree; whoever compares says so
-        tree.set_submodule(name, build({key: value for key, value in described.items() if key != HIDDEN}))
-    return _hiding(tree.eval(), operators)
+        tree.set_submodule(name, build({key: value for key, value in described.items() if key not in SET_LATER}))
+    return _told(tree.eval(), operators)
 
 
 def operator_of(module: PackedWeights) -> dict[str, Any] | None:
     """What the weights of a module decided about it when it was fused, as a description; None where nothing can."""
     if type(module) not in KINDS:
         return None
-    return {**describe(module), HIDDEN: getattr(module, HIDDEN, None)}
+    return {
+        **describe(module),
+        **{name: value for name in SET_LATER if (value := getattr(module, name, None)) is not None},
+    }
 
 
 def differences(saved: nn.Module, built: nn.Module) -> Iterator[str]:
@@ -150,11 +155,10 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hiding(tree: nn.Module, operators: Mapping[str, Any]) -> nn.Module:
-    """The tree, its operators told how many channels those that they were merged from had."""
+def _told(tree: nn.Module, operators: Mapping[str, Any]) -> nn.Module:
+    """The tree, its operators told what was set behind their construction."""
     for name, module in tree.named_modules():
-        if (count := operators.get(name, {}).get(HIDDEN)) is not None:
-            vars(module)[HIDDEN] = count
+        vars(module).update({key: value for key, value in operators.get(name, {}).items() if key in SET_LATER})
     return tree
 
 

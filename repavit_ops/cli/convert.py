@@ -36,6 +36,7 @@ def convert(
         bool, typer.Option("--packed", help="Fuse, and write what load_packed maps into every worker.")
     ] = False,
     dtype: Annotated[str, typer.Option(help=f"With --packed: {', '.join(DTYPES[:3])}; default the file's.")] = "",
+    quantize: Annotated[str, typer.Option(help="With --packed: int8 for products in whole numbers.")] = "none",
 ) -> None:
     """Merge a training checkpoint into its deployed form, or rewrite a deployed one, in either layout.
 
@@ -44,6 +45,10 @@ def convert(
     with plain_errors():
         if packed and layout is not Layout.native:
             raise ValueError("--layout: got authors beside --packed, which has a layout of its own; give one of them")
+        if quantize != "none" and not packed:
+            raise ValueError(
+                f"--quantize: got {quantize!r}, which is a form of packed weights; give --packed beside it"
+            )
         if dtype and (not packed or dtype not in DTYPES[:3]):
             raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES[:3])}, beside --packed")
         from ..checkpoints import load_checkpoint, save_checkpoint
@@ -57,7 +62,7 @@ def convert(
         merged = reparameterize(model)
         after = complexity(merged, image, in_chans=channels)
         if packed:
-            _write_packed(merged, source, target, dtype)
+            _write_packed(merged, source, target, dtype, quantize)
         else:
             save_checkpoint(merged, target, layout.value)
     console = Console(soft_wrap=True)
@@ -69,15 +74,15 @@ def convert(
     console.print(f"wrote       {escape(str(target))}  ({'packed' if packed else f'{layout.value} layout'})")
 
 
-def _write_packed(merged: nn.Module, source: Path, target: Path, dtype: str) -> None:
+def _write_packed(merged: nn.Module, source: Path, target: Path, dtype: str, quantize: str) -> None:
     """Fuse and write for mapping."""
     import torch
 
     from ..checkpoints.packed_models import save_packed
     from ..fusing import fuse
 
-    options = {"dtype": getattr(torch, dtype)} if dtype else {}
-    save_packed(fuse(merged, inplace=True, keep_unpacked=False, **options), target, source=source)
+    kind = getattr(torch, dtype) if dtype else None
+    save_packed(fuse(merged, inplace=True, keep_unpacked=False, dtype=kind, quantize=quantize), target, source=source)
 
 
 def _training_forms(model: nn.Module) -> dict[str, int]:

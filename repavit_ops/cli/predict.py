@@ -27,6 +27,7 @@ def predict(
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     dtype: Annotated[str, typer.Option(help=f"Compute in {', '.join(DTYPES[:3])}; default the model's own.")] = "",
+    quantize: Annotated[str, typer.Option(help="int8 for products in whole numbers.")] = "none",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default all CPUs of this process.")] = None,
     shard: Annotated[int, typer.Option(min=1, help="Image files to an output file.")] = 1024,
@@ -53,6 +54,7 @@ def predict(
             features=features,
             half=half,
             dtype=getattr(torch, dtype) if dtype else None,
+            quantize=quantize,
             threads=threads,
         )
         sizes: dict[str, Any] = {"batch": batch, "workers": workers, "shard": shard}

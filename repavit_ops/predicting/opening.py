@@ -16,6 +16,7 @@ from ..checkpoints.mapped_file import PACKED
 from ..checkpoints.packed_models import load_packed
 from ..checkpoints.shards import INDEX
 from ..fusing import fuse
+from ..nn.packed_weights import PackedWeights
 
 
 class Opened(NamedTuple):
@@ -25,7 +26,9 @@ class Opened(NamedTuple):
     processor: Any = None
 
 
-def opened(model: nn.Module | str | os.PathLike[str], dtype: torch.dtype | None = None) -> Opened:
+def opened(
+    model: nn.Module | str | os.PathLike[str], dtype: torch.dtype | None = None, quantize: str = "none"
+) -> Opened:
     """A model, fused.
 
     Args:
@@ -33,39 +36,44 @@ def opened(model: nn.Module | str | os.PathLike[str], dtype: torch.dtype | None 
             ``load_checkpoint`` reads without arguments; a folder of transformers' ``save_pretrained``; a name of timm
             or of the Hugging Face hub, whose weights those libraries fetch.
         dtype: cast to it; default the model's own.
+        quantize: as :func:`repavit_ops.fuse` takes it.
 
     Raises:
         ImportError: the library that a name belongs to is not installed.
-        ValueError: there is no such file, folder or name; a packed file is of another dtype.
+        ValueError: there is no such file, folder or name; a packed file is of another dtype or not quantized.
     """
     if isinstance(model, nn.Module):
-        return Opened(fuse(model, dtype=dtype))
+        return Opened(fuse(model, dtype=dtype, quantize=quantize))
     path = Path(model)
     if path.is_file():
-        return Opened(_of_file(path, dtype))
+        return Opened(_of_file(path, dtype, quantize))
     if path.suffix in SUFFIXES or path.name.endswith(INDEX):
         raise ValueError(f"model: got {str(path)!r}, wanted an existing file")
     if (path / "config.json").is_file():
-        return _of_transformers(str(path), dtype)
+        return _of_transformers(str(path), dtype, quantize)
     if "/" not in str(model):
-        return Opened(_fused(_of_timm(str(model)), dtype))
+        return Opened(_fused(_of_timm(str(model)), dtype, quantize))
     if path.exists():
         raise ValueError(f"model: got the folder {str(path)!r} without a config.json of transformers")
-    return _of_transformers(str(model), dtype)
+    return _of_transformers(str(model), dtype, quantize)
 
 
-def _fused(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    return fuse(model.eval(), dtype=dtype, inplace=True, keep_unpacked=False)
+def _fused(model: nn.Module, dtype: torch.dtype | None, quantize: str) -> nn.Module:
+    return fuse(model.eval(), dtype=dtype, inplace=True, keep_unpacked=False, quantize=quantize)
 
 
-def _of_file(path: Path, dtype: torch.dtype | None) -> nn.Module:
+def _of_file(path: Path, dtype: torch.dtype | None, quantize: str) -> nn.Module:
     if path.suffix != ".safetensors" or not _is_packed(path):
-        return _fused(load_checkpoint(path), dtype)
+        return _fused(load_checkpoint(path), dtype, quantize)
     model = load_packed(path)
     own = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     if dtype not in (None, own):
         raise ValueError(
             f"dtype: got {dtype} for {path.name}, which is packed in {own}; convert it again in that dtype"
+        )
+    if quantize not in ("none", *(part.quantize for part in model.modules() if isinstance(part, PackedWeights))):
+        raise ValueError(
+            f"quantize: got {quantize!r} for {path.name}, which was packed without; convert it again with it"
         )
     return model
 
@@ -91,7 +99,7 @@ def _of_timm(name: str) -> nn.Module:
     return model
 
 
-def _of_transformers(name: str, dtype: torch.dtype | None) -> Opened:
+def _of_transformers(name: str, dtype: torch.dtype | None, quantize: str) -> Opened:
     try:
         import transformers
     except ImportError:
@@ -102,4 +110,4 @@ def _of_transformers(name: str, dtype: torch.dtype | None) -> Opened:
     classes = [getattr(transformers, found, None) for found in config.architectures or ()]
     cls = classes[0] if classes and classes[0] is not None else transformers.AutoModel
     model = cls.from_pretrained(name)
-    return Opened(_fused(model, dtype), transformers.AutoImageProcessor.from_pretrained(name))
+    return Opened(_fused(model, dtype, quantize), transformers.AutoImageProcessor.from_pretrained(name))

@@ -33,6 +33,7 @@ class Predictor:
         features: return them too.
         half: features in float16; ValueError where a number does not fit.
         dtype: that the model computes in; default its own.
+        quantize: "int8" for products in whole numbers, as :func:`repavit_ops.fuse` takes it.
         threads: of PyTorch; default the CPUs that Ray gave this task, else those that the process may run on. They are
             set again at every call, since PyTorch keeps those of whoever set them last.
 
@@ -49,18 +50,20 @@ class Predictor:
         features: bool = False,
         half: bool = False,
         dtype: torch.dtype | None = None,
+        quantize: str = "none",
         threads: int | None = None,
     ) -> None:
         for name, number in (("top_k", top_k), ("threads", threads)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: got {number}, wanted at least 1")
         self.arguments: dict[str, Any] = {"top_k": top_k, "features": features, "half": half, "dtype": dtype}
+        self.arguments["quantize"] = self.quantize = quantize
         self.named = isinstance(model, str | Path)
         self.name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self.top_k, self.features, self.half = top_k, features, half
         self.threads = given_cpus() if threads is None else threads
         torch.set_num_threads(self.threads)
-        found = opened(model, dtype)
+        found = opened(model, dtype, quantize)
         self.model = found.model
         self.dtype = next(p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)
         self.preprocessing = preprocessing or preprocessing_of(self.model, found.processor)
