@@ -110,10 +110,8 @@ def operator_of(module: PackedWeights) -> dict[str, Any] | None:
     """What the weights of a module decided about it when it was fused, as a description; None where nothing can."""
     if type(module) not in KINDS:
         return None
-    return {
-        **describe(module),
-        **{name: value for name in SET_LATER if (value := getattr(module, name, None)) is not None},
-    }
+    own = vars(module)
+    return {**describe(module), **{name: own[name] for name in SET_LATER if own.get(name) is not None}}
 
 
 def differences(saved: nn.Module, built: nn.Module) -> Iterator[str]:
