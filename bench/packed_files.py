@@ -5,8 +5,8 @@ the plain safetensors file into the unfused model (alone, and to its first logit
 both come out of the page cache; the ways take turns, and medians are told.
 (b) Workers on one file, after a first answer: the sum of their proportional shares of memory (PSS of
 /proc/PID/smaps_rollup) over one worker's. Started afresh (spawn), each holds its own interpreter and PyTorch; forked
-from a process that has imported them (what gunicorn --preload does) it shares those too. Beside them a worker that
-fuses for itself. Needs Linux, and a quiet machine for (a).
+from a process that has imported them (what gunicorn --preload does) it shares those too. With ``--own`` also workers
+that fuse for themselves: eight of a ViT-L take some 20 GB. Needs Linux, and a quiet machine for (a).
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vanilla_deit_base", "vanilla_vit_large"])
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--own", action="store_true", help="also workers that each fuse for themselves")
     parser.add_argument("--threads", type=int, default=2, help="of a start; workers have one each")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -138,10 +139,13 @@ def main() -> None:
             starts(name, plain, packed, arguments.threads, arguments.rounds)
         name, (plain, packed) = list(files.items())[-1]
         print(f"\n| {name}, PSS in MiB | 1 worker | {arguments.workers} workers | ratio |\n|---|---|---|---|")
-        for label, file, mapped, method in (
+        rows = [
             ("packed file, forked from one that imported", packed, True, "fork"),
             ("packed file, started afresh", packed, True, "spawn"),
-            ("each fuses for itself", plain, False, "spawn"),
+        ]
+        for label, file, mapped, method in (
+            *rows,
+            *([("each fuses for itself", plain, False, "spawn")] * arguments.own),
         ):
             one, many = (pss_of_workers(count, file, mapped, method) for count in (1, arguments.workers))
             print(f"| {label} | {one:.0f} | {many:.0f} | {many / one:.2f}x |")
