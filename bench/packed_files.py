@@ -1,8 +1,8 @@
 """Start and memory of workers on one packed file:  python bench/packed_files.py [--models NAME …] [--workers 8]
 
-(a) A process that has imported torch and the library: ``load_packed`` to the first logits of one image, over reading
-the plain safetensors file into the unfused model (alone, and to its first logits). Files are read once before, so that
-both come out of the page cache; the ways take turns, and medians are told.
+(a) A process that has imported torch and the library: ``load_packed`` alone and to the first logits of one image, over
+reading the plain safetensors file into the unfused model, alone and to its first logits. Files are read once before, so
+that both come out of the page cache; the ways take turns, and medians are told.
 (b) Workers on one file, after a first answer: the sum of their proportional shares of memory (PSS of
 /proc/PID/smaps_rollup) over one worker's. Started afresh (spawn), each holds its own interpreter and PyTorch; forked
 from a process that has imported them (what gunicorn --preload does) it shares those too. With ``--own`` also workers
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 STARTS = {
+    "load_packed": "model = repavit_ops.load_packed(packed)",
     "load_packed to first logits": "model = repavit_ops.load_packed(packed); model(image)",
     "plain file read": "model = repavit_ops.load_checkpoint(plain)",
     "plain file to first logits": "model = repavit_ops.load_checkpoint(plain); model(image)",
@@ -118,9 +119,16 @@ def starts(name: str, plain: Path, packed: Path, threads: int, rounds: int) -> N
     for _ in range(rounds):
         for label, way in STARTS.items():
             times[label].append(seconds_of(way, plain, packed, threads))
-    medians = {label: statistics.median(each) for label, each in times.items()}
-    ours = medians.pop("load_packed to first logits")
-    print(f"| {name} | {ours:.3f} | " + " | ".join(f"{t:.3f} ({ours / t:.2f}x)" for t in medians.values()) + " |")
+    medians = [statistics.median(each) for each in times.values()]
+    load, first, read, *rest = medians
+    ratios = [load / read, first / read, *(first / other for other in rest)]
+    print(
+        f"| {name} | "
+        + " | ".join(f"{t:.3f}" for t in medians)
+        + " | "
+        + " | ".join(f"{r:.2f}x" for r in ratios)
+        + " |"
+    )
 
 
 def main() -> None:
@@ -133,8 +141,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: files_made_apart(name, Path(folder)) for name in arguments.models}
-        print("| model | load_packed to first logits, s | " + " | ".join(list(STARTS)[1:]) + " |")
-        print("|---|---|" + "---|" * (len(STARTS) - 1))
+        ratios = ("load / read", "first / read", "first / first", "first / fused first")
+        print("| model, seconds | " + " | ".join((*STARTS, *ratios)) + " |")
+        print("|---|" + "---|" * (len(STARTS) + len(ratios)))
         for name, (plain, packed) in files.items():
             starts(name, plain, packed, arguments.threads, arguments.rounds)
         name, (plain, packed) = list(files.items())[-1]
