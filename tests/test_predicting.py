@@ -317,6 +317,7 @@ def test_a_shard_that_ends_early_loses_nothing_of_what_is_there(predictor, photo
 
 # --- runs that are stopped --------------------------------------------------------------------------------------------
 
+PATIENCE = 300  # seconds that a run may take to start, on a machine that is busy
 SLOW = """
 import sys, time, types, torch
 sys.modules["torchvision._meta_registrations"] = types.ModuleType("stub")
@@ -328,7 +329,7 @@ class Slow(Predictor):
         time.sleep(0.3)
         return super().predict(pixels)
 
-predict(Slow(tiny_vit(), top_k=3, threads=1), sys.argv[1], sys.argv[2], batch=4, shard=4, workers=1)
+predict(Slow(tiny_vit(), top_k=3, threads=1), sys.argv[1], sys.argv[2], batch=2, shard=2, workers=1)
 """
 
 
@@ -340,12 +341,12 @@ def started(folder, out):
 
 
 def wait_for_parts(out, count, process):
-    for _ in range(600):
+    for _ in range(PATIENCE * 20):
         if len(list(out.glob("part-*.parquet"))) >= count:
             return
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.05)
-    raise AssertionError("no part was written within 30 seconds")
+    raise AssertionError(f"no part was written within {PATIENCE} seconds")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found by Linux's /proc")
@@ -354,25 +355,25 @@ def test_a_killed_run_goes_on_with_each_image_once(predictor, folder, tmp_path):
     process = started(folder, out)
     wait_for_parts(out, 1, process)
     with pytest.raises(RuntimeError, match="another process is writing"):
-        predict(predictor, folder, out, batch=4, shard=4, workers=0)
+        predict(predictor, folder, out, batch=2, shard=2, workers=0)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with pytest.raises(ValueError, match="run of other settings"):  # so the lock is free, whatever its children do
-        predict(Predictor(tiny_vit(), top_k=2, threads=1), folder, out, batch=4, shard=4, workers=0)
+        predict(Predictor(tiny_vit(), top_k=2, threads=1), folder, out, batch=2, shard=2, workers=0)
     process = started(folder, out)  # and of this one the process that decodes
     wait_for_parts(out, 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     decoders = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in decoders:
         os.kill(int(pid), signal.SIGKILL)
-    assert process.wait(60) != 0
+    assert process.wait(PATIENCE) != 0
     assert b"DataLoader worker" in process.stderr.read()
     done = len(list(out.glob("part-*.parquet")))
-    assert 2 <= done < 6
+    assert 2 <= done < 12
     (out / "part-00099.unfinished").write_bytes(b"half")
     (folder / "new.jpg").write_bytes(next(folder.rglob("*.jpg")).read_bytes())  # of another run
-    summary = predict(predictor, folder, out, batch=4, shard=4, workers=1)
-    assert (summary.images, summary.computed) == (24, 24 - 4 * done)
+    summary = predict(predictor, folder, out, batch=2, shard=2, workers=1)
+    assert (summary.images, summary.computed) == (24, 24 - 2 * done)
     assert len(rows_of(out)) == 24
     assert not list(out.glob("*.unfinished"))
 
