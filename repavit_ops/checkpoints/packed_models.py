@@ -242,7 +242,7 @@ def _loaded(
             raise file.damaged(
                 f"{_join(name, COPY)} is not what its model's weights are packed to: {reason}"
             ) from error
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _require_source(file: MappedFile, recorded: Any, source: str | os.PathLike[str]) -> None:
