@@ -1,4 +1,6 @@
-"""The command ``repavit-ops``: info, models, convert, export, verify, profile, tune, idle, predict, demo; one file each.
+"""The command ``repavit-ops``: info, models, convert, export, verify, profile, tune, idle, predict, demo.
+
+One file each.
 
 Nothing heavy is imported above the commands, so that ``--help`` and completion stay quick. A mistake of the user's is
 one line on stderr and exit status 2; a failed check is exit status 1.
