@@ -60,7 +60,7 @@ MUTANTS = (
     ("ffn_rows", "if (n >= S::kLanes) return S::load(«bias + col»);", "bias"),
     ("ffn_pack", "w = «c / kRun % 2 == 0» ? w_in", "c / kRun % 2 != 0"),
     ("gated_ffn", "const ptrdiff_t at = «(col + i * S::kLanes) / 2»;", "(col / 2)"),
-    ("gated_ffn", "if («!a.inner_norm») return;", "true"),
+    ("gated_ffn", "r = 0; «args.inner_norm» && r < rows", "false"),
     ("gated_ffn", "up += load_bias(b_up, «at», n);", "ptrdiff_t{0}"),
     ("gated_ffn", "«left < S::kLanes» ? static_cast<int>(left)", "false"),
     ("query_key_rows", "if (args.cos == nullptr || «token < 0») return;", "token < 1"),
