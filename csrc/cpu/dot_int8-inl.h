@@ -13,7 +13,7 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// A group of `bytes` consecutive k, spread over all lanes.
+// One group of k, four bytes of them, spread over all lanes.
 REPAVIT_INLINE Simd<int32_t>::V broadcast_group(const void* a) {
   int32_t group;
   __builtin_memcpy(&group, a, sizeof(group));
@@ -33,7 +33,7 @@ struct GroupDot {
   }
 };
 
-#if REPAVIT_ISA_LEVEL >= 1
+#if REPAVIT_BYTE_PRODUCTS
 
 template <>
 struct Dot<int8_t> : GroupDot<int8_t, uint8_t> {
@@ -76,7 +76,7 @@ constexpr bool kHasInt8 = sizeof(Accumulator<T>) == sizeof(float);
 inline bool int8_meets_panels() {
 #if REPAVIT_ISA_LEVEL >= 2
   return true;
-#elif REPAVIT_ISA_LEVEL == 1
+#elif REPAVIT_BYTE_PRODUCTS
   return has_avx_vnni();
 #else
   return false;
@@ -88,7 +88,7 @@ template <class Use>
 REPAVIT_INLINE void with_int8_operand(const Use& use) {
 #if REPAVIT_ISA_LEVEL >= 2
   use(uint8_t{});
-#elif REPAVIT_ISA_LEVEL == 1
+#elif REPAVIT_BYTE_PRODUCTS
   if (int8_meets_panels()) return use(uint8_t{});
   use(int16_t{});
 #else

@@ -29,81 +29,93 @@ struct Int8Rows {
   Int8Rows from(ptrdiff_t row, ptrdiff_t k) const { return {data + row * stride + k, stride, depth, scales + row}; }
 };
 
-// The numbers that stand on top of a panel, for the columns of one tile.
-template <int kVectors>
+// The numbers that stand on top of a panel (Int8Columns), for the columns of one tile. They may be at any address.
 struct Int8Head {
   using I = Simd<int32_t>;
   using F = Simd<float>;
-  const Int8Columns* columns;
+  const char* columns;
   ptrdiff_t first;  // of the panel's columns
 
-  REPAVIT_INLINE F::V scale(int v) const { return F::load(columns->scale + first + v * F::kLanes); }
-  REPAVIT_INLINE F::V sum(int v) const { return I::to_float(I::load(columns->sum + first + v * I::kLanes)); }
+  REPAVIT_INLINE F::V scale(int v) const { return F::load(reinterpret_cast<const float*>(at(offsetof(Int8Columns, scale), v))); }
+  REPAVIT_INLINE F::V sum(int v) const {
+    return I::to_float(I::load(reinterpret_cast<const int32_t*>(at(offsetof(Int8Columns, sum), v))));
+  }
+
+ private:
+  REPAVIT_INLINE const char* at(size_t field, int v) const {
+    return columns + field + sizeof(float) * static_cast<size_t>(first + v * F::kLanes);
+  }
 };
 
-// Which segment a tile is at: the first starts the floats, the last hands them to the epilogue.
-struct SegmentPlace {
-  bool first, last;
-};
+constexpr ptrdiff_t kInt8Wide = kTileVectors * Simd<int32_t>::kLanes;  // columns of a tile
 
-// The end of a segment: floats of one tile go to the epilogue, or to `totals` until the next segment is done.
-template <int kRows, int kVectors, class Epilogue>
-REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kVectors], const Int8Head<kVectors>& head,
-                                   const RowScale* rows, SegmentPlace place, float* totals, ptrdiff_t row, ptrdiff_t col,
-                                   int valid, const Epilogue& epilogue) {
+// The end of a segment: a tile's sums as floats, with those of the segments before it, if there are any, to `to`. Both
+// [rows][kInt8Wide]; they may be the same.
+template <int kRows>
+REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kTileVectors], const Int8Head& head,
+                                   const RowScale* rows, const float* before, float* to) {
   using I = Simd<int32_t>;
   using F = Simd<float>;
-  F::V scale[kVectors], sum[kVectors];
+  F::V scale[kTileVectors], sum[kTileVectors];
   REPAVIT_UNROLL
-  for (int v = 0; v < kVectors; ++v) scale[v] = head.scale(v), sum[v] = head.sum(v);
+  for (int v = 0; v < kTileVectors; ++v) scale[v] = head.scale(v), sum[v] = head.sum(v);
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const F::V by = F::broadcast(rows[r].scale), offset = F::broadcast(rows[r].offset);
-    F::V values[kVectors];
     REPAVIT_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      values[v] = F::fma(offset, sum[v], I::to_float(sums[r][v]) * by) * scale[v];
-      if (!place.first) values[v] += F::load(totals + (r * kVectors + v) * F::kLanes);
-      if (!place.last) F::store(totals + (r * kVectors + v) * F::kLanes, values[v]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      const ptrdiff_t at = r * kInt8Wide + v * F::kLanes;
+      F::V value = F::fma(offset, sum[v], I::to_float(sums[r][v]) * by) * scale[v];
+      if (before != nullptr) value += F::load(before + at);
+      F::store(to + at, value);
     }
-    if (place.last) epilogue(row + r, col, values, valid);
+  }
+}
+
+// A finished tile goes to the epilogue from memory. So tiles are compiled once for all epilogues; the way through L1 is a
+// hundredth of the shortest product.
+template <class Epilogue>
+REPAVIT_INLINE void hand_over(const float* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
+                              const Epilogue& epilogue) {
+  using F = Simd<float>;
+  for (int r = 0; r < height; ++r, values += kInt8Wide) {
+    F::V finished[kTileVectors];
+    REPAVIT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) finished[v] = F::load(values + v * F::kLanes);
+    epilogue(row + r, col, finished, valid);
   }
 }
 
 // ---- Rows of bytes meet panels as they are ---------------------------------------------------------------------------
 
-#if REPAVIT_ISA_LEVEL >= 1
+#if REPAVIT_BYTE_PRODUCTS
 
-template <int kRows, class Epilogue>
+// One tile: rows of A from `row` on, columns of a panel from `first` on.
+template <int kRows>
 __attribute__((noinline)) void run_int8_tile(const Int8Rows<uint8_t>* segments, int count, const char* panel, ptrdiff_t row,
-                                             ptrdiff_t col, ptrdiff_t first, int valid, const Epilogue& epilogue) {
+                                             ptrdiff_t first, float* values) {
   using TileOf = Tile<int8_t, kRows, kTileVectors>;
-  constexpr int kBytes = kTileVectors * TileOf::S::kLanes * kInterleave<int8_t>;
-  alignas(64) float storage[kRows * kTileVectors * TileOf::S::kLanes];
-  float* totals = storage;
-  __asm__("" : "+r"(totals));
+  constexpr int kBytes = static_cast<int>(kInt8Wide) * kInterleave<int8_t>;
   const auto ahead = [](const int8_t* b, int left) __attribute__((always_inline)) {
     FetchPanel().ahead_of<kBytes>(b, left);
   };
   for (int s = 0; s < count; ++s) {
     const Int8Rows<uint8_t> rows = segments[s].from(row, 0);
-    const Int8Head<kTileVectors> head{reinterpret_cast<const Int8Columns*>(panel), first};
     const auto* numbers = reinterpret_cast<const int8_t*>(panel + sizeof(Int8Columns)) + first * kInterleave<int8_t>;
     TileOf tile;
     tile.clear();
     tile.template accumulate<kPanelColumns * kInterleave<int8_t>>({rows.data, rows.stride, rows.depth}, numbers, ahead);
-    finish_segment(tile.acc, head, rows.scales, {s == 0, s + 1 == count}, totals, row, col, valid, epilogue);
+    const Int8Head head{panel, first};
+    finish_segment(tile.acc, head, rows.scales, s == 0 ? nullptr : values, values);
     panel += int8_panel_bytes(rows.depth);
   }
 }
 
-template <int kMaxRows, class Epilogue>
+template <int kMaxRows>
 REPAVIT_INLINE void choose_int8_rows(int height, const Int8Rows<uint8_t>* segments, int count, const char* panel,
-                                     ptrdiff_t row, ptrdiff_t col, ptrdiff_t first, int valid, const Epilogue& epilogue) {
-  if (height == kMaxRows) return run_int8_tile<kMaxRows>(segments, count, panel, row, col, first, valid, epilogue);
-  if constexpr (kMaxRows > 1) {
-    choose_int8_rows<kMaxRows - 1>(height, segments, count, panel, row, col, first, valid, epilogue);
-  }
+                                     ptrdiff_t row, ptrdiff_t first, float* values) {
+  if (height == kMaxRows) return run_int8_tile<kMaxRows>(segments, count, panel, row, first, values);
+  if constexpr (kMaxRows > 1) choose_int8_rows<kMaxRows - 1>(height, segments, count, panel, row, first, values);
 }
 
 // gemm_int8: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` >= 1 segments stacked in the same panels, which stand
@@ -111,16 +123,17 @@ REPAVIT_INLINE void choose_int8_rows(int height, const Int8Rows<uint8_t>* segmen
 template <class Epilogue>
 void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, const int8_t* panels, ptrdiff_t panel_stride,
                ptrdiff_t columns, const Epilogue& epilogue) {
-  constexpr ptrdiff_t kWide = kTileVectors * Simd<int32_t>::kLanes;
+  alignas(64) float values[kTileRows * kInt8Wide];
   const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
-    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kWide) {
+    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kInt8Wide) {
       const ptrdiff_t col = panel + first;
+      const int valid = static_cast<int>(least(columns - col, kInt8Wide));
       for (ptrdiff_t t = 0; t < tiles; ++t) {
         const ptrdiff_t row = rows * t / tiles;
-        choose_int8_rows<kTileRows>(static_cast<int>(rows * (t + 1) / tiles - row), segments, count,
-                                    reinterpret_cast<const char*>(panels), row, col, first,
-                                    static_cast<int>(least(columns - col, kWide)), epilogue);
+        const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+        choose_int8_rows<kTileRows>(height, segments, count, reinterpret_cast<const char*>(panels), row, first, values);
+        hand_over(values, height, row, col, valid, epilogue);
       }
     }
   }
@@ -166,12 +179,13 @@ REPAVIT_INLINE void widen_chunk(const int8_t* b, ptrdiff_t groups, int16_t* chun
 struct Int8Sums {
   int32_t* sums;
   float* totals;
+
+  Int8Sums at(ptrdiff_t i) const { return {sums + i, totals + i}; }
 };
 
-// Where in a segment a chunk is: the first starts the sums, the last ends the segment.
+// Where a chunk is: of its segment the first starts the sums, the last ends them; of the segments likewise.
 struct Int8Place {
-  bool first, last;
-  SegmentPlace segment;
+  bool first, last, first_segment, last_segment;
 };
 
 struct NoFetch {
@@ -179,40 +193,37 @@ struct NoFetch {
   REPAVIT_INLINE void operator()(const B*, int) const {}
 };
 
-template <int kRows, class Epilogue>
-__attribute__((noinline)) void run_int8_chunk(const Int8Rows<int16_t>& rows, const int16_t* chunk,
-                                              const Int8Head<kTileVectors>& head, Int8Sums at, Int8Place place,
-                                              ptrdiff_t row, ptrdiff_t col, int valid, const Epilogue& epilogue) {
-  using TileOf = Tile<int16_t, kRows, kTileVectors>;
+// One tile over one chunk. Once the last segment is done its floats are in `values`.
+template <int kRows>
+__attribute__((noinline)) void run_int8_chunk(const Int8Rows<int16_t>& rows, const int16_t* chunk, const Int8Head& head,
+                                              Int8Sums at, Int8Place place, float* values) {
   using I = Simd<int32_t>;
-  TileOf tile;
+  Tile<int16_t, kRows, kTileVectors> tile;
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     REPAVIT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
-      tile.acc[r][v] = place.first ? I::zero() : I::load(at.sums + (r * kTileVectors + v) * I::kLanes);
+      tile.acc[r][v] = place.first ? I::zero() : I::load(at.sums + r * kInt8Wide + v * I::kLanes);
     }
   }
   const NoFetch fetch;
-  tile.template accumulate<2 * kTileVectors * I::kLanes>({rows.data, rows.stride, rows.depth}, chunk, fetch);
+  tile.template accumulate<2 * kInt8Wide>({rows.data, rows.stride, rows.depth}, chunk, fetch);
   if (place.last) {
-    return finish_segment(tile.acc, head, rows.scales, place.segment, at.totals, row, col, valid, epilogue);
+    return finish_segment(tile.acc, head, rows.scales, place.first_segment ? nullptr : at.totals,
+                          place.last_segment ? values : at.totals);
   }
   REPAVIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     REPAVIT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) I::store(at.sums + (r * kTileVectors + v) * I::kLanes, tile.acc[r][v]);
+    for (int v = 0; v < kTileVectors; ++v) I::store(at.sums + r * kInt8Wide + v * I::kLanes, tile.acc[r][v]);
   }
 }
 
-template <int kMaxRows, class Epilogue>
-REPAVIT_INLINE void choose_int8_chunk(int height, const Int8Rows<int16_t>& rows, const int16_t* chunk,
-                                      const Int8Head<kTileVectors>& head, Int8Sums at, Int8Place place, ptrdiff_t row,
-                                      ptrdiff_t col, int valid, const Epilogue& epilogue) {
-  if (height == kMaxRows) return run_int8_chunk<kMaxRows>(rows, chunk, head, at, place, row, col, valid, epilogue);
-  if constexpr (kMaxRows > 1) {
-    choose_int8_chunk<kMaxRows - 1>(height, rows, chunk, head, at, place, row, col, valid, epilogue);
-  }
+template <int kMaxRows>
+REPAVIT_INLINE void choose_int8_chunk(int height, const Int8Rows<int16_t>& rows, const int16_t* chunk, const Int8Head& head,
+                                      Int8Sums at, Int8Place place, float* values) {
+  if (height == kMaxRows) return run_int8_chunk<kMaxRows>(rows, chunk, head, at, place, values);
+  if constexpr (kMaxRows > 1) choose_int8_chunk<kMaxRows - 1>(height, rows, chunk, head, at, place, values);
 }
 
 // One chunk of a segment, of all columns: `rows` is the strip's part of it, `offset` where the segment's part of a panel
@@ -221,21 +232,23 @@ template <class Epilogue>
 void run_int8_columns(const Int8Rows<int16_t>& rows, ptrdiff_t begin, ptrdiff_t height, const int8_t* panels,
                       ptrdiff_t panel_stride, ptrdiff_t offset, ptrdiff_t done, ptrdiff_t columns, Int8Sums sums,
                       Int8Place place, const Epilogue& epilogue) {
-  constexpr ptrdiff_t kWide = kTileVectors * Simd<int32_t>::kLanes;
-  alignas(64) int16_t chunk[kInt8Chunk * kWide];
+  alignas(64) int16_t chunk[kInt8Chunk * kInt8Wide];
+  alignas(64) float values[kTileRows * kInt8Wide];
   const ptrdiff_t tiles = (height + kTileRows - 1) / kTileRows;
   for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
     const int8_t* const part = panels + offset;
-    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kWide) {
-      const Int8Head<kTileVectors> head{reinterpret_cast<const Int8Columns*>(part), first};
+    for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kInt8Wide) {
+      const Int8Head head{reinterpret_cast<const char*>(part), first};
       widen_chunk(part + sizeof(Int8Columns) + done * kPanelColumns + first * kInterleave<int8_t>,
                   groups_of<int8_t>(rows.depth), chunk);
       const ptrdiff_t col = panel + first;
-      const int valid = static_cast<int>(least(columns - col, kWide));
+      const int valid = static_cast<int>(least(columns - col, kInt8Wide));
       for (ptrdiff_t t = 0; t < tiles; ++t) {
-        const ptrdiff_t row = height * t / tiles, at = col * height + row * kWide;
-        choose_int8_chunk<kTileRows>(static_cast<int>(height * (t + 1) / tiles - row), rows.from(row, 0), chunk, head,
-                                     {sums.sums + at, sums.totals + at}, place, begin + row, col, valid, epilogue);
+        const ptrdiff_t row = height * t / tiles;
+        const int tall = static_cast<int>(height * (t + 1) / tiles - row);
+        choose_int8_chunk<kTileRows>(tall, rows.from(row, 0), chunk, head, sums.at(col * height + row * kInt8Wide), place,
+                                     values);
+        if (place.last && place.last_segment) hand_over(values, tall, begin + row, col, valid, epilogue);
       }
     }
   }
@@ -260,7 +273,7 @@ void gemm_int8(const Int8Rows<int16_t>* segments, int count, ptrdiff_t rows, con
       for (ptrdiff_t k = 0; k == 0 || k < depth; k += kInt8Chunk) {
         Int8Rows<int16_t> part = segments[s].from(begin, k);
         part.depth = least(kInt8Chunk, depth - k);
-        const Int8Place place{k == 0, k + part.depth == depth, {s == 0, s + 1 == count}};
+        const Int8Place place{k == 0, k + part.depth == depth, s == 0, s + 1 == count};
         run_int8_columns(part, begin, height, panels, panel_stride, offset, k, columns, sums, place, epilogue);
       }
       offset += int8_panel_bytes(depth);

@@ -36,6 +36,16 @@
 #define REPAVIT_PRODUCT(instruction, acc, a, b) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))
 #endif
 
+// Whether this level is compiled with products of bytes as one instruction. AVX-VNNI's encoding is known to assemblers from
+// binutils 2.36 on: those of gcc 12, whatever the compiler itself is told.
+#if REPAVIT_ISA_LEVEL >= 2 || defined(REPAVIT_VEX_PRODUCT)
+#define REPAVIT_BYTE_PRODUCTS 1
+#elif REPAVIT_ISA_LEVEL == 1 && ((defined(__clang_major__) && __clang_major__ >= 12) || __GNUC__ >= 12)
+#define REPAVIT_BYTE_PRODUCTS 1
+#else
+#define REPAVIT_BYTE_PRODUCTS 0
+#endif
+
 // The same in the encoding of AVX2, for an instruction that AVX-512 has too.
 #if !defined(REPAVIT_VEX_PRODUCT)  // csrc/tests/emulated_vnni.h has it in C++
 #define REPAVIT_VEX_PRODUCT(instruction, acc, a, b) __asm__("%{vex%} " #instruction " %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b))

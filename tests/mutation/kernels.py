@@ -92,7 +92,7 @@ MUTANTS = (
     ("pack", "const ptrdiff_t known = «end < depth ? end : depth»;", "(end < depth ? end : depth - 1)"),
     ("gemm_int8", "F::fma(«offset», sum[v], I::to_float", "F::zero()"),
     ("gemm_int8", "I::to_float(sums[r][v]) * by) * «scale[v]»;", "scale[0]"),
-    ("gemm_int8", "if («!place.first») values[v] +=", "false"),
+    ("gemm_int8", "if («before != nullptr») value +=", "false"),
     ("gemm_int8", "offset += «int8_panel_bytes(depth)»;", "int8_panel_bytes(0)"),
     ("gemm_int8", "place.first ? «I::zero()» : I::load", "I::broadcast(1)"),
     ("gemm_int8", "sizeof(Int8Columns) + «done * kPanelColumns» + first", "done"),
