@@ -26,7 +26,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_gated_ffn.py tests/test_rep_attention.py \
                   tests/test_rotary_attention.py tests/test_window_rep_attention.py tests/test_patch_projection.py \
                   tests/test_fused_blocks.py tests/test_one_call.py tests/test_layernorm_statistics.py \
-                  tests/test_hostile_arguments.py
+                  tests/test_hostile_arguments.py tests/test_int8.py
 ALL_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa()) + 1])
 # the CPU levels below the one that this machine runs at
 LOWER_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa())])
@@ -55,7 +55,8 @@ test-cpp: ## the C++ kernels without Python, under address, undefined-behaviour 
 test-aarch64: ## the C++ kernels cross-compiled for ARM, under qemu; says so where the tools are missing
 	csrc/tests/run.sh aarch64
 
-test-avx512: ## the C++ kernels' AVX-512 levels, emulated on any AVX2 machine; says so where SIMDe is missing
+test-avx512: ## the C++ kernels' AVX-512 levels and AVX-VNNI, emulated on any AVX2 machine; says so where SIMDe is missing
+	csrc/tests/run.sh avx_vnni
 	csrc/tests/run.sh avx512
 
 test-levels: $(VENV)/.dev ## the operators' tests at each lower CPU level that this machine has

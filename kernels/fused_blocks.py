@@ -17,8 +17,9 @@ def fused_blocks(
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.fused_blocks`, with its steps as stack_plan.py encodes them."""
     for step in stack_plan.decode(weights, plan, scalars):
-        if step.operator in WITHOUT_KERNEL:
+        static = dict(step.static)
+        if step.operator in WITHOUT_KERNEL or static.pop("quantize", "none") != "none":
             x = reference.run_step(step, x)
         else:
-            x = launcher(step.operator)(x, *step.tensors, **step.static)
+            x = launcher(step.operator)(x, *step.tensors, **static)
     return x

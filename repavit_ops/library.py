@@ -188,9 +188,9 @@ def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]
-        quantized = static.get("quantize", "none") != "none"  # there is no kernel yet; ops says so
-        if x.dtype == torch.float64 or quantized or not backends.has_triton_kernel(name):
-            return formula(*arguments, **static)
+        if x.dtype == torch.float64 or not backends.has_triton_kernel(name) or static.get("quantize", "none") != "none":
+            return formula(*arguments, **static)  # of quantized weights there is no kernel yet
+        static.pop("quantize", None)
         with torch.cuda.device(x.device):
             return backends.triton_launcher(name)(*arguments, **static)
 

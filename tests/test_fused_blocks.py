@@ -288,7 +288,7 @@ def test_keep_unpacked_false_runs_from_the_packed_copy():
 def test_bad_plans_are_refused():
     x = torch.randn(1, 5, 24)
     weights, plan, scalars = stack_plan.encode(part.step() for b in vit_blocks() for part in (b.attn, b.mlp))
-    with pytest.raises(RuntimeError, match="plan: got 59 integers"):
+    with pytest.raises(RuntimeError, match="plan: got 65 integers"):
         torch_ops.fused_blocks(x, weights, plan=plan[:-1], scalars=scalars)
     for kind in (8, -1):
         with pytest.raises(RuntimeError, match=f"kind {kind}"):

@@ -65,9 +65,9 @@ REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kTileVe
     REPAVIT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
       const ptrdiff_t at = r * kInt8Wide + v * F::kLanes;
-      F::V value = F::fma(offset, sum[v], I::to_float(sums[r][v]) * by) * scale[v];
-      if (before != nullptr) value += F::load(before + at);
-      F::store(to + at, value);
+      const F::V value = F::fma(offset, sum[v], I::to_float(sums[r][v]) * by);
+      // Both by name: the compiler would add in one instruction or two, and other heights of tiles otherwise.
+      F::store(to + at, before != nullptr ? F::fma(value, scale[v], F::load(before + at)) : value * scale[v]);
     }
   }
 }
