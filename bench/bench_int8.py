@@ -1,9 +1,9 @@
 """Products in int8 against our own floats and other libraries' int8:  ``pytest bench/bench_int8.py [--results FILE]``.
 
-Speed and what it costs, in one table: every provider's cosine with the float64 truth stands beside its time; one that
-is not what it should be (below 0.97) is not timed. Peers: ONNX Runtime dynamic (weights per channel, activations per
-tensor) and static (QDQ, per channel), OpenVINO on the QDQ graph and on NNCF's quantization for transformers, torchao's
-dynamic int8 under torch.compile. What is not installed is left out: ``pip install nncf torchao``.
+Speed and what it costs, in one table: every provider's cosine with the float64 truth stands beside its time; a peer
+below 0.97 is not timed, and that is said. Peers: ONNX Runtime dynamic (weights per channel, activations per tensor) and
+static (QDQ, per channel), OpenVINO on the QDQ graph and on NNCF's quantization for transformers, torchao's dynamic int8
+under torch.compile. What is not installed is left out: ``pip install nncf torchao``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ def cosine(ours: Tensor, truth: Tensor) -> float:
 
 
 def checked(calls: dict[str, peers.Call], truth: Tensor) -> dict[str, float]:
-    """The cosine of every provider, which must be one that anybody would want the time of."""
+    """The cosine of every provider; takes peers out of ``calls`` whose time nobody would want."""
     cosines = {name: cosine(call(), truth) for name, call in calls.items()}
     for name, value in cosines.items():
-        if not value >= LEAST:
+        if value >= LEAST:
+            continue
+        if name in ("int8", *OWN):
             raise AssertionError(f"{name}: cosine {value:.4f} with float64, wanted {LEAST}: not timed")
+        print(f"{name}: cosine {value:.4f} with float64, wanted {LEAST}: not timed")
+        del calls[name]
     return cosines
 
 
