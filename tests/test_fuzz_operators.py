@@ -31,9 +31,10 @@ def widest(t: Tensor) -> float:
 
 
 def assert_as_good_as_eager(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """The tolerance of the library, and one rounding of the result."""
+    """The tolerance of the library, and one rounding of the result; of float64, whose truth is eager itself, a few."""
     assert ours.shape == truth.shape
-    bound = 2 * widest(eager.double() - truth) + torch.finfo(ours.dtype).eps * widest(truth) + 1e-6
+    roundings = 8 if ours.dtype == torch.float64 else 1
+    bound = 2 * widest(eager.double() - truth) + roundings * torch.finfo(ours.dtype).eps * widest(truth) + 1e-6
     error = widest(ours.double() - truth)
     assert error <= bound, f"{error:.3g} off, bound {bound:.3g}"
 
