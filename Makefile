@@ -23,10 +23,10 @@ AARCH64_CXX ?= aarch64-linux-gnu-g++
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
-# what differs from level to level; that arguments are refused does not
+# what differs from level to level; that arguments are refused, and the ways of whole models, do not
 OPERATOR_TESTS := tests/test_partial_gelu_ffn.py tests/test_gated_ffn.py tests/test_rep_attention.py \
                   tests/test_rotary_attention.py tests/test_window_rep_attention.py tests/test_patch_projection.py \
-                  tests/test_fused_blocks.py tests/test_one_call.py tests/test_layernorm_statistics.py \
+                  tests/test_fused_blocks.py tests/test_layernorm_statistics.py \
                   tests/test_int8.py
 ALL_LEVELS := from repavit_ops.backends import CPU_ISA, cpu_isa; print(*CPU_ISA[: CPU_ISA.index(cpu_isa()) + 1])
 # the CPU levels below the one that this machine runs at
