@@ -184,7 +184,7 @@ def _register(operator: Operator) -> None:
 
 
 def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[..., Tensor]:
-    """The CUDA implementation: the Triton launcher, or the reference where triton is missing and for float64."""
+    """The CUDA implementation: the Triton launcher; the reference where triton is missing, for float64 and for int8."""
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]

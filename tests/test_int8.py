@@ -14,6 +14,7 @@ from torch import Tensor
 
 import repavit_ops
 from repavit_ops import backends, ops, reference, reference_int8
+from repavit_ops.fusing.report import _note
 from repavit_ops.nn import GatedFFN, PartialGELUFFN, RepAttention, WindowRepAttention
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -327,3 +328,8 @@ def test_compiled_models_quantize_too():
     with torch.no_grad():  # ends of the model run elsewhere, so a number may be rounded the other way
         compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)(x)
         assert torch.nn.functional.cosine_similarity(compiled.flatten(), fused(x).flatten(), dim=0) > 0.9999
+
+
+def test_the_report_says_where_int8_has_no_kernel():
+    assert "int8, weights" in _note(PartialGELUFFN(8, 8, quantize="int8"))
+    assert "int8, by its formula" in _note(PartialGELUFFN(8, 8, quantize="int8", device="meta"))

@@ -161,7 +161,7 @@ REPAVIT_INLINE Simd<int32_t>::V widened_pair(Simd<int32_t>::V quads) {
 #endif
 }
 
-// Columns [first, first + kWide) of groups of four k from b on, as pairs of k: chunk [depth / 2][kWide][2].
+// A tile's columns of groups of four k from b on, as pairs of k: chunk [depth / 2][kInt8Wide][2].
 REPAVIT_INLINE void widen_chunk(const int8_t* b, ptrdiff_t groups, int16_t* chunk) {
   constexpr int kLanes = Simd<int32_t>::kLanes, kRow = 2 * kTileVectors * kLanes;
   for (ptrdiff_t g = 0; g < groups; ++g, b += kPanelColumns * kInterleave<int8_t>, chunk += 2 * kRow) {

@@ -152,7 +152,8 @@ def _note(module: PackedWeights) -> str:
     if module.residual:
         notes.append("shortcut in the epilogue")
     if module.quantize != "none":
-        notes.append(f"{module.quantize}, {_rounding(module)}")
+        on_cpu = getattr(module, module.packed_names[0]).is_cpu
+        notes.append(f"{module.quantize}, {_rounding(module) if on_cpu else 'by its formula: no kernel here has it'}")
     return ", ".join(notes)
 
 
