@@ -2,12 +2,14 @@
 
     torchrun --nproc_per_node 2 tests/distributed_steps.py FOLDER
 
-Each process takes its share of one batch. What comes out is a checkpoint of torch.distributed.checkpoint for each model
-and way, ``FOLDER/<way>-<model>``.
+or as processes that say their RANK and WORLD_SIZE and name a file to meet at, which asks nothing of a machine's names
+and ports: ``tests/distributed_steps.py FOLDER FILE``. Each process takes its share of one batch. What comes out is a
+checkpoint of torch.distributed.checkpoint for each model and way, ``FOLDER/<way>-<model>``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -58,8 +60,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+def main(folder: Path, meeting: str | None = None) -> None:
+    if meeting is None:
+        dist.init_process_group("gloo")
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=dist.FileStore(meeting, size), rank=rank, world_size=size)
     rank = dist.get_rank()
     torch.set_num_threads(1)
     for way in WAYS:
@@ -75,8 +81,9 @@ def main(folder: Path) -> None:
             loss_of(trained, rank).backward()
             optimizer.step()
             dcp.save({"model": get_model_state_dict(trained)}, checkpoint_id=folder / f"{way}-{name}")
+    dist.barrier()  # nobody leaves while another still waits for an answer
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])

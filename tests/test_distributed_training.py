@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -23,19 +24,30 @@ pytestmark = pytest.mark.skipif(
 STEPS = Path(__file__).with_name("distributed_steps.py")
 
 
+def run_in_processes(folder):
+    """What each process returned, and what it said; they meet at a file, not at a port."""
+    command = [sys.executable, "-X", "faulthandler", str(STEPS), str(folder), str(folder / "meeting")]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(PROCESSES)}
+    ranks = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**shared, "RANK": str(rank)})
+        for rank in range(PROCESSES)
+    ]
+    try:
+        said = [each.communicate(timeout=300)[1] for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+    return [each.returncode for each in ranks], "\n".join(said)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of checkpoints that two processes wrote."""
-    folder = tmp_path_factory.mktemp("distributed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    done = subprocess.run(
-        [*torchrun, str(STEPS), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    codes, said = run_in_processes(folder := tmp_path_factory.mktemp("distributed"))
+    if -signal.SIGABRT in codes:  # seen once, behind torchrun, and in none of 130 runs since: shown, and tried again
+        warnings.warn(f"PyTorch gave up in a process of its own: {said}", stacklevel=2)
+        codes, said = run_in_processes(folder := tmp_path_factory.mktemp("distributed"))
+    assert codes == [0] * PROCESSES, said
     return folder
 
 
