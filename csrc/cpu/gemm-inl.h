@@ -32,9 +32,9 @@ REPAVIT_INLINE ptrdiff_t panel_elements(ptrdiff_t depth) {
   return groups_of<T>(depth) * kInterleave<T> * kPanelColumns;
 }
 
-// Hides where a pointer comes from: the compiler would make up pointers of its own, one per row, or per k and row.
-template <class A>
-REPAVIT_INLINE const A* opaque(const A* p) {
+// Hides where a pointer or an index comes from: the compiler would make up some of its own, one per row, or per k and row.
+template <class P>
+REPAVIT_INLINE P opaque(P p) {
   __asm__("" : "+r"(p));
   return p;
 }
@@ -80,6 +80,10 @@ struct PointerPerThree {
 // Whether a product with this epilogue has whole tiles of columns alone, so that no narrower ones are compiled.
 template <class Epilogue>
 constexpr bool kWholeTiles = false;
+
+// Whether this epilogue takes all rows of a tile in one call.
+template <class Epilogue>
+constexpr bool kTakesTiles = false;
 
 template <class T, int kRows, int kVectors>
 struct Tile {
@@ -161,6 +165,20 @@ struct Tile {
   }
 };
 
+// Hands a tile to its epilogue, by rows, or whole to a copy whose members no store can change: they stay in registers.
+// (GELU's constants would push the accumulators out of theirs.)
+template <int kRows, int kVectors, class V, class Epilogue>
+REPAVIT_INLINE void finish_tile(const Epilogue& epilogue, ptrdiff_t row, ptrdiff_t col, const V (&acc)[kRows][kVectors],
+                                int valid) {
+  if constexpr (kTakesTiles<Epilogue>) {
+    const Epilogue done = epilogue;
+    done(row, col, acc, valid);
+  } else {
+    REPAVIT_UNROLL
+    for (int r = 0; r < kRows; ++r) epilogue(row + r, col, acc[r], valid);
+  }
+}
+
 // What a product asks memory for in front of each group of k: its panel, kBytes of each row of it, ahead of where it is
 // read. `left` more groups of the round follow.
 struct FetchPanel {
@@ -200,8 +218,7 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
     }
   }
   if (TileOf::kChains && chains > 1) tile.end_chain(total, false, true);
-  REPAVIT_UNROLL
-  for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
+  finish_tile(epilogue, row, col, tile.acc, valid);
 }
 
 template <int kMaxRows, int kVectors, class T, class Epilogue, class Fetch>
@@ -219,15 +236,14 @@ template <class T, class Epilogue, class Fetch>
 void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
                  ptrdiff_t columns, const Epilogue& epilogue, Fetch& fetch) {
   constexpr int kLanes = SimdOf<T>::kLanes, kWide = kTileVectors * kLanes;
-  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const RowTiles tiles(rows);
   for (ptrdiff_t first = 0; first < columns; first += kPanelColumns, panels += panel_stride) {
     const ptrdiff_t end = first + kPanelColumns < columns ? first + kPanelColumns : columns;
     for (ptrdiff_t col = first; col < end; col += kWide) {
       const T* panel = panels + (col - first) * kInterleave<T>;
       const int valid = static_cast<int>(end - col < kWide ? end - col : kWide);
-      for (ptrdiff_t t = 0; t < tiles; ++t) {
-        const ptrdiff_t row = rows * t / tiles;
-        const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+      for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
+        const int height = tiles.height(t);
         if (kWholeTiles<Epilogue> || valid > kLanes) {
           choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue,
                                                 fetch);
@@ -252,7 +268,7 @@ namespace REPAVIT_ISA {
 // gemm_<T>: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` segments stacked in the same panels.
 //
 // panels: ceil(columns / 32) panels, panel_stride elements apart. Each panel meets all rows before the next, so it comes
-// from outer memory once. Rows go in tiles of nearly equal height: 15 rows are 8 + 7, never 14 + 1.
+// from outer memory once.
 //
 // Epilogue: called once per row and group of columns of C as
 //     template <int N> void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const

@@ -95,11 +95,11 @@ void run_strip(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* panel
   E* chunk = storage;
   __asm__("" : "+r"(chunk));  // or gcc warns of values that a depth of 0 leaves undefined and unread
   expand_chunk<kVectors>(panel, a.depth, chunk);
-  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows, groups = groups_of<T>(a.depth);
-  const auto next_from = [&](ptrdiff_t t) { return next + groups * t / tiles * kPanelColumns * kInterleave<T>; };
-  for (ptrdiff_t t = 0; t < tiles; ++t) {
-    const ptrdiff_t row = rows * t / tiles;
-    const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+  const RowTiles tiles(rows);
+  const ptrdiff_t groups = groups_of<T>(a.depth), share = (groups + tiles.count - 1) / tiles.count;
+  const auto next_from = [&](ptrdiff_t t) { return next + least(t * share, groups) * kPanelColumns * kInterleave<T>; };
+  for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
+    const int height = tiles.height(t);
     choose_chunk_rows<kTileRows, kVectors>(height, Rows<E>{a.data + row * a.stride, a.stride, a.depth}, chunk,
                                            FetchNext<T>{next_from(t), next_from(t + 1)}, sums + row * kWidth, place,
                                            begin + row, col, valid, epilogue);

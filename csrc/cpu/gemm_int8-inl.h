@@ -124,14 +124,13 @@ template <class Epilogue>
 void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, const int8_t* panels, ptrdiff_t panel_stride,
                ptrdiff_t columns, const Epilogue& epilogue) {
   alignas(64) float values[kTileRows * kInt8Wide];
-  const ptrdiff_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const RowTiles tiles(rows);
   for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
     for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kInt8Wide) {
       const ptrdiff_t col = panel + first;
       const int valid = static_cast<int>(least(columns - col, kInt8Wide));
-      for (ptrdiff_t t = 0; t < tiles; ++t) {
-        const ptrdiff_t row = rows * t / tiles;
-        const int height = static_cast<int>(rows * (t + 1) / tiles - row);
+      for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
+        const int height = tiles.height(t);
         choose_int8_rows<kTileRows>(height, segments, count, reinterpret_cast<const char*>(panels), row, first, values);
         hand_over(values, height, row, col, valid, epilogue);
       }
@@ -234,7 +233,7 @@ void run_int8_columns(const Int8Rows<int16_t>& rows, ptrdiff_t begin, ptrdiff_t 
                       Int8Place place, const Epilogue& epilogue) {
   alignas(64) int16_t chunk[kInt8Chunk * kInt8Wide];
   alignas(64) float values[kTileRows * kInt8Wide];
-  const ptrdiff_t tiles = (height + kTileRows - 1) / kTileRows;
+  const RowTiles tiles(height);
   for (ptrdiff_t panel = 0; panel < columns; panel += kPanelColumns, panels += panel_stride) {
     const int8_t* const part = panels + offset;
     for (ptrdiff_t first = 0; first < least(kPanelColumns, columns - panel); first += kInt8Wide) {
@@ -243,9 +242,8 @@ void run_int8_columns(const Int8Rows<int16_t>& rows, ptrdiff_t begin, ptrdiff_t 
                   groups_of<int8_t>(rows.depth), chunk);
       const ptrdiff_t col = panel + first;
       const int valid = static_cast<int>(least(columns - col, kInt8Wide));
-      for (ptrdiff_t t = 0; t < tiles; ++t) {
-        const ptrdiff_t row = height * t / tiles;
-        const int tall = static_cast<int>(height * (t + 1) / tiles - row);
+      for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
+        const int tall = tiles.height(t);
         choose_int8_chunk<kTileRows>(tall, rows.from(row, 0), chunk, head, sums.at(col * height + row * kInt8Wide), place,
                                      values);
         if (place.last && place.last_segment) hand_over(values, tall, begin + row, col, valid, epilogue);

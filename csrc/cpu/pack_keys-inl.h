@@ -1,5 +1,8 @@
 // K and V of one head as panels (kernels.h): K as the right operand of q Kᵀ, its columns the keys; V as that of P V, its
 // columns the head's. Any range of keys can be packed by itself, so that threads share the work of one head.
+//
+// Where one key is left over by whole vectors of scores (7 x 7 windows; a class token beside 16 x 16 patches), it stays a
+// row: as a column it would take the time of a vector of them.
 #pragma once
 
 #include "pack-inl.h"
@@ -9,17 +12,27 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
+// Keys that are columns of panels: all, or all but the odd one, the last.
+template <class E>
+REPAVIT_INLINE ptrdiff_t columns_of_keys(ptrdiff_t tokens) {
+  return tokens > 1 && tokens % SimdOf<E>::kLanes == 1 ? tokens - 1 : tokens;
+}
+
 // One head's packed keys and values; sizes in elements.
 template <class E>
 struct HeadPanels {
   ptrdiff_t tokens, d_qk, d_v;
-  E* keys;    // ceil(tokens / 32) panels of depth d_qk
+  E* keys;    // ceil(columns / 32) panels of depth d_qk, then the row of the odd key
   E* values;  // ceil(d_v / 32) panels of depth tokens
 
+  ptrdiff_t columns() const { return columns_of_keys<E>(tokens); }
+  bool has_odd() const { return columns() != tokens; }
+  E* odd() const { return keys + whole_panels(columns()) / kPanelColumns * key_stride(); }
   ptrdiff_t key_stride() const { return panel_elements<E>(d_qk); }
   ptrdiff_t value_stride() const { return panel_elements<E>(tokens); }
   static ptrdiff_t key_elements(ptrdiff_t tokens, ptrdiff_t d_qk) {
-    return whole_panels(tokens) / kPanelColumns * panel_elements<E>(d_qk);
+    const ptrdiff_t columns = columns_of_keys<E>(tokens);
+    return whole_panels(columns) / kPanelColumns * panel_elements<E>(d_qk) + (columns != tokens ? d_qk : 0);
   }
   static ptrdiff_t value_elements(ptrdiff_t tokens, ptrdiff_t d_v) {
     return whole_panels(d_v) / kPanelColumns * panel_elements<E>(tokens);
@@ -109,11 +122,24 @@ REPAVIT_INLINE ptrdiff_t transpose_16_rows(const E* const (&)[kKeysAtOnce], ptrd
 
 #endif
 
+// dst = src in whole vectors where possible: a call of memcpy costs more than the few lines of one head's row.
+template <class E>
+REPAVIT_INLINE void copy_elements(const E* src, E* dst, ptrdiff_t count) {
+  typedef char Bytes __attribute__((vector_size(sizeof(Simd<float>::V)), aligned(1), may_alias));
+  constexpr ptrdiff_t kVector = sizeof(Bytes) / sizeof(E);
+  ptrdiff_t i = 0;
+  for (; i + kVector <= count; i += kVector) {
+    *reinterpret_cast<Bytes*>(dst + i) = *reinterpret_cast<const Bytes*>(src + i);
+  }
+  for (; i < count; ++i) dst[i] = src[i];
+}
+
 // Packs keys [begin, end), the rows of k [end - begin, d_qk]; whoever packs the last key also fills up its panel with
 // zeros.
 template <class E>
 void pack_keys(const TokenRows<const E>& k, ptrdiff_t begin, ptrdiff_t end, const HeadPanels<E>& head) {
   ptrdiff_t key = begin;
+  if (head.has_odd() && begin < end && end == head.tokens) copy_elements(k[--end - begin], head.odd(), head.d_qk);
   while (key < end) {
     E* panel = head.keys + key / kPanelColumns * head.key_stride();
     const ptrdiff_t column = key % kPanelColumns;
@@ -131,22 +157,13 @@ void pack_keys(const TokenRows<const E>& k, ptrdiff_t begin, ptrdiff_t end, cons
     }
   }
   const ptrdiff_t used = end % kPanelColumns;
-  if (end != head.tokens || begin == end || used == 0) return;
+  if (end != head.tokens || begin == end || used == 0) return;  // beside an odd key there are whole vectors alone
   E* panel = head.keys + end / kPanelColumns * head.key_stride();
   constexpr ptrdiff_t kStep = kInterleave<E>;
   for (ptrdiff_t group = 0; group < groups_of<E>(head.d_qk); ++group) {
     E* row = panel + group * kPanelColumns * kStep;
     for (ptrdiff_t i = used * kStep; i < kPanelColumns * kStep; ++i) row[i] = E{};
   }
-}
-
-// dst = src in whole cache lines where possible: a call of memcpy costs more than the few lines of one head's row.
-template <class E>
-REPAVIT_INLINE void copy_elements(const E* src, E* dst, ptrdiff_t count) {
-  constexpr ptrdiff_t kLine = 64 / sizeof(E);
-  ptrdiff_t i = 0;
-  for (; i + kLine <= count; i += kLine) __builtin_memcpy(dst + i, src + i, 64);
-  for (; i < count; ++i) dst[i] = src[i];
 }
 
 // One panel's row of V: columns of one key or, for bf16, of two keys interleaved.

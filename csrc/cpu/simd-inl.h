@@ -15,8 +15,8 @@
 //   abs(a)                                   sign cleared, NaN stays NaN
 //   select_negative(x, a, b)                 a in lanes whose sign bit is set in x (-0 included), else b
 //   round(a)                                 nearest integer, ties to even, |a| < 2^22
-//   exp2_integer(n)                          2^n for an integral n in [-127, 128]; the ends give 0 and +Inf
 //   sum(a) max(a)                            over the lanes
+//   across(rows, op)                         lane r: op(a, b) over all lanes of rows[r], in an order that is each row's alike
 //   swap_pairs(a)                            lanes 1 0 3 2 ...
 //   unzip_runs(a, b)                         of a, b = a0 b0 a1 b1 ..., in runs of kGateRun lanes: a = a0 a1 ..., b = b0 b1 ...
 // V is a GCC vector, so + - * / and comparisons work as they are. Conversions to bf16 and fp16 round to nearest even

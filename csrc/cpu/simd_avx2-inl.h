@@ -44,10 +44,6 @@ struct Simd<float> {
   static REPAVIT_INLINE V abs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static REPAVIT_INLINE V select_negative(V x, V a, V b) { return _mm256_blendv_ps(b, a, x); }
   static REPAVIT_INLINE V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static REPAVIT_INLINE V exp2_integer(V n) {
-    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
-  }
 
   // Of runs of four lanes a0 b0 a1 b1, over two vectors: all a, all b.
   static REPAVIT_INLINE void unzip_runs(V& a, V& b) {
@@ -67,6 +63,20 @@ struct Simd<float> {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  template <class Op>
+  static REPAVIT_INLINE V across(const V (&rows)[kLanes], const Op& op) {
+    const auto pd = [](V v) __attribute__((always_inline)) { return _mm256_castps_pd(v); };
+    const auto two = [&](int i) __attribute__((always_inline)) {
+      return op(_mm256_unpacklo_ps(rows[i], rows[i + 1]), _mm256_unpackhi_ps(rows[i], rows[i + 1]));
+    };
+    const auto four = [&](int i) __attribute__((always_inline)) {
+      const __m256d a = pd(two(i)), b = pd(two(i + 2));
+      return op(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    };
+    const V low = four(0), high = four(4);
+    return op(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
 
  private:

@@ -54,10 +54,6 @@ struct Simd<float> {
     return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
   }
   static REPAVIT_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static REPAVIT_INLINE V exp2_integer(V n) {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
-  }
 
   // Of runs of four lanes a0 b0 a1 b1 …, over two vectors: all a, all b.
   static REPAVIT_INLINE void unzip_runs(V& a, V& b) {
@@ -70,6 +66,22 @@ struct Simd<float> {
 
   static REPAVIT_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
   static REPAVIT_INLINE float max(V a) { return _mm512_reduce_max_ps(a); }
+
+  template <class Op>
+  static REPAVIT_INLINE V across(const V (&rows)[kLanes], const Op& op) {
+    const auto pd = [](V v) __attribute__((always_inline)) { return _mm512_castps_pd(v); };
+    const auto two = [&](int i) __attribute__((always_inline)) {
+      return op(_mm512_unpacklo_ps(rows[i], rows[i + 1]), _mm512_unpackhi_ps(rows[i], rows[i + 1]));
+    };
+    const auto four = [&](int i) __attribute__((always_inline)) {
+      const __m512d a = pd(two(i)), b = pd(two(i + 2));
+      return op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    };
+    const auto join = [&](V a, V b) __attribute__((always_inline)) {
+      return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return join(join(four(0), four(4)), join(four(8), four(12)));
+  }
 
   // Lane i of the result is table[index[i] & 15].
   static REPAVIT_INLINE V lookup(V table, V index_bits) {

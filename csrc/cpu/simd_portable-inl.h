@@ -51,6 +51,17 @@ struct PortableSimd {
     for (int i = 1; i < kLanes; ++i) most = a[i] > most ? a[i] : most;
     return most;
   }
+
+  template <class Op>
+  static REPAVIT_INLINE V across(const V (&rows)[kLanes], const Op& op) {
+    V result{};
+    for (int i = 0; i < kLanes; ++i) {
+      V column{};
+      for (int r = 0; r < kLanes; ++r) column[r] = rows[r][i];
+      result = i == 0 ? column : op(result, column);
+    }
+    return result;
+  }
 };
 
 template <>
@@ -82,7 +93,6 @@ struct Simd<float> : PortableSimd<float, uint32_t> {
   static REPAVIT_INLINE V round(V a) {
     return a + 12582912.0f - 12582912.0f;  // 1.5 * 2^23 leaves no room for fraction bits
   }
-  static REPAVIT_INLINE V exp2_integer(V n) { return (V)((__builtin_convertvector(n, I) + 127) << 23); }
 
  private:
   static REPAVIT_INLINE U load_halves(const void* p, int n) {

@@ -1,8 +1,8 @@
 // Softmax of score rows in two vector passes: the greatest score, then exponentials and their sum.
 //
-// Scores are whole vectors of accumulators whose padding is -Inf; any finite number is a score like another. Exponentials are stored as the left operand of P V wants
-// them and stay unnormalised: 1 / sum belongs to that product's epilogue. As PyTorch has it: a NaN or +Inf score makes
-// the row NaN, and a row wholly -Inf attends to nothing.
+// Scores are whole vectors of accumulators whose padding is -Inf; any finite number is a score like another. Exponentials
+// are stored as the left operand of P V wants them and stay unnormalised: 1 / sum belongs to that product's epilogue. As
+// PyTorch has it: a NaN or +Inf score makes the row NaN, and a row wholly -Inf attends to nothing.
 #pragma once
 
 #include "exp-inl.h"
@@ -52,8 +52,7 @@ template <int kDegree>
 struct Exp2<float, kDegree> {
   using S = Simd<float>;
   static REPAVIT_INLINE S::V of(S::V x) {
-    const S::V bounded = S::max(S::broadcast(-127.0f), x);  // in this order a NaN stays
-    return exp2(bounded) + (bounded - bounded);             // exp2 alone would hide it
+    return exp2_within(S::max(S::broadcast(-127.0f), x));  // in this order a NaN stays
   }
 };
 
@@ -71,11 +70,11 @@ struct Exp2<double, kDegree> {
 
 #endif
 
-constexpr int kSoftmaxUnroll = 4;
+constexpr int kSoftmaxUnroll = REPAVIT_ISA_LEVEL >= 2 ? 4 : 2;  // vectors that a loop has sums of
 
-// The greatest of `vectors` vectors of scores; NaN or not where one of them is NaN.
+// The greatest of `vectors` vectors of scores, still spread over the lanes; NaN or not where one of them is NaN.
 template <class E>
-REPAVIT_INLINE E greatest(const E* scores, int vectors) {
+REPAVIT_INLINE typename Simd<E>::V greatest(const E* scores, int vectors) {
   using S = Simd<E>;
   typename S::V most[kSoftmaxUnroll];
   REPAVIT_UNROLL
@@ -86,18 +85,30 @@ REPAVIT_INLINE E greatest(const E* scores, int vectors) {
     for (int u = 0; u < kSoftmaxUnroll; ++u) most[u] = S::max(S::load(scores + (i + u) * S::kLanes), most[u]);
   }
   for (; i < vectors; ++i) most[0] = S::max(S::load(scores + i * S::kLanes), most[0]);
-  return S::max(S::max(S::max(most[0], most[1]), S::max(most[2], most[3])));
+  REPAVIT_UNROLL
+  for (int u = 1; u < kSoftmaxUnroll; ++u) most[0] = S::max(most[0], most[u]);
+  return most[0];
+}
+
+// One number of each of kLanes rows, whose vectors follow each other.
+template <class E, class Op>
+REPAVIT_INLINE typename Simd<E>::V across_rows(const E* vectors, const Op& op) {
+  using S = Simd<E>;
+  typename S::V rows[S::kLanes];
+  REPAVIT_UNROLL
+  for (int r = 0; r < S::kLanes; ++r) rows[r] = S::load(vectors + r * S::kLanes);
+  return S::across(rows, op);
 }
 
 // Whether most · factor may be subtracted instead of most. Its rounding changes all weights of a row alike: of a product as
 // small as this by 2^-14 of them, which their sum takes out again. That of a mask's least number would be infinite.
+constexpr int kLeastProduct = -1024, kMostProduct = 1024;
 template <class E>
 REPAVIT_INLINE bool may_subtract_product(E product) {
-  constexpr E kMost{1024};
-  return -kMost <= product && product <= kMost;
+  return E{kLeastProduct} <= product && product <= E{kMostProduct};
 }
 
-// weights = 2^((scores - most) · factor); returns their sum, still spread over the lanes. In place where P is E.
+// weights = 2^((scores - most) · factor) of one row; returns their sum, still spread over the lanes. In place where P is E.
 // kFused: as scores · factor - most · factor, in one instruction.
 template <bool kFused, class P, class E>
 REPAVIT_INLINE typename Simd<E>::V exponentials(const E* scores, P* weights, int vectors, E factor, E most) {
@@ -120,7 +131,29 @@ REPAVIT_INLINE typename Simd<E>::V exponentials(const E* scores, P* weights, int
     for (int u = 0; u < kSoftmaxUnroll; ++u) one(i + u, total[u]);
   }
   for (; i < vectors; ++i) one(i, total[0]);
-  return (total[0] + total[1]) + (total[2] + total[3]);
+  REPAVIT_UNROLL
+  for (int u = 1; u < kSoftmaxUnroll; ++u) total[0] += total[u];
+  return total[0];
+}
+
+template <class P, class E>
+__attribute__((noinline)) void exponentials_apart(const E* scores, P* weights, int vectors, E factor, E most, E* lane_sums) {
+  Simd<E>::store(lane_sums, exponentials<false>(scores, weights, vectors, factor, most));
+}
+
+// Rows of scores `stride` apart, of weights `weight_stride`: exponentials of each, the sums of its lanes to lane_sums. Not
+// inlined, nor what few rows want: the constants take nearly all registers of AVX2.
+template <class P, class E>
+__attribute__((noinline)) void exponentials_of_rows(ptrdiff_t rows, const E* scores, ptrdiff_t stride, P* weights,
+                                                    ptrdiff_t weight_stride, int vectors, E factor, const E* most,
+                                                    E* lane_sums) {
+  for (; rows > 0; --rows, scores += stride, weights += weight_stride, ++most, lane_sums += Simd<E>::kLanes) {
+    if (may_subtract_product(*most * factor)) {
+      Simd<E>::store(lane_sums, exponentials<true>(scores, weights, vectors, factor, *most));
+    } else {
+      exponentials_apart(scores, weights, vectors, factor, *most, lane_sums);
+    }
+  }
 }
 
 }  // namespace REPAVIT_ISA

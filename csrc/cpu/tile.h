@@ -28,5 +28,16 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 constexpr int kStripRows = 200;  // rows of A that L2 keeps a chunk of K of (gemm_chunked-inl.h): 200 KiB of fp32
 #endif
 
+// How rows are divided into tiles of nearly equal height, the taller ones first: 15 rows of 14 are 8 + 7, never 14 + 1.
+// (Divided once: a division in front of every tile is what its first loads would wait for.)
+struct RowTiles {
+  ptrdiff_t count, low, taller;
+
+  explicit RowTiles(ptrdiff_t rows)
+      : count((rows + kTileRows - 1) / kTileRows), low(rows / (count > 0 ? count : 1)), taller(rows - low * count) {}
+
+  int height(ptrdiff_t tile) const { return static_cast<int>(low + (tile < taller)); }
+};
+
 }  // namespace REPAVIT_ISA
 }  // namespace repavit
