@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("REPAVIT_BUILD_CPU", "")
 FIX = "install a C++17 compiler (apt install g++) and run: pip install -v --force-reinstall --no-deps ."
 
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")  # as csrc/cpu/dispatch.h counts them
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # as csrc/cpu/dispatch.h counts them
 X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))  # elsewhere only the portable level compiles
 
 NINJA_RULES = """\
@@ -78,17 +78,29 @@ def isa_flags() -> dict[str, str]:
     if unknown := sorted(set(names) - set(levels)):
         known = ", ".join(levels)
         raise SystemExit(f"REPAVIT_CPU_LEVELS: got {', '.join(unknown)}, wanted native or some of {known}")
-    return {level: flags for level, flags in levels.items() if not names or level == "scalar" or level in names}
+    levels = {level: flags for level, flags in levels.items() if not names or level == "scalar" or level in names}
+    if "amx" in levels and not assembles_amx():
+        print("repavit_ops: the assembler does not know AMX (binutils 2.35 does): built without that level", flush=True)
+        del levels["amx"]
+    return levels
+
+
+def assembles_amx() -> bool:
+    command = [*compiler().split(), "-x", "assembler", "-c", "-o", os.devnull, "-"]
+    return (
+        subprocess.run(command, input="tdpbf16ps %tmm2, %tmm1, %tmm0\n", text=True, capture_output=True).returncode == 0
+    )
 
 
 def native_levels() -> list[str]:
-    """The levels that this machine runs: its best, and for avx512_bf16, which is a part, the one below."""
+    """The levels that this machine runs: its best, and those below of which it is a part."""
     try:
         flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
     except (OSError, IndexError):
         raise SystemExit("REPAVIT_CPU_LEVELS: native needs /proc/cpuinfo; name the levels: avx2, avx512") from None
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        return ["avx512", "avx512_bf16"] if "avx512_bf16" in flags else ["avx512"]
+        narrow = ["avx512_bf16", *(["amx"] if {"amx_tile", "amx_bf16", "amx_int8"} <= flags else [])]
+        return ["avx512", *(narrow if "avx512_bf16" in flags else [])]
     return ["avx2"] if {"avx2", "fma", "f16c"} <= flags else ["scalar"]
 
 

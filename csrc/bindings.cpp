@@ -22,6 +22,7 @@ int64_t product_peak(const Tensor& like, int64_t iterations) {
 }
 
 int64_t cpu_isa() { return repavit::isa_level(); }
+int64_t amx_refusal() { return repavit::amx_refusal(); }
 
 int64_t scratch_bytes() { return static_cast<int64_t>(repavit::arena_bytes()); }
 
@@ -40,6 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CPU, m) {
 // These take no tensor, so no device chooses them: this key also serves calls without one.
 STABLE_TORCH_LIBRARY_IMPL(repavit_ops, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("amx_refusal", TORCH_BOX(&amx_refusal));
   m.impl("scratch_bytes", TORCH_BOX(&scratch_bytes));
   m.impl("release_freed_memory", TORCH_BOX(&release_freed_memory));
 }

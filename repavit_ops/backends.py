@@ -23,7 +23,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
 
-CPU_ISA = ("scalar", "avx2", "avx512", "avx512_bf16")  # level → name, as csrc/cpu/dispatch.h counts them
+CPU_ISA = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # level → name, as csrc/cpu/dispatch.h counts them
 REBUILD = (
     "install a C++17 compiler and run: pip install -v --force-reinstall --no-deps . (or take a wheel that has them)"
 )
@@ -89,11 +89,24 @@ def _kernels() -> ModuleType:
     return importlib.import_module(".kernels", __package__)  # the top-level folder, mapped to this name
 
 
+AMX_REFUSALS = (
+    None,
+    "the system does not let this process use AMX: bfloat16 runs at level avx512_bf16",
+    "AMX's first product came out wrong: bfloat16 runs at level avx512_bf16; please report this processor",
+)
+
+
 def cpu_isa() -> str:
-    """Instruction-set level that the C++ kernels run at on this machine (asks the CPU at the first call)."""
+    """Instruction-set level that the C++ kernels run at on this machine (asks the CPU at the first call).
+
+    Warns where the processor has AMX and the kernels cannot use it.
+    """
     if _cpp_failure is not None:
         raise RuntimeError(f"backend 'cpp' is not available: {_cpp_failure}")
-    return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
+    level = CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
+    if refusal := AMX_REFUSALS[torch.ops.repavit_ops.amx_refusal()]:
+        warnings.warn(refusal, stacklevel=2)
+    return level
 
 
 def release_freed_memory() -> None:

@@ -135,6 +135,8 @@ CPU_TOOLS = (
     "fused_blocks_kept(Tensor x, int kept, Tensor? rotary_cos=None, Tensor? rotary_sin=None) -> Tensor",
     "fused_blocks_drop(int kept) -> ()",
     "cpu_isa() -> int",
+    # why that is not AMX, which the processor has (backends.AMX_REFUSALS); 0: no reason
+    "amx_refusal() -> int",
     # scratch that the kernels of all threads hold now, kept from call to call
     "scratch_bytes() -> int",
     # back to the system, where the C library can

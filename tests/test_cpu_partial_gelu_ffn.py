@@ -127,4 +127,4 @@ def test_an_unknown_level_is_refused_at_the_first_use_and_not_at_import():
     assert run_at("sse9", "import repavit_ops.library").returncode == 0
     done = run_at("sse9", "import torch, repavit_ops.library; torch.ops.repavit_ops.cpu_isa()")
     assert done.returncode != 0
-    assert "REPAVIT_CPU_ISA: got 'sse9', wanted one of scalar, avx2, avx512, avx512_bf16" in done.stderr
+    assert "REPAVIT_CPU_ISA: got 'sse9', wanted one of scalar, avx2, avx512, avx512_bf16, amx" in done.stderr

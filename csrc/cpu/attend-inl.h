@@ -21,7 +21,7 @@ constexpr ptrdiff_t kSinglePassKeys = 512, kOnlineKeys = 256;
 // values that comes from L2 among several.
 constexpr ptrdiff_t kShortKeys = 64;
 constexpr int kAttendRows = (static_cast<int>(kShortKeys) + kTileRows - 1) / kTileRows * kTileRows;
-constexpr int kLongRows = REPAVIT_ISA_LEVEL < 2 ? 4 * kTileRows : kTileRows;
+constexpr int kLongRows = REPAVIT_ISA_LEVEL < 2 ? 4 * kTileRows : REPAVIT_ISA_LEVEL < 4 ? kTileRows : 32;
 // As numbers in whole vectors, one of each row.
 template <class A>
 constexpr int kRowNumbers = (kAttendRows + Simd<A>::kLanes - 1) / Simd<A>::kLanes * Simd<A>::kLanes;

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 // One bit for each level of which the library holds the code; setup.py leaves some out where it is told so. The portable
@@ -14,7 +18,7 @@
 #if !defined(__x86_64__)
 #define REPAVIT_BUILT_LEVELS 1
 #elif !defined(REPAVIT_BUILT_LEVELS)
-#define REPAVIT_BUILT_LEVELS 15
+#define REPAVIT_BUILT_LEVELS 31
 #endif
 
 namespace repavit {
@@ -26,7 +30,7 @@ int built_level(int level) {
   return level;
 }
 
-constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 
@@ -57,6 +61,12 @@ const char* isa_name(int level) { return kNames[level]; }
 
 namespace {
 
+// Tests without such a processor say that there is one, and whether the system lets this process have it.
+#if defined(REPAVIT_EMULATED_AMX)
+int level_of_the_processor() { return kAmx; }
+bool system_allows_amx() { return REPAVIT_EMULATED_AMX; }
+#else
+
 int level_of_the_processor() {
 #if defined(__x86_64__)
   constexpr unsigned kOsxsave = 1u << 27, kAvx = 1u << 28, kFma = 1u << 12, kF16c = 1u << 29;
@@ -69,11 +79,25 @@ int level_of_the_processor() {
   if (!has(saved, kYmmState)) return kScalar;
   if (!has(saved, kZmmState) || !has(extended.ebx, kF | kDq | kBw | kVl)) return kAvx2;
   const bool bf16_dot = extended.eax >= 1 && has(cpuid(7, 1).eax, kBf16Bit);  // leaf 7.0 EAX: last subleaf
-  return bf16_dot ? kAvx512Bf16 : kAvx512;
+  if (!bf16_dot) return kAvx512;
+  constexpr unsigned kAmxBits = 1u << 22 | 1u << 24 | 1u << 25, kTileState = 0x60000;  // BF16, TILE and INT8
+  return has(extended.edx, kAmxBits) && has(saved, kTileState) ? kAmx : kAvx512Bf16;
 #else
   return kScalar;
 #endif
 }
+
+// Asks Linux, once for all threads of this process, to let them use the registers of AMX.
+[[maybe_unused]] bool system_allows_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 #if defined(__x86_64__)
 bool has_vnni(bool (*bit)(), int at_least) {
@@ -115,13 +139,35 @@ int lowered_level(const char* wanted) {
     if (std::strcmp(wanted, kNames[level]) == 0) return built_level(level < supported ? level : supported);
   }
   throw std::runtime_error(std::string("REPAVIT_CPU_ISA: got '") + wanted +
-                           "', wanted one of scalar, avx2, avx512, avx512_bf16 (it only ever lowers the level)");
+                           "', wanted one of scalar, avx2, avx512, avx512_bf16, amx (it only ever lowers the level)");
 }
 
-int isa_level() {
-  static const int level = lowered_level(std::getenv("REPAVIT_CPU_ISA"));
-  return level;
+namespace {
+
+struct Choice {
+  int level, amx_refusal;
+};
+
+Choice choose_level() {
+  const int level = lowered_level(std::getenv("REPAVIT_CPU_ISA"));
+#if REPAVIT_BUILT_LEVELS >> 4 & 1
+  if (level == kAmx) {
+    if (!system_allows_amx()) return {built_level(kAvx512Bf16), 1};
+    if (!amx::self_check()) return {built_level(kAvx512Bf16), 2};
+  }
+#endif
+  return {level, 0};
 }
+
+const Choice& choice() {
+  static const Choice chosen = choose_level();
+  return chosen;
+}
+
+}  // namespace
+
+int isa_level() { return choice().level; }
+int amx_refusal() { return choice().amx_refusal; }
 
 Kernels kernels_at(int level) {
   Kernels table{};
@@ -134,6 +180,9 @@ Kernels kernels_at(int level) {
 #endif
 #if REPAVIT_BUILT_LEVELS >> 3 & 1
   if (level >= kAvx512Bf16) avx512_bf16::install(table);
+#endif
+#if REPAVIT_BUILT_LEVELS >> 4 & 1
+  if (level >= kAmx) amx::install(table);
 #endif
   (void)level;
   return table;

@@ -10,6 +10,10 @@ namespace scalar { void install(Kernels&); }
 namespace avx2 { void install(Kernels&); }
 namespace avx512 { void install(Kernels&); }
 namespace avx512_bf16 { void install(Kernels&); }
+namespace amx {
+void install(Kernels&);
+bool self_check();  // whether a small product comes out right, on this thread
+}
 
 const char* isa_name(int level);
 
@@ -20,8 +24,13 @@ int supported_level();
 // Throws std::runtime_error if `wanted` is no level's name.
 int lowered_level(const char* wanted);
 
-// Level in use: lowered_level(getenv("REPAVIT_CPU_ISA")), decided at the first successful call.
+// Level in use: lowered_level(getenv("REPAVIT_CPU_ISA")), decided at the first successful call; without AMX where the system
+// does not let this process have it, or its first product comes out wrong.
 int isa_level();
+
+// Why the level in use is not AMX, which this processor and this build have: 0 nothing of the kind, 1 the system refused
+// its registers, 2 a product came out wrong.
+int amx_refusal();
 
 // Whether the processor multiplies bytes in 256-bit registers (AVX-VNNI), and in 512-bit ones (AVX512-VNNI).
 bool has_avx_vnni();

@@ -165,17 +165,16 @@ struct Tile {
   }
 };
 
-// Hands a tile to its epilogue, by rows, or whole to a copy whose members no store can change: they stay in registers.
-// (GELU's constants would push the accumulators out of theirs.)
+// Hands a tile to a copy of its epilogue, whole or by rows. No store can change a copy's members: they stay in registers.
 template <int kRows, int kVectors, class V, class Epilogue>
 REPAVIT_INLINE void finish_tile(const Epilogue& epilogue, ptrdiff_t row, ptrdiff_t col, const V (&acc)[kRows][kVectors],
                                 int valid) {
+  const Epilogue done = epilogue;
   if constexpr (kTakesTiles<Epilogue>) {
-    const Epilogue done = epilogue;
     done(row, col, acc, valid);
   } else {
     REPAVIT_UNROLL
-    for (int r = 0; r < kRows; ++r) epilogue(row + r, col, acc[r], valid);
+    for (int r = 0; r < kRows; ++r) done(row + r, col, acc[r], valid);
   }
 }
 
@@ -260,6 +259,8 @@ void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* pa
 
 #if REPAVIT_ISA_LEVEL < 2
 #include "gemm_chunked-inl.h"
+#elif REPAVIT_ISA_LEVEL >= 4
+#include "gemm_unit-inl.h"
 #endif
 
 namespace repavit {
@@ -273,7 +274,8 @@ namespace REPAVIT_ISA {
 // Epilogue: called once per row and group of columns of C as
 //     template <int N> void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const
 // with columns [col, col + valid) of the row in acc, valid <= N * kLanes; lanes from `valid` on are finite rubbish if A
-// is finite (zero weights) and must not be stored beyond C. Mark operator() always_inline: acc lives in registers.
+// is finite (zero weights) and must not be stored beyond C. Mark operator() always_inline: acc lives in registers. One that
+// says kTakesTiles is called once per tile, with V (&acc)[kRows][N].
 template <class T, class Epilogue>
 REPAVIT_INLINE void gemm(const Rows<T>* segments, int count, ptrdiff_t rows, const T* panels, ptrdiff_t panel_stride,
                          ptrdiff_t columns, const Epilogue& epilogue) {

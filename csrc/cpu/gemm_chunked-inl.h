@@ -69,8 +69,7 @@ __attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, Fetch
   fetch.rest();
   if (!place.first || !place.last) tile.end_chain(sums, place.first, place.last);
   if (!place.last) return;
-  REPAVIT_UNROLL
-  for (int r = 0; r < kRows; ++r) epilogue(row + r, col, tile.acc[r], valid);
+  finish_tile(epilogue, row, col, tile.acc, valid);
 }
 
 template <int kMaxRows, int kVectors, class E, class T, class Epilogue>

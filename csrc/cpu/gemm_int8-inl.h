@@ -79,16 +79,52 @@ REPAVIT_INLINE void hand_over(const float* values, int height, ptrdiff_t row, pt
                               const Epilogue& epilogue) {
   using F = Simd<float>;
   for (int r = 0; r < height; ++r, values += kInt8Wide) {
-    F::V finished[kTileVectors];
+    F::V finished[1][kTileVectors];
     REPAVIT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) finished[v] = F::load(values + v * F::kLanes);
-    epilogue(row + r, col, finished, valid);
+    for (int v = 0; v < kTileVectors; ++v) finished[0][v] = F::load(values + v * F::kLanes);
+    finish_tile(epilogue, row + r, col, finished, valid);
   }
 }
 
 // ---- Rows of bytes meet panels as they are ---------------------------------------------------------------------------
 
-#if REPAVIT_BYTE_PRODUCTS
+#if REPAVIT_ISA_LEVEL >= 4
+
+// gemm_int8: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` >= 1 segments stacked in the same panels, which stand
+// panel_stride bytes apart. Epilogue as in gemm(); lanes from `valid` on are rubbish.
+template <class Epilogue>
+void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, const int8_t* panels, ptrdiff_t panel_stride,
+               ptrdiff_t columns, const Epilogue& epilogue) {
+  using I = Simd<int32_t>;
+  if (rows == 0 || columns == 0) return;
+  UnitProduct<int8_t> product(
+      count, rows, sizeof(Int8Columns), [&](int s) { return reinterpret_cast<const char*>(segments[s].data); },
+      [&](int s) { return segments[s].stride; }, [&](int s) { return segments[s].depth; });
+  UnitSums sums;
+  FetchPanel fetch;
+  alignas(64) float values[kBlockRows * kPanelColumns];
+  const RowTiles blocks(rows, kBlockRows);
+  for (ptrdiff_t col = 0; col < columns; col += kPanelColumns, panels += panel_stride) {
+    const auto* panel = reinterpret_cast<const char*>(panels);
+    product.take_panel(panel);
+    for (ptrdiff_t b = 0, row = 0; b < blocks.count; row += blocks.height(b++)) {
+      const int height = blocks.height(b);
+      for (int s = 0; s < count; ++s) {
+        product.run(s, s + 1, row, height, true, sums, fetch);
+        const Int8Head head{panel + product.panel_offset(s) - sizeof(Int8Columns), 0};
+        for (int r = 0; r < height; ++r) {
+          const auto* whole = reinterpret_cast<const int32_t*>(sums.numbers) + r * kPanelColumns;
+          const I::V row_sums[1][kTileVectors] = {{I::load(whole), I::load(whole + I::kLanes)}};
+          float* const to = values + r * kPanelColumns;
+          finish_segment(row_sums, head, segments[s].scales + row + r, s == 0 ? nullptr : to, to);
+        }
+      }
+      hand_over_block(values, height, row, col, static_cast<int>(least(columns - col, kPanelColumns)), epilogue);
+    }
+  }
+}
+
+#elif REPAVIT_BYTE_PRODUCTS
 
 // One tile: rows of A from `row` on, columns of a panel from `first` on.
 template <int kRows>

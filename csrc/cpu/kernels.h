@@ -30,7 +30,7 @@ template <>
 constexpr DType kDTypeOf<double> = kFloat64;
 
 // Instruction-set levels, each containing those before it. Also what the operator cpu_isa() returns.
-enum IsaLevel : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kIsaLevels };
+enum IsaLevel : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsaLevels };
 
 // Whose threads the kernels run on: libtorch's pool in the extension, a toy one in the C++ driver.
 struct Pool {

@@ -15,17 +15,30 @@ struct GeluToScratch {
   ptrdiff_t stride;
   const T* bias;  // [columns] or null
 
-  template <int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
+  // First with the bias to scratch, then from there through GELU, row by row: its constants have the registers then that
+  // the sums had.
+  template <int kRows, int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[kRows][N], int valid) const {
     Operand<T>* out = h + row * stride + col;
     REPAVIT_UNROLL
     for (int i = 0; i < N; ++i) {
-      V v = acc[i];
-      if (bias != nullptr) v += load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes);
-      S::store(out + i * S::kLanes, activate<Accumulator<T>, kForm>(v));
+      const V b = bias != nullptr ? load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes) : S::zero();
+      REPAVIT_UNROLL
+      for (int r = 0; r < kRows; ++r) S::store(out + r * stride + i * S::kLanes, acc[r][i] + b);
+    }
+    __asm__ volatile("" : : : "memory");  // or the compiler would keep them
+    REPAVIT_NO_UNROLL
+    for (int r = 0; r < kRows; ++r, out += stride) {
+      REPAVIT_UNROLL
+      for (int i = 0; i < N; ++i) {
+        S::store(out + i * S::kLanes, activate<Accumulator<T>, kForm>(S::load(out + i * S::kLanes)));
+      }
     }
   }
 };
+
+template <class T, Activation kForm>
+constexpr bool kTakesTiles<GeluToScratch<T, kForm>> = true;
 
 template <class T>
 void partial_gelu_ffn_int8(const PartialGeluFfnArgs& args, const Pool& pool) {

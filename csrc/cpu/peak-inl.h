@@ -46,6 +46,36 @@ int64_t product_peak(int64_t iterations, const Pool& pool) {
   return iterations * pool.threads * kChains * S::kLanes * kInterleave<T> / D::kParts * 2;
 }
 
+#if REPAVIT_ISA_LEVEL >= 4
+
+// The same of the tile unit: products of whole tiles, whatever is in them, into four.
+template <class T>
+int64_t unit_product_peak(int64_t iterations, const Pool& pool) {
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    shape_unit(kBlockRows);
+    for (int64_t left = (end - begin) * *static_cast<const int64_t*>(raw); left > 0; --left) {
+      TileUnit::multiply<T, 0, 4, 6>();
+      TileUnit::multiply<T, 1, 4, 7>();
+      TileUnit::multiply<T, 2, 5, 6>();
+      TileUnit::multiply<T, 3, 5, 7>();
+    }
+    TileUnit::release();
+  };
+  iterations = iterations / 16 + 1;  // a round of theirs is as long as some twenty of the others
+  pool.run(pool.threads, body, &iterations);
+  return iterations * pool.threads * 4 * kUnitRows * kUnitRows * kUnitBytes / static_cast<int64_t>(sizeof(T)) * 2;
+}
+template <>
+inline int64_t product_peak<bf16>(int64_t iterations, const Pool& pool) {
+  return unit_product_peak<bf16>(iterations, pool);
+}
+template <>
+inline int64_t product_peak<int8_t>(int64_t iterations, const Pool& pool) {
+  return unit_product_peak<int8_t>(iterations, pool);
+}
+
+#endif
+
 // The same of products of whole numbers, as this processor multiplies them.
 inline int64_t int8_product_peak(int64_t iterations, const Pool& pool) {
   int64_t operations = 0;

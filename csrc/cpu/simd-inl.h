@@ -31,6 +31,7 @@
 
 #define REPAVIT_INLINE inline __attribute__((always_inline))
 #define REPAVIT_UNROLL _Pragma("GCC unroll 32")
+#define REPAVIT_NO_UNROLL _Pragma("GCC unroll 1")
 // acc += a * b, or a pair of such products, in acc's own register.
 #if !defined(REPAVIT_PRODUCT)  // csrc/tests/emulated_avx512.h has it in C++, for compilers that may not emit these
 #define REPAVIT_PRODUCT(instruction, acc, a, b) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))

@@ -33,8 +33,8 @@ constexpr int kStripRows = 200;  // rows of A that L2 keeps a chunk of K of (gem
 struct RowTiles {
   ptrdiff_t count, low, taller;
 
-  explicit RowTiles(ptrdiff_t rows)
-      : count((rows + kTileRows - 1) / kTileRows), low(rows / (count > 0 ? count : 1)), taller(rows - low * count) {}
+  explicit RowTiles(ptrdiff_t rows, ptrdiff_t most = kTileRows)
+      : count((rows + most - 1) / most), low(rows / (count > 0 ? count : 1)), taller(rows - low * count) {}
 
   int height(ptrdiff_t tile) const { return static_cast<int>(low + (tile < taller)); }
 };

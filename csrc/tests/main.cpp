@@ -67,7 +67,7 @@ int main(int argc, char** argv) {
     } else if (std::strcmp(argv[i], "threads") == 0) {
       threads = true;
     } else {
-      std::printf("driver: got '%s', wanted thorough, threads or a level: scalar, avx2, avx512, avx512_bf16\n", argv[i]);
+      std::printf("driver: got '%s', wanted thorough, threads or a level: scalar, avx2, avx512, avx512_bf16, amx\n", argv[i]);
       return 2;
     }
   }

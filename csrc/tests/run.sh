@@ -3,8 +3,8 @@
 #
 # avx_vnni runs the AVX2 level with its int8 products on 256-bit VNNI, emulated (emulated_vnni.h).
 #
-# aarch64 needs g++-aarch64-linux-gnu and qemu-user; avx512 and avx512-asan, which run the AVX-512 levels on a machine
-# that has AVX2 alone (emulated_avx512.h), need SIMDe. Without them they say so and succeed.
+# aarch64 needs g++-aarch64-linux-gnu and qemu-user; avx512 and avx512-asan, which run the AVX-512 levels and AMX on a machine
+# that has AVX2 alone (emulated_avx512.h, emulated_tile_unit.h), need SIMDe. Without them they say so and succeed.
 set -eu
 mode=${1:-plain}
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ mkdir -p "$out"
 cxx=${CXX:-g++}
 flags="-std=c++17 -g1 -Wall -Wextra -pthread"
 checked="-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-levels="scalar avx2 avx512 avx512_bf16"
+levels="scalar avx2 avx512 avx512_bf16 amx"
 vnni=      # flag of dispatch.cpp where isa_avx2.cpp has its products of bytes emulated
 emulated=  # levels whose instructions the compiler may not use
 launch=
@@ -39,7 +39,7 @@ case $mode in
     fi
     # -O1 and up unroll every tile into calls: more than ten minutes
     if [ "$mode" = avx512 ]; then flags="$flags -Og -Wno-psabi"; else flags="$flags -Wno-psabi $checked"; fi
-    emulated="avx512 avx512_bf16"
+    emulated="avx512 avx512_bf16 amx"
     ;;
   avx_vnni)
     flags="$flags -O1"
@@ -57,6 +57,7 @@ runs() {
     avx2) grep -qs avx2 /proc/cpuinfo ;;
     avx512) grep -qs avx512f /proc/cpuinfo ;;
     avx512_bf16) grep -qs avx512_bf16 /proc/cpuinfo ;;
+    amx) grep -qs amx_int8 /proc/cpuinfo ;;
   esac
 }
 
@@ -67,13 +68,14 @@ if [ -z "$launch$emulated" ]; then
 fi
 built=0  # a bit for each level, as dispatch.cpp wants them
 for level in $levels; do
-  case $level in scalar) bit=1 ;; avx2) bit=2 ;; avx512) bit=4 ;; avx512_bf16) bit=8 ;; esac
+  case $level in scalar) bit=1 ;; avx2) bit=2 ;; avx512) bit=4 ;; avx512_bf16) bit=8 ;; amx) bit=16 ;; esac
   built=$((built | bit))
 done
 
 compile() {
   machine=$1 extra=
   case " $emulated " in *" $1 "*) machine=avx2 extra="-include tests/emulated_avx512.h" ;; esac
+  if [ -n "$emulated" ] && [ "$1" = amx ]; then extra="$extra -include tests/emulated_tile_unit.h"; fi
   if [ -n "$vnni" ] && [ "$1" = avx2 ]; then extra="-include tests/emulated_vnni.h"; fi
   # shellcheck disable=SC2046,SC2086
   $cxx $flags $(sed -n "s/^$machine  *//p" cpu/isa.flags) $extra -c "cpu/isa_$1.cpp" -o "$out/isa_$1.o"

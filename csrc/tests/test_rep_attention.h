@@ -225,7 +225,7 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
       {{8, 12}, {4, 4}, {2, 2}, false, nullptr, nullptr}, {{10, 13}, {4, 4}, {2, 1}, false, nullptr, nullptr},
       {{10, 13}, {4, 4}, {2, 1}, true, nullptr, nullptr}, {{3, 5}, {7, 7}, {0, 3}, true, nullptr, nullptr},
       {{9, 7}, {3, 5}, {1, 0}, false, nullptr, nullptr},  {{7, 7}, {7, 7}, {0, 0}, false, nullptr, nullptr},
-      {{4, 3}, {1, 1}, {0, 0}, false, nullptr, nullptr},
+      {{4, 3}, {1, 1}, {0, 0}, false, nullptr, nullptr},  {{10, 13}, {9, 9}, {4, 3}, false, nullptr, nullptr},
   };
   for (const repavit::WindowGrid& grid : grids) {
     for (const int64_t batch : {1, 3}) {

@@ -42,7 +42,7 @@ MUTANTS = (
     ("attend", "if («mask == nullptr») {\n      return store", "true"),
     ("attend", "rows != nullptr ? «rows + i * row_stride» :", "rows"),
     ("attend", "mask != nullptr ? «mask + i * table_stride» :", "mask"),
-    ("attend", "sum == S::zero() ? «S::zero()» : S::broadcast(1) / sum", "S::broadcast(1)"),
+    ("attend", "S::store(s.factor + r, «sum == S::zero()» ? S::zero()", "sum != sum"),
     ("attend", "const ptrdiff_t first = «rows * t / tiles»,", "(t > 0 ? rows * t / tiles + 1 : 0)"),
     ("attend", "head.values + «key * kPanelColumns»,", "ptrdiff_t{0}"),
     ("softmax", "return «E{kLeastProduct} <= product» && product", "true"),
