@@ -72,7 +72,8 @@ REPAVIT_INLINE Simd<float>::V gelu_erf(Simd<float>::V x) {
   p = S::fma(p, t, S::broadcast(3.269695342e-1f));
   p = S::fma(p, t, S::broadcast(4.482090473e-2f));
   p = S::fma(p, t, S::broadcast(1.173906624e-1f));
-  const V tail = exp2(x * x * S::broadcast(-0.5f * kLog2E)) * p * t;
+  const V exponent = S::max(S::broadcast(-127.0f), x * x * S::broadcast(-0.5f * kLog2E));  // never above 0
+  const V tail = exp2_within(exponent) * p * t;
   return x * S::select_negative(x, tail, S::broadcast(1.0f) - tail);
 }
 
