@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import check, interleave
 
 import repavit_ops
+from repavit_ops.benchmarking.harness import check, interleave
 from repavit_ops.models import complexity
 
 IMAGE = 224

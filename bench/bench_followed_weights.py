@@ -14,9 +14,9 @@ import time
 
 import pytest
 import torch
-from harness import interleave
 
 import repavit_ops
+from repavit_ops.benchmarking.harness import interleave
 from repavit_ops.nn.packed_weights import PackedWeights
 
 MODELS = ("repa_deit_tiny", "vanilla_deit_tiny", "repa_deit_base", "repa_swin_tiny")

@@ -13,16 +13,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import peers
 import pytest
 import torch
 from bench_models import onnx_bytes
 from coverage import randomise
 from coverage_models import tensors_of
-from harness import check, interleave
 from torch import Tensor, nn
 
 import repavit_ops
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import check, interleave
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
@@ -135,7 +135,7 @@ def test_model(benchmark, report, wanted_peers, name, batch, dtype):
     cast = model if dtype == torch.float32 else FirstOutput(randomise(build())).eval().to(dtype)
     calls = {"repavit_ops": lambda: fused(x), "eager": lambda: cast(x)}
     if "openvino" in wanted_peers and importlib.util.find_spec("openvino") and importlib.util.find_spec("onnxscript"):
-        call = peers.openvino(onnx_bytes(model, x.float()), x, dtype)
+        call = runtimes.openvino(onnx_bytes(model, x.float()), x, dtype)
         if call is not None:
             calls["openvino"] = call
     truth = FirstOutput(randomise(build())).eval().double()(x.double())

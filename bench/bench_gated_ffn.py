@@ -8,14 +8,14 @@ many products, on hidden channels half as many again: what the gate costs beyond
 from __future__ import annotations
 
 import numpy as np
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, interleave, peak_provider, split_peak
 from torch import Tensor
 
 from repavit_ops import ops, reference
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import check, interleave, peak_provider, split_peak
 
 TOKENS = 197
 CASES = [(c, m, batch) for c, m in ((192, 512), (384, 1024), (768, 2048), (1024, 2730)) for batch in (1, 8)]
@@ -41,7 +41,7 @@ def swiglu(
 
 def onednn(
     x: Tensor, w_gate: Tensor, b_gate: Tensor, w_up: Tensor, b_up: Tensor, w_out: Tensor, bias: Tensor
-) -> peers.Call:
+) -> runtimes.Call:
     """oneDNN's fused linears as torch.compile reaches them: linear + SiLU, linear times that, linear."""
     packed = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in (w_gate, w_up, w_out)]
     pointwise = torch.ops.mkldnn._linear_pointwise
@@ -81,7 +81,7 @@ def onnx_graph(weights: tuple[Tensor, ...], rows: int) -> bytes:
     return model.SerializeToString()
 
 
-def plain_of_as_many_products(x: Tensor, c: int, m: int) -> peers.Call:
+def plain_of_as_many_products(x: Tensor, c: int, m: int) -> runtimes.Call:
     hidden = m * 3 // 2
     w_in, w_out = (
         torch.randn(s, dtype=torch.float32).mul_(s[1] ** -0.5).to(x.dtype) for s in ((hidden, c), (c, hidden))
@@ -90,20 +90,20 @@ def plain_of_as_many_products(x: Tensor, c: int, m: int) -> peers.Call:
     return lambda: ops.partial_gelu_ffn(x, w_in, None, w_out, None, None, packed=packed)
 
 
-def providers(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, peers.Call]:
+def providers(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, runtimes.Call]:
     x, w_gate, b_gate, w_up, b_up, w_out, bias = tensors
     packed = torch.ops.repavit_ops.gated_ffn_pack(w_gate, w_up, w_out, None)
     graph = onnx_graph(tensors[1:], rows=x.shape[0])
     weights = (w_gate, b_gate, w_up, b_up, w_out, None, bias)
-    calls: dict[str, peers.Call | None] = {
+    calls: dict[str, runtimes.Call | None] = {
         "repavit_ops": lambda: ops.gated_ffn(x, *weights, activation="silu", packed=packed),
         "eager": lambda: swiglu(*tensors),
-        "compile": peers.compiled(swiglu, *tensors),
+        "compile": runtimes.compiled(swiglu, *tensors),
         "onednn": onednn(*tensors),
-        "openvino": peers.openvino(graph, x, dtype),
+        "openvino": runtimes.openvino(graph, x, dtype),
     }
     if dtype == torch.float32:
-        calls["onnxruntime"] = peers.onnx_runtime(graph, x)
+        calls["onnxruntime"] = runtimes.onnx_runtime(graph, x)
     return {name: call for name, call in calls.items() if call is not None}
 
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers
 import pytest
 import torch
 from bench_models import IMAGE, eager_model, onnx_bytes
 from bench_partial_gelu_ffn import TOKENS, onnx_graph, operands
-from harness import interleave, peak_provider, split_peak
 from torch import Tensor, nn
 
 import repavit_ops
 from repavit_ops import ops, reference
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import interleave, peak_provider, split_peak
 
 OWN = ("float32", "bfloat16", "eager")  # what is no peer of int8, beside it all the same
 LEAST = 0.97  # cosine of what is worth timing
@@ -36,7 +36,7 @@ def cosine(ours: Tensor, truth: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(ours.double().flatten(), truth.double().flatten(), dim=0).item()
 
 
-def checked(calls: dict[str, peers.Call], truth: Tensor) -> dict[str, float]:
+def checked(calls: dict[str, runtimes.Call], truth: Tensor) -> dict[str, float]:
     """The cosine of every provider; takes peers out of ``calls`` whose time nobody would want."""
     cosines = {name: cosine(call(), truth) for name, call in calls.items()}
     for name, value in cosines.items():
@@ -80,7 +80,7 @@ def quantized_onnx(graph: bytes, inputs: list[np.ndarray] | None) -> bytes:
         return onnx.load(out).SerializeToString()
 
 
-def nncf_openvino(graph: bytes, x: Tensor, inputs: list[np.ndarray]) -> peers.Call | None:
+def nncf_openvino(graph: bytes, x: Tensor, inputs: list[np.ndarray]) -> runtimes.Call | None:
     """OpenVINO on NNCF's post-training quantization for transformers."""
     if any(importlib.util.find_spec(name) is None for name in ("nncf", "openvino")):
         return None
@@ -106,7 +106,7 @@ def nncf_openvino(graph: bytes, x: Tensor, inputs: list[np.ndarray]) -> peers.Ca
     return call
 
 
-def torchao_compiled(model: nn.Module, x: Tensor) -> peers.Call | None:
+def torchao_compiled(model: nn.Module, x: Tensor) -> runtimes.Call | None:
     """torchao's dynamic int8 (per token) of every linear layer, under torch.compile."""
     if importlib.util.find_spec("torchao") is None:
         return None
@@ -116,7 +116,7 @@ def torchao_compiled(model: nn.Module, x: Tensor) -> peers.Call | None:
 
     small = copy.deepcopy(model)
     quantize_(small, Int8DynamicActivationInt8WeightConfig())
-    return peers.compiled_module(small, x)
+    return runtimes.compiled_module(small, x)
 
 
 def safely(what: str, make: Callable[[], Any]) -> Any:
@@ -128,18 +128,18 @@ def safely(what: str, make: Callable[[], Any]) -> Any:
         return None
 
 
-def int8_peers(graph: bytes, model: nn.Module | None, x: Tensor, inputs: list[np.ndarray]) -> dict[str, peers.Call]:
+def int8_peers(graph: bytes, model: nn.Module | None, x: Tensor, inputs: list[np.ndarray]) -> dict[str, runtimes.Call]:
     have = {name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name) is not None}
-    calls: dict[str, peers.Call | None] = {}
+    calls: dict[str, runtimes.Call | None] = {}
     if "onnxruntime" in have:
         static = safely("onnxruntime static", lambda: quantized_onnx(graph, inputs))
         calls["onnxruntime dynamic"] = safely(
-            "onnxruntime dynamic", lambda: peers.onnx_runtime(quantized_onnx(graph, None), x)
+            "onnxruntime dynamic", lambda: runtimes.onnx_runtime(quantized_onnx(graph, None), x)
         )
         if static is not None:
-            calls["onnxruntime static"] = safely("onnxruntime static", lambda: peers.onnx_runtime(static, x))
+            calls["onnxruntime static"] = safely("onnxruntime static", lambda: runtimes.onnx_runtime(static, x))
             if "openvino" in have:
-                calls["openvino QDQ"] = safely("openvino QDQ", lambda: peers.openvino(static, x, torch.float32))
+                calls["openvino QDQ"] = safely("openvino QDQ", lambda: runtimes.openvino(static, x, torch.float32))
     calls["openvino NNCF"] = safely("openvino NNCF", lambda: nncf_openvino(graph, x, inputs))
     if model is not None:
         calls["torchao"] = safely("torchao", lambda: torchao_compiled(model, x))
@@ -153,7 +153,7 @@ def test_partial_gelu_ffn(benchmark, report, c, batch):
     tensors = operands(c, c, TOKENS * batch, torch.float32)
     x, *weights = tensors
     pack = torch.ops.repavit_ops.partial_gelu_ffn_pack
-    calls: dict[str, peers.Call] = {}
+    calls: dict[str, runtimes.Call] = {}
     for form, dtype in (("int8", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         cast, quantize = [t.to(dtype) for t in tensors], "int8" if form == "int8" else "none"
         packed = pack(cast[1], cast[3], cast[4], quantize=quantize)
@@ -194,7 +194,7 @@ def test_model(benchmark, report, family, weights, batch):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
     inputs = [torch.randn(batch, 3, IMAGE, IMAGE, generator=generator).numpy() for _ in range(CALIBRATED_ON // batch)]
-    calls: dict[str, peers.Call] = {"eager": lambda: model(x)}
+    calls: dict[str, runtimes.Call] = {"eager": lambda: model(x)}
     for form, dtype in (("int8", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         fused = repavit_ops.fuse(model, dtype=dtype, quantize="int8" if form == "int8" else "none")
         calls[form] = functools.partial(fused, x.to(dtype))

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, interleave
 from torch import Tensor, nn
 
+from repavit_ops.benchmarking.harness import check, interleave
 from repavit_ops.nn import JoinedBranchAttention, JoinedBranchFFN, set_join
 
 C, HEADS, HIDDEN, TOKENS, ALPHA = 192, 3, 768, 197, 0.5

@@ -12,13 +12,13 @@ import functools
 import importlib.util
 import io
 
-import peers
 import pytest
 import torch
-from harness import check, interleave
 from torch import Tensor, nn
 
 import repavit_ops
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import check, interleave
 from repavit_ops.models import complexity
 
 FAMILIES = ("deit_tiny", "deit_small", "deit_base", "vit_large", "swin_tiny", "lvvit_s", "clip_vit_b32")
@@ -54,24 +54,24 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
     return file.getvalue()
 
 
-def providers(model: nn.Module, x: Tensor, dtype: torch.dtype, wanted: tuple[str, ...]) -> dict[str, peers.Call]:
+def providers(model: nn.Module, x: Tensor, dtype: torch.dtype, wanted: tuple[str, ...]) -> dict[str, runtimes.Call]:
     """Ours and every wanted peer on the same model; images are in ``dtype``."""
     own = repavit_ops.fuse(model, dtype=dtype)
     cast = model if dtype == torch.float32 else repavit_ops.reparameterize(model).to(dtype)
     float32 = x.float()
-    calls: dict[str, peers.Call | None] = {"repavit_ops": lambda: own(x), "eager": lambda: cast(x)}
+    calls: dict[str, runtimes.Call | None] = {"repavit_ops": lambda: own(x), "eager": lambda: cast(x)}
     if own.why_apart(x) is None:
         calls[PARTS] = lambda: own.forward_head(own.forward_features(x))
     if dtype != torch.float32:
         calls["eager float32"] = lambda: model(float32)
     if "compile" in wanted:
-        calls["compile"] = peers.compiled_module(cast, x)
+        calls["compile"] = runtimes.compiled_module(cast, x)
     if importlib.util.find_spec("onnxscript") is not None and {"openvino", "onnxruntime"} & {*wanted}:
         graph = onnx_bytes(model, float32)
         if "openvino" in wanted:
-            calls["openvino"] = peers.openvino(graph, x, dtype)
+            calls["openvino"] = runtimes.openvino(graph, x, dtype)
         if "onnxruntime" in wanted and dtype == torch.float32:
-            calls["onnxruntime"] = peers.onnx_runtime(graph, x)
+            calls["onnxruntime"] = runtimes.onnx_runtime(graph, x)
     return {name: call for name, call in calls.items() if call is not None}
 
 

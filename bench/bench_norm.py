@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import interleave
 from torch import Tensor
 
 from repavit_ops import ops
+from repavit_ops.benchmarking.harness import interleave
 
 TOKENS = 197
 CASES = [(c, heads, batch) for c, heads in ((192, 3), (384, 6), (768, 12)) for batch in (1, 8)]

@@ -7,13 +7,13 @@ max-autotune), oneDNN's fused linears, ONNX Runtime (fp32 only), OpenVINO.
 from __future__ import annotations
 
 import numpy as np
-import peers
 import pytest
 import torch
-from harness import check, interleave, peak_provider, split_peak
 from torch import Tensor
 
 from repavit_ops import ops, reference
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import check, interleave, peak_provider, split_peak
 
 TOKENS = 197
 CASES = [(c, batch, 1) for c in (192, 384, 768, 1024, 1280) for batch in (1, 8)] + [(384, 1, 2), (384, 8, 2)]
@@ -36,7 +36,7 @@ def operands(c: int, m: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...
     )
 
 
-def onednn(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias: Tensor) -> peers.Call:
+def onednn(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias: Tensor) -> runtimes.Call:
     """oneDNN's fused linears as torch.compile reaches them: linear + GELU, linear, linear + add."""
     packed = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in (w_in, w_out, w_merged)]
     pointwise = torch.ops.mkldnn._linear_pointwise
@@ -74,19 +74,19 @@ def onnx_graph(w_in: Tensor, b_in: Tensor, w_out: Tensor, w_merged: Tensor, bias
     return model.SerializeToString()
 
 
-def providers(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, peers.Call]:
+def providers(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, runtimes.Call]:
     x, *weights = tensors
     packed = torch.ops.repavit_ops.partial_gelu_ffn_pack(weights[0], weights[2], weights[3])
     graph = onnx_graph(*weights, rows=x.shape[0])
-    calls: dict[str, peers.Call | None] = {
+    calls: dict[str, runtimes.Call | None] = {
         "repavit_ops": lambda: ops.partial_gelu_ffn(x, *weights, packed=packed),
         "eager": lambda: reference.partial_gelu_ffn(x, *weights),
-        "compile": peers.compiled(reference.partial_gelu_ffn, *tensors),
+        "compile": runtimes.compiled(reference.partial_gelu_ffn, *tensors),
         "onednn": onednn(*tensors),
-        "openvino": peers.openvino(graph, x, dtype),
+        "openvino": runtimes.openvino(graph, x, dtype),
     }
     if dtype == torch.float32:
-        calls["onnxruntime"] = peers.onnx_runtime(graph, x)
+        calls["onnxruntime"] = runtimes.onnx_runtime(graph, x)
     return {name: call for name, call in calls.items() if call is not None}
 
 

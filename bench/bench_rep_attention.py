@@ -12,14 +12,14 @@ import importlib.util
 from typing import Any
 
 import numpy as np
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, interleave, peak_provider, split_peak
 from torch import Tensor
 
 from repavit_ops import ops, reference
+from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking.harness import check, interleave, peak_provider, split_peak
 
 OP = torch.ops.repavit_ops
 TOKENS = 197
@@ -35,7 +35,7 @@ def randn(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Ten
 
 
 def record(
-    benchmark: Any, report: Any, calls: dict[str, peers.Call], case: str, dtype: torch.dtype, flop: float
+    benchmark: Any, report: Any, calls: dict[str, runtimes.Call], case: str, dtype: torch.dtype, flop: float
 ) -> None:
     """Time what has been checked, ratios to every peer."""
     times, peak = split_peak(interleave(calls | peak_provider(dtype), seconds=2.0), dtype)
@@ -175,17 +175,17 @@ def test_block(benchmark, report, c, batch, dtype):
         return reference.rep_attention(x, *weights, **static)
 
     with torch.no_grad():
-        calls: dict[str, peers.Call | None] = {
+        calls: dict[str, runtimes.Call | None] = {
             "repavit_ops": lambda: ops.rep_attention(x, *weights, packed=packed, **static),
             "eager": lambda: eager(x, *weights),
-            "compile": peers.compiled(eager, x, *weights),
+            "compile": runtimes.compiled(eager, x, *weights),
         }
         if importlib.util.find_spec("onnx") is not None:
             graph = onnx_block(*weights, tokens=TOKENS, heads=heads)
-            calls["openvino"] = peers.openvino(graph, x, dtype)
-            calls["openvino sdpa"] = peers.openvino(SdpaBlock(*weights, heads=heads), x, dtype)
+            calls["openvino"] = runtimes.openvino(graph, x, dtype)
+            calls["openvino sdpa"] = runtimes.openvino(SdpaBlock(*weights, heads=heads), x, dtype)
             if dtype == torch.float32:
-                calls["onnxruntime"] = peers.onnx_runtime(graph, x)
+                calls["onnxruntime"] = runtimes.onnx_runtime(graph, x)
         present = {name: call for name, call in calls.items() if call is not None}
         truth = eager(x.double(), *(w.double() for w in weights))
         plain = eager(x, *weights)
@@ -214,7 +214,7 @@ def test_turned_block(benchmark, report, c, batch, dtype):
     static: dict[str, Any] = {"num_heads": heads, "scale": 64**-0.5, "d_qk": 64, "norm_eps": 1e-6, "residual": True}
     packed = OP.rep_attention_pack(weights[0], weights[2], num_heads=heads, d_qk=64)
 
-    def block(**more: Any) -> peers.Call:
+    def block(**more: Any) -> runtimes.Call:
         return lambda: ops.rep_attention(x, *weights, packed=packed, **static, **more)
 
     def eager() -> Tensor:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import check, interleave
 from torch import Tensor, nn
 
 import repavit_ops
+from repavit_ops.benchmarking.harness import check, interleave
 from repavit_ops.nn import PartialGELUFFN, RepAttention, WindowRepAttention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

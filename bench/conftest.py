@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import append_result
 
 from repavit_ops import reference
+from repavit_ops.benchmarking.harness import append_result
 
 PEERS = ("compile", "openvino", "onnxruntime")
 ROWS: list[dict] = []

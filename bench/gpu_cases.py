@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from gpu_models import MODES
 from gpu_timing import Call
-from harness import check
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repavit_ops import kernels, ops, reference
+from repavit_ops.benchmarking.harness import check
 from repavit_ops.kernels.attention import attention, window_attention
 
 OURS = "repavit_ops"

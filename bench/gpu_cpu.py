@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from gpu_models import TINY, create
-from harness import check, interleave, machine
 
 import repavit_ops
 from repavit_ops import backends
+from repavit_ops.benchmarking.harness import check, interleave, machine
 
 THREADS = (16, 8, 4, 2, 1)
 MODELS = ("deit_small", "deit_base")  # DeiT-B is ViT-B

@@ -11,10 +11,10 @@ import torch
 from gpu_ledger import record
 from gpu_models import HEADLINE, TINY, form_of, on_meta
 from gpu_timing import Call
-from harness import Timing, percentiles
 
 import repavit_ops
 from repavit_ops import kernels, ops, reference
+from repavit_ops.benchmarking.harness import Timing, percentiles
 from repavit_ops.kernels.chips import KNOWN
 
 CALLS, ROUNDS = 10, 15  # calls in a row, fewer than a GPU's queue holds; medians over the rounds

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import harness
 import torch
-from harness import Timing
+
+from repavit_ops.benchmarking import harness
+from repavit_ops.benchmarking.harness import Timing
 
 Call = Callable[[], Any]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import machine
 
 import repavit_ops
+from repavit_ops.benchmarking.harness import machine
 from repavit_ops.models import create_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/serving.md"

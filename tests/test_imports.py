@@ -29,7 +29,7 @@ LAYERS = (
     ("checkpoints", "exporting"),
     ("verification", "cuda_graphs", "info", "moved"),
     ("testing",),
-    ("idling", "predicting", "demo", "profiling"),  # extras: the core never imports them
+    ("idling", "predicting", "demo", "profiling", "benchmarking"),  # extras: the core never imports them
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repavit_ops import backends
+from .. import backends
 
 ABSOLUTE = 1e-6  # of the tolerance rule of the tests
 # Seconds. Thread pools spin after a call, ONNX Runtime's for more than 20 ms, and would take cores from whoever is
