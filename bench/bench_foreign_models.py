@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from bench_models import onnx_bytes
 from coverage import randomise
 from coverage_models import tensors_of
 from torch import Tensor, nn
@@ -135,7 +134,7 @@ def test_model(benchmark, report, wanted_peers, name, batch, dtype):
     cast = model if dtype == torch.float32 else FirstOutput(randomise(build())).eval().to(dtype)
     calls = {"repavit_ops": lambda: fused(x), "eager": lambda: cast(x)}
     if "openvino" in wanted_peers and importlib.util.find_spec("openvino") and importlib.util.find_spec("onnxscript"):
-        call = runtimes.openvino(onnx_bytes(model, x.float()), x, dtype)
+        call = runtimes.openvino(runtimes.onnx_bytes(model, x.float()), x, dtype)
         if call is not None:
             calls["openvino"] = call
     truth = FirstOutput(randomise(build())).eval().double()(x.double())

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench_models import IMAGE, eager_model, onnx_bytes
+from bench_models import IMAGE, eager_model
 from bench_partial_gelu_ffn import TOKENS, onnx_graph, operands
 from torch import Tensor, nn
 
@@ -198,7 +198,7 @@ def test_model(benchmark, report, family, weights, batch):
     for form, dtype in (("int8", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         fused = repavit_ops.fuse(model, dtype=dtype, quantize="int8" if form == "int8" else "none")
         calls[form] = functools.partial(fused, x.to(dtype))
-    calls |= int8_peers(onnx_bytes(model, x), model, x, inputs)
+    calls |= int8_peers(runtimes.onnx_bytes(model, x), model, x, inputs)
     cosines = checked(calls, repavit_ops.reparameterize(model).double()(x.double()))
     times = interleave(calls, seconds=2.0, rounds=5)
     benchmark.pedantic(calls["int8"], rounds=1)

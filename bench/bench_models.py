@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import io
 
 import pytest
 import torch
@@ -19,39 +18,19 @@ from torch import Tensor, nn
 import repavit_ops
 from repavit_ops.benchmarking import runtimes
 from repavit_ops.benchmarking.harness import check, interleave
+from repavit_ops.benchmarking.models import CHECKED, FAMILIES, seeded_model
 from repavit_ops.models import complexity
 
-FAMILIES = ("deit_tiny", "deit_small", "deit_base", "vit_large", "swin_tiny", "lvvit_s", "clip_vit_b32")
 PREFIXES = {"merged": "repa", "vanilla": "vanilla"}
 IMAGE = 224  # pixels
 ROUNDS = {1: 5, 8: 5, 32: 3}  # by batch, at least; a call of ViT-L on 32 images takes 20 seconds
 PARTS = "part by part"  # the fused model without its one call; no peer
-CHECKED = 2  # images of a batch whose float64 truth is worth its time
 
 
 @functools.lru_cache(maxsize=1)
-@torch.no_grad()
 def eager_model(family: str, weights: str) -> nn.Module:
-    """The plain PyTorch model that the peers get: seeded, with biases and statistics as after training, and merged."""
-    torch.manual_seed(0)
-    model = repavit_ops.create_model(f"{PREFIXES[weights]}_{family}").eval()
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            p.normal_(0, 0.1)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
-    return repavit_ops.reparameterize(model, inplace=True)
-
-
-def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
-    """The model as ONNX, at x's shape."""
-    file = io.BytesIO()
-    program = torch.onnx.export(model, (x,), dynamo=True, input_names=["x"], verbose=False)
-    assert program is not None
-    program.save(file)
-    return file.getvalue()
+    """The plain PyTorch model that the peers get, merged."""
+    return repavit_ops.reparameterize(seeded_model(f"{PREFIXES[weights]}_{family}"), inplace=True)
 
 
 def providers(model: nn.Module, x: Tensor, dtype: torch.dtype, wanted: tuple[str, ...]) -> dict[str, runtimes.Call]:
@@ -67,7 +46,7 @@ def providers(model: nn.Module, x: Tensor, dtype: torch.dtype, wanted: tuple[str
     if "compile" in wanted:
         calls["compile"] = runtimes.compiled_module(cast, x)
     if importlib.util.find_spec("onnxscript") is not None and {"openvino", "onnxruntime"} & {*wanted}:
-        graph = onnx_bytes(model, float32)
+        graph = runtimes.onnx_bytes(model, float32)
         if "openvino" in wanted:
             calls["openvino"] = runtimes.openvino(graph, x, dtype)
         if "onnxruntime" in wanted and dtype == torch.float32:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from repavit_ops import reference
-from repavit_ops.benchmarking.harness import append_result
+from repavit_ops.benchmarking.harness import append_result, common_gelu
 
 PEERS = ("compile", "openvino", "onnxruntime")
 ROWS: list[dict] = []
@@ -35,11 +33,8 @@ def _threads(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _eager_gelu():
-    """The eager side calls F.gelu, as people's models do: the reference's own is more exact and takes longer."""
-    exact = reference.gelu
-    reference.gelu = lambda x, approximate="none": F.gelu(x, approximate=approximate)
-    yield
-    reference.gelu = exact
+    with common_gelu():
+        yield
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, reference
 
 ABSOLUTE = 1e-6  # of the tolerance rule of the tests
 # Seconds. Thread pools spin after a call, ONNX Runtime's for more than 20 ms, and would take cores from whoever is
@@ -47,13 +49,14 @@ def interleave(
     seconds: float = 3.0,
     rounds: int = 15,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Timing]:
     """Time providers A B C A B C …, so that what the machine does meanwhile meets them all alike.
 
     Each turn waits until the threads of the one before have stopped spinning, calls untimed for about ``TURN`` (not
     where one call is ``LONG``) and then timed for as long; rounds go on until both ``rounds`` and ``seconds`` are
     reached. With one thread, ``clock=time.process_time`` counts what the process computed, whatever else runs on the
-    machine.
+    machine. ``progress`` is told after every round how much is done, from 0 to 1.
     """
     shortest = {name: _seconds(call) for name, call in providers.items()}
     repeats = {name: max(1, round(TURN / s)) for name, s in shortest.items()}
@@ -68,6 +71,8 @@ def interleave(
             for _ in range(repeats[name]):
                 call()
             samples[name].append((clock() - start) / repeats[name])
+        made, spent = len(samples[name]), time.perf_counter() - began
+        progress(min(1.0, made / rounds, spent / seconds if seconds else 1.0))
     return {name: percentiles(values) for name, values in samples.items()}
 
 
@@ -83,6 +88,17 @@ def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor, slack: float = 
     if not error <= slack * eagers + ABSOLUTE:
         raise AssertionError(f"{name}: max error {error:.3e}, eager's {eagers:.3e}: not timed")
     return error
+
+
+@contextmanager
+def common_gelu() -> Iterator[None]:
+    """The eager side calls F.gelu meanwhile, as people's models do: the reference's own is more exact, and slower."""
+    exact = reference.gelu
+    reference.gelu = lambda x, approximate="none": F.gelu(x, approximate=approximate)
+    try:
+        yield
+    finally:
+        reference.gelu = exact
 
 
 PEAK = "peak"  # name of the provider that measures the machine's own limit
@@ -125,8 +141,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """A row as one JSON line, with the machine in it."""
+    return json.dumps({**machine(), **row}) + "\n"
+
+
 def append_result(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON line, with the machine in it."""
+    """Add a row to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({**machine(), **row}) + "\n")
+        file.write(json_line(row))

@@ -1,8 +1,10 @@
-"""Other runtimes on the same weights, threads and precision. What is not installed is left out, visibly."""
+"""Calls in other runtimes, on the same weights, threads and precision."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,17 @@ def compiled_module(module: torch.nn.Module, x: Tensor) -> Call:
             return fast(x)
 
     return call
+
+
+def onnx_bytes(module: torch.nn.Module, x: Tensor) -> bytes:
+    """A module as ONNX, at x's shape; the input is named x."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own exporter about itself
+        program = torch.onnx.export(module, (x,), dynamo=True, input_names=["x"], verbose=False)
+    assert program is not None
+    program.save(file)
+    return file.getvalue()
 
 
 def onnx_runtime(model: bytes, x: Tensor) -> Call | None:

@@ -1,4 +1,4 @@
-"""The command ``repavit-ops``: info, models, convert, export, verify, profile, tune, idle, predict, demo.
+"""The command ``repavit-ops``: info, models, convert, export, verify, profile, bench, tune, idle, predict, demo.
 
 One file each.
 
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .export import export
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (info, models, convert, export, verify, profile, tune, idle, predict, demo):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,74 @@
+"""Measured cases for people: tables, what is missing and how to get it, a progress bar; and JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import measuring
+from .harness import machine
+from .measuring import OURS, Measured, dtype_name
+
+CAPTION = "ms: median of a call; spread: its 20th to 80th percentile; of ours: times our median"
+
+
+@contextmanager
+def progress_bar(cases: int) -> Iterator[list[measuring.Progress]]:
+    """One function for each case to tell its progress to; drawn on stderr, gone at the end."""
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=cases)
+
+        def teller(index: int) -> measuring.Progress:
+            return lambda text, share: bar.update(task, completed=index + share, description=text)
+
+        yield [teller(index) for index in range(cases)]
+
+
+def machine_line() -> str:
+    """What everything below was measured on."""
+    here = machine()
+    return f"{here['cpu']}, {here['threads']} threads, kernels for {here['isa'] or 'none'}, torch {here['torch']}"
+
+
+def times_table(measured: Sequence[Measured]) -> Table:
+    """A line for every provider of every case: milliseconds of a call, its spread, rate, and time over ours."""
+    operators = any(row.case.bytes for row in measured)
+    table = Table(box=SIMPLE_HEAD, caption_justify="left", caption=CAPTION)
+    table.add_column("case")
+    for name in ("ms", "spread", "GFLOP/s" if operators else "images/s", "of ours"):
+        table.add_column(name, justify="right")
+    for row in measured:
+        table.add_row(f"[bold]{row.case.name}, {dtype_name(row.case.dtype)}")
+        for name, t in sorted(row.timings.items(), key=lambda item: item[0] != OURS):
+            rate = row.case.flop / t.p50 / 1e9 if operators else row.images_per_second(name)
+            of_ours = "" if name == OURS else f"{t.p50 / row.timings[OURS].p50:.2f}x"
+            spread = f"{(t.p80 - t.p20) / t.p50:.0%}"
+            table.add_row(f"  {name}", f"{1e3 * t.p50:.2f}", spread, f"{rate:.1f}", of_ours)
+        if row.peak_flops:
+            table.add_row("  [dim]products in registers", "", "", f"[dim]{row.peak_flops / 1e9:.1f}")
+    return table
+
+
+def left_out_lines(measured: Iterable[Measured]) -> list[str]:
+    """What was not timed and why, each said once with the cases that it holds for."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    count = 0
+    for row in measured:
+        count += 1
+        for name, reason in row.left_out.items():
+            reasons.setdefault((name, reason), []).append(row.case.name)
+    return [
+        f"not timed: {name}" + ("" if len(cases) == count else f" of {', '.join(cases)}") + f": {reason}"
+        for (name, reason), cases in reasons.items()
+    ]
