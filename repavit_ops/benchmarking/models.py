@@ -22,11 +22,18 @@ QUICK = ("repa_deit_tiny", "repa_deit_small", "repa_swin_tiny")
 CHECKED = 2  # images of a batch whose float64 truth is worth its time
 
 
-@torch.no_grad()
 def seeded_model(name: str, **options: object) -> nn.Module:
     """A model by name in evaluation mode, with biases and statistics as after training; joined branches at α = 1."""
     torch.manual_seed(0)
-    model = create_model(name, **options).eval()  # type: ignore[arg-type]
+    model = as_trained(create_model(name, **options))  # type: ignore[arg-type]
+    if name.startswith("joined"):
+        set_join(model, 1.0)
+    return model
+
+
+@torch.no_grad()
+def as_trained(model: nn.Module) -> nn.Module:
+    """The fresh model in evaluation mode, with biases and BatchNorm statistics as after training."""
     for key, p in model.named_parameters():
         if key.endswith("bias"):
             p.normal_(0, 0.1)
@@ -34,9 +41,7 @@ def seeded_model(name: str, **options: object) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr, operator]
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
-    if name.startswith("joined"):
-        set_join(model, 1.0)
-    return model
+    return model.eval()
 
 
 def images_for(model: nn.Module, batch: int, dtype: torch.dtype) -> Tensor:

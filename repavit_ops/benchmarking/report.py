@@ -13,6 +13,7 @@ from rich.table import Table
 from . import measuring
 from .harness import machine
 from .measuring import OURS, Measured, dtype_name
+from .method import MethodRow
 
 CAPTION = "ms: median of a call; spread: its 20th to 80th percentile; of ours: times our median"
 
@@ -58,6 +59,49 @@ def times_table(measured: Sequence[Measured]) -> Table:
         if row.peak_flops:
             table.add_row("  [dim]products in registers", "", "", f"[dim]{row.peak_flops / 1e9:.1f}")
     return table
+
+
+def method_table(table: str, rows: Sequence[MethodRow]) -> Table:
+    """A table of a paper: what a model counts, in brackets what the paper prints where that differs, and speeds."""
+    title = f"Table {table}" if table.isdigit() else "Depth of ViT-Tiny"
+    accuracies = any(row.paper.form == "other" for row in rows)
+    shown = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    shown.add_column("")
+    columns = ("M params", "GMACs", "plain", "ratio", "fused", "ratio", "paper's")
+    for name in (*columns, *(("top-1",) if accuracies else ())):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        paper, counted = row.paper, row.counted
+        if paper.form == "vanilla":
+            shown.add_section()
+        shown.add_row(
+            "  training form" if paper.form == "training" else paper.label,
+            _counted(None if counted is None else counted.mparams, paper.mparams),
+            _counted(None if counted is None else counted.gmacs, paper.gmacs),
+            *(cell for kind in ("plain", "fused") for cell in _rate(row, kind)),
+            _number(row.paper_ratio, 2),
+            *((_number(paper.accuracy),) if accuracies else ()),
+        )
+    return shown
+
+
+def _rate(row: MethodRow, kind: str) -> tuple[str, str]:
+    return _number(row.rates.get(kind)), _number(row.ratios.get(kind), 2)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _counted(value: float | None, printed: float | None) -> str:
+    own, theirs = _number(value), _number(printed)
+    return own if own == theirs or not theirs else f"{own} [{theirs}]".strip()
+
+
+METHOD = (
+    "plain, fused: images per second in PyTorch and on our kernels; ratio: to the first row of a backbone; "
+    "paper's: its own ratio; in brackets: printed, where the model counts something else"
+)
 
 
 def left_out_lines(measured: Iterable[Measured]) -> list[str]:

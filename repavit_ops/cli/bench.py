@@ -80,6 +80,45 @@ def bench_models(
         pass
 
 
+@bench.command("method")
+def bench_method(
+    table: Annotated[str | None, typer.Option(help="Of 1, 2, 3, 4, 8, 9, depth; several: 1,4. Default all.")] = None,
+    batch: Batch = 1,
+    dtype: Dtype = "float32",
+    quick: Quick = False,
+    threads: Threads = None,
+    seconds: Seconds = None,
+    as_json: AsJson = None,
+    picture: Picture = None,
+) -> None:
+    """Make the papers' tables here: parameters, GMACs and images per second of every form, beside what they print.
+
+    Vanilla, training form, deployed, and fused; the ratios are to the first row of a backbone, plain PyTorch to plain
+    and fused to fused.
+    """
+    with plain_errors():
+        from ..benchmarking import method, papers, report
+
+        kind = _dtype(dtype)
+        tables = table.split(",") if table else list(method.QUICK if quick else papers.TABLES)
+        groups = method.groups_of(tables, quick)
+        _threads(threads)
+        rows: list[method.MethodRow] = []
+        with report.progress_bar(len(groups)) as tellers:
+            for group, progress in zip(groups, tellers, strict=True):
+                found = method.measure_group(group, batch, kind, _limits(quick, seconds), progress)
+                rows += found
+                for row in found:
+                    _write({"batch": batch, "dtype": dtype, **row.to_dict()}, as_json)
+        console = Console(stderr=as_json == "-", highlight=False)
+        console.print(escape(f"{report.machine_line()}; batch {batch}, {dtype}"))
+        for name in tables:
+            console.print(report.method_table(name, [row for row in rows if row.paper.table == name]))
+            for note in papers.NOTES[name]:
+                console.print(escape(f"- {note}"))
+        console.print(escape(report.METHOD))
+
+
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -111,19 +150,23 @@ def _measure(
     cases: Sequence[Callable[[], Case]], threads: int | None, limits: Limits, as_json: str | None
 ) -> list[Measured]:
     """Every case, each written as soon as it is done."""
-    import torch
-
     from ..benchmarking import report
     from ..benchmarking.measuring import measure
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _threads(threads)
     measured = []
     with report.progress_bar(len(cases)) as tellers:
         for make, progress in zip(cases, tellers, strict=True):
             measured.append(measure(make(), limits, progress))
             _write(measured[-1].to_dict(), as_json)
     return measured
+
+
+def _threads(count: int | None) -> None:
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def _write(row: dict[str, Any], as_json: str | None) -> None:
