@@ -17,7 +17,7 @@ from ..models.complexity import Complexity
 from . import slab
 from .measuring import Call, Case, Limits, Measured, Progress, Provider, measure
 from .models import float64_of, images_for, seeded_model
-from .papers import JOINED, OTHER, SLAB, TABLES, TRAINING, VANILLA, PaperRow
+from .papers import DEPLOYED, JOINED, OTHER, SLAB, TABLES, TRAINING, VANILLA, PaperRow
 
 PLAIN, FUSED = "plain", "fused"
 QUICK = ("1", "4", "depth")  # tables
@@ -133,9 +133,9 @@ def size_of(row: PaperRow) -> Complexity | None:
             return slab.slab_complexity(slab.slab_deit_base("deployed"))
     if row.form == JOINED:
         return complexity(reparameterize(seeded_model(row.model)))
-    form = {"form": "deployed"} if row.form not in (VANILLA, TRAINING) else {}
+    options = row.options | ({"form": "deployed"} if row.form == DEPLOYED else {})
     with torch.device("meta"):
-        model = create_model(row.model, **row.options, **form)
+        model = create_model(row.model, **options)
     return complexity(model, attention_products=row.attention_products)
 
 

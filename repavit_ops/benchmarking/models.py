@@ -39,8 +39,8 @@ def as_trained(model: nn.Module) -> nn.Module:
             p.normal_(0, 0.1)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr, operator]
-            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+            module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     return model.eval()
 
 

@@ -7,9 +7,8 @@ FlashAttention. Depth compression (arXiv 2511.19718): its abstract's one figure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Form = Literal["vanilla", "training", "deployed", "joined", "other"]
 VANILLA, TRAINING, DEPLOYED, JOINED, OTHER = "vanilla", "training", "deployed", "joined", "other"
 
 
@@ -28,7 +27,7 @@ class PaperRow:
     table: str
     label: str
     family: str
-    form: Form
+    form: str
     idle_ratio: float | None = None
     mparams: float | None = None
     gmacs: float | None = None
@@ -71,7 +70,7 @@ TITLES = {
 }
 
 
-def _repa(table: str, family: str, form: Form, theta: float | None, *figures: float | None) -> PaperRow:
+def _repa(table: str, family: str, form: str, theta: float | None, *figures: float | None) -> PaperRow:
     ratio = "" if form == VANILLA else f"/{0.75 if theta is None else theta:.2f}"
     label = TITLES[family] if form == VANILLA else f"RePa-{TITLES[family]}{ratio}"
     return PaperRow(table, label, family, form, theta, *figures)
@@ -209,7 +208,7 @@ def _table_2() -> list[PaperRow]:
 SLAB = "slab_deit_base"  # the peer of Table 3 that benchmarking.slab builds
 TABLES: dict[str, list[PaperRow]] = {
     "1": [
-        _repa("1", family, form, None if form == VANILLA else theta, *figures)  # type: ignore[arg-type]
+        _repa("1", family, form, None if form == VANILLA else theta, *figures)
         for family, theta, *forms in _TABLE_1
         for form, figures in zip((VANILLA, TRAINING, DEPLOYED), forms, strict=True)
     ],

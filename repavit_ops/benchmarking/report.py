@@ -66,7 +66,7 @@ def method_table(table: str, rows: Sequence[MethodRow]) -> Table:
     title = f"Table {table}" if table.isdigit() else "Depth of ViT-Tiny"
     accuracies = any(row.paper.form == "other" for row in rows)
     shown = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    shown.add_column("")
+    shown.add_column("", no_wrap=True, min_width=20)
     columns = ("M params", "GMACs", "plain", "ratio", "fused", "ratio", "paper's")
     for name in (*columns, *(("top-1",) if accuracies else ())):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -95,7 +95,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def _counted(value: float | None, printed: float | None) -> str:
     own, theirs = _number(value), _number(printed)
-    return own if own == theirs or not theirs else f"{own} [{theirs}]".strip()
+    return own if own == theirs or not theirs else f"{own}\n[{theirs}]".strip()
 
 
 METHOD = (

@@ -49,7 +49,7 @@ def compiled_module(module: torch.nn.Module, x: Tensor) -> Call:
 
 def onnx_bytes(module: torch.nn.Module, x: Tensor) -> bytes:
     """A module as ONNX, at x's shape; the input is named x."""
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # which save takes, though it says a path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own exporter about itself
         program = torch.onnx.export(module, (x,), dynamo=True, input_names=["x"], verbose=False)

@@ -189,13 +189,17 @@ def merged(model: SlabVisionTransformer) -> SlabVisionTransformer:
     if model.training:
         raise RuntimeError("model: in training mode; call model.eval() first")
     model = copy.deepcopy(model)
-    for block in model.blocks:
+    for block in _blocks(model):
         _fold(block.norm1, block.attn.qkv)
         _fold(block.norm2, block.fc1)
         block.norm1, block.norm2 = nn.Identity(), nn.Identity()
     _fold(model.norm, model.head)
     model.norm = nn.Identity()
     return model
+
+
+def _blocks(model: SlabVisionTransformer) -> list[SlabBlock]:
+    return [block for block in model.blocks if isinstance(block, SlabBlock)]
 
 
 def _fold(norm: nn.Module, linear: nn.Linear) -> None:
@@ -208,7 +212,7 @@ def _fold(norm: nn.Module, linear: nn.Linear) -> None:
 def slab_complexity(model: SlabVisionTransformer) -> Complexity:
     """Parameters and MACs as the paper has them: with the products of linear attention."""
     counted = complexity(model, model.img_size)
-    products = sum(
-        2 * block.attn.grid**2 * block.attn.proj.in_features * block.attn.conv.in_channels for block in model.blocks
-    )
+    products = 0
+    for attn in (block.attn for block in _blocks(model)):
+        products += 2 * attn.grid**2 * attn.proj.in_features * attn.conv.in_channels
     return Complexity(counted.params, counted.macs + products)
