@@ -52,7 +52,8 @@ class MethodRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        row: dict[str, Any] = {"table": self.paper.table, "label": self.paper.label, "form": self.paper.form}
+        row: dict[str, Any] = {"table": self.paper.table, "backbone": backbone(self.paper)}
+        row |= {"label": self.paper.label, "form": self.paper.form}
         if self.counted is not None:
             row |= {"params": self.counted.params, "macs": self.counted.macs}
         row |= {"images_per_second": dict(self.rates), "ratios": dict(self.ratios), "paper_ratio": self.paper_ratio}
@@ -72,13 +73,14 @@ def groups_of(tables: Iterable[str], quick: bool = False) -> list[Group]:
             raise ValueError(f"table: got {table!r}, wanted one of {', '.join(TABLES)}")
         backbones: dict[str, list[PaperRow]] = {}
         for row in TABLES[table]:
-            backbones.setdefault(_backbone(row), []).append(row)
+            backbones.setdefault(backbone(row), []).append(row)
         kept = [Group(table, tuple(rows)) for rows in backbones.values()]
         found += kept[:1] if quick else kept
     return found
 
 
-def _backbone(row: PaperRow) -> str:
+def backbone(row: PaperRow) -> str:
+    """What a row's ratio is to: rows of one backbone are timed together."""
     return "vit_tiny" if row.table == "depth" else row.family.removeprefix("slab_")
 
 

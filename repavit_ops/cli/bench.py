@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .common import DTYPES, plain_errors
+from .common import DTYPES, FAILED, plain_errors
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def bench_ops(
     picture: Picture = None,
 ) -> None:
     """Time the operators at the sizes of DeiT and Swin beside eager PyTorch and every other runtime that is here."""
-    with plain_errors():
+    with _wrong_results(), plain_errors():
         from ..benchmarking.operators import OPERATORS, QUICK, operator_case
 
         kind, wanted = _dtype(dtype), _peers(peers)
@@ -50,6 +51,11 @@ def bench_ops(
         cases = [lambda name=name: operator_case(name, batch, kind, wanted, quick) for name in names]
         measured = _measure(cases, threads, _limits(quick, seconds), as_json)
         _tell(measured, as_json)
+        if picture is not None:
+            from ..benchmarking import plots
+
+            rows = [row.to_dict() for row in measured]
+            _wrote(plots.peers_as_bars(rows, picture) + plots.roofline(rows, picture), as_json)
 
 
 @bench.command("models")
@@ -65,7 +71,7 @@ def bench_models(
     picture: Picture = None,
 ) -> None:
     """Time whole models, merged and fused, beside eager PyTorch and every other runtime that is here."""
-    with plain_errors():
+    with _wrong_results(), plain_errors():
         from ..benchmarking.models import MODELS, QUICK, model_case
         from ..models.registry import find_model
 
@@ -76,8 +82,10 @@ def bench_models(
         cases = [lambda name=name: model_case(name, batch, kind, wanted, quick) for name in names]
         measured = _measure(cases, threads, _limits(quick, seconds), as_json)
         _tell(measured, as_json)
-    if picture is not None:
-        pass
+        if picture is not None:
+            from ..benchmarking import plots
+
+            _wrote(plots.peers_as_bars([row.to_dict() for row in measured], picture), as_json)
 
 
 @bench.command("method")
@@ -96,7 +104,7 @@ def bench_method(
     Vanilla, training form, deployed, and fused; the ratios are to the first row of a backbone, plain PyTorch to plain
     and fused to fused.
     """
-    with plain_errors():
+    with _wrong_results(), plain_errors():
         from ..benchmarking import method, papers, report
 
         kind = _dtype(dtype)
@@ -117,6 +125,20 @@ def bench_method(
             for note in papers.NOTES[name]:
                 console.print(escape(f"- {note}"))
         console.print(escape(report.METHOD))
+        if picture is not None:
+            from ..benchmarking import plots
+
+            _wrote(plots.speed_against_parameters([row.to_dict() for row in rows], picture), as_json)
+
+
+@contextmanager
+def _wrong_results() -> Iterator[None]:
+    """A result of ours that is wrong is a line on stderr and exit status 1."""
+    try:
+        yield
+    except AssertionError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]wrong:[/] {escape(str(error))}")
+        raise typer.Exit(FAILED) from error
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -176,6 +198,12 @@ def _write(row: dict[str, Any], as_json: str | None) -> None:
         sys.stdout.write(json_line(row))
     elif as_json is not None:
         append_result(Path(as_json), row)
+
+
+def _wrote(paths: list[Path], as_json: str | None) -> None:
+    console = Console(stderr=as_json == "-", highlight=False, soft_wrap=True)
+    for path in paths:
+        console.print(f"wrote {escape(str(path))}")
 
 
 def _tell(measured: list[Measured], as_json: str | None) -> None:
