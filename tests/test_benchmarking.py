@@ -60,7 +60,10 @@ def fakes(monkeypatch):
         return lambda: subject.cast(subject.x) + 0.1
 
     def breaks(subject):
-        raise TypeError("no such layer\nand more")
+        def call():
+            raise TypeError("no such layer\nand more")
+
+        return call
 
     all_four = (
         fake("right", lambda subject: lambda: subject.cast(subject.x)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,8 @@ def command_line() -> str:
 
     from repavit_ops.cli import app
 
-    group: Any = typer.main.get_command(app)
     lines = ["# Command line", "", "`repavit-ops COMMAND --help` shows the same.", ""]
-    for name, command in group.commands.items():
+    for name, command in commands(typer.main.get_command(app)):
         arguments = " ".join(p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument")
         lines += [f"## {name}", "", f"`repavit-ops {name} {arguments}`".replace(" `", "`"), "", command.help or "", ""]
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
@@ -96,3 +96,12 @@ def command_line() -> str:
             lines.append(f"| `{', '.join(option.opts)}` | {default} | {words} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its words, those of a group one by one."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
