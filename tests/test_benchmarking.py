@@ -14,7 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import repavit_ops
-from repavit_ops.benchmarking import harness, measuring, method, models, operators, papers, peers, plots, report, slab
+from repavit_ops.benchmarking import (
+    harness,
+    measuring,
+    method,
+    models,
+    operators,
+    papers,
+    peers,
+    phones,
+    plots,
+    report,
+    slab,
+)
 from repavit_ops.benchmarking.harness import Timing
 from repavit_ops.benchmarking.measuring import OURS, Case, Limits, Provider, measure
 from repavit_ops.benchmarking.peers import ALL, Peer
@@ -166,15 +178,20 @@ def test_quick_leaves_out_peers_that_take_minutes_unless_they_are_named(monkeypa
         peers.find_peers(["slow", "fast"], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "litert", "executorch", "ncnn"])
 def test_peers_compute_a_tiny_model(name):
     peer = peers.PEERS[name]
     if reason := peer.why_unavailable(torch.float32):
         pytest.skip(reason)
-    model, x = repavit_ops.reparameterize(tiny_vit()), torch.randn(2, 3, 32, 32)
+    model, x = repavit_ops.reparameterize(tiny_vit()), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         out = peer.call(peers.Subject(model, x))()
         torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_ncnn_takes_one_image():
+    with pytest.raises(ValueError, match="one image at once, got 2"):
+        phones.ncnn(tiny_vit(), torch.randn(2, 3, 32, 32))
 
 
 # --- operators and models ---------------------------------------------------------------------------------------------

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import runtimes
+from . import phones, runtimes
 from .runtimes import Call
 
 EXTRA = "pip install 'repavit-ops[bench]'"
+KEEP = (
+    "pip freeze | grep ^torch== > keep.txt && pip install -c keep.txt"  # what follows, beside the torch that is there
+)
 
 
 class Subject:
@@ -95,8 +98,29 @@ PEERS = {
             "onnxruntime",
             EXTRA,
             (*ONNX, "onnxruntime"),
-            (torch.float32,),
+            ALL[:1],
             lambda subject: runtimes.onnx_runtime(subject.onnx, subject.x),
+        ),
+        Peer(
+            "litert",
+            f"{KEEP} litert-torch",
+            ("litert_torch", "ai_edge_litert"),
+            ALL[:1],
+            lambda subject: phones.litert(subject.module, subject.x),
+        ),
+        Peer(
+            "executorch",
+            f"{KEEP} executorch",
+            ("executorch",),
+            ALL[:1],
+            lambda subject: phones.executorch(subject.module, subject.x),
+        ),
+        Peer(
+            "ncnn",
+            "pip install ncnn pnnx",
+            ("ncnn", "pnnx"),
+            ALL[:1],
+            lambda subject: phones.ncnn(subject.module, subject.x),
         ),
         Peer(
             "compile",

@@ -35,8 +35,12 @@ def write(name: str, folder: Path, size: tuple[float, float], draw: Callable[[Ax
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, (ground, ink) in THEMES.items():
-        colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-        grounds = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), ground)
+        colours: dict[Any, str] = dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink
+        )
+        grounds: dict[Any, str] = dict.fromkeys(
+            ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), ground
+        )
         with rc_context({**colours, **grounds, "svg.hashsalt": name, "svg.fonttype": "none"}):
             figure = Figure(figsize=size, layout="constrained")
             draw(figure.add_subplot(), ink)
