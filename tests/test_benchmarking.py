@@ -138,6 +138,18 @@ def test_a_wrong_result_of_ours_is_an_error(steady):
         measure(Case("case", torch.float32, 1, providers, {"": one.double}), NONE)
 
 
+def test_ours_may_be_off_by_twice_eagers_error_and_a_peer_by_eight_times(steady):
+    truth = torch.zeros(1, 3)
+    offs = {"eager": 1.0, OURS: 1.9, "near": 7.9, "far": 8.1}
+    providers = {name: Provider(lambda off=off: lambda: truth + off) for name, off in offs.items()}
+    providers[OURS] = Provider(providers[OURS].make, own=True, slack=measuring.OWN_SLACK)
+    measured = measure(Case("case", torch.float32, 1, providers, {"": truth.double}), NONE)
+    assert list(measured.timings) == ["eager", OURS, "near"]
+    providers[OURS] = Provider(lambda: lambda: truth + 2.1, own=True, slack=measuring.OWN_SLACK)
+    with pytest.raises(AssertionError, match=OURS):
+        measure(Case("case", torch.float32, 1, providers, {"": truth.double}), NONE)
+
+
 def test_every_result_is_held_against_a_truth_of_its_own(steady):
     one, two = torch.ones(1, 3), torch.full((1, 3), 2.0)
     providers = {

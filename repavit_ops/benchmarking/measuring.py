@@ -25,11 +25,13 @@ class Provider:
 
     make: builds the call. truth: which of the case's truths it has to reproduce; the first provider of each is plain
     PyTorch, whose error is the yardstick. own: of this library, where a wrong result is an error; a peer's is told.
+    slack: times that error which its own may be.
     """
 
     make: Callable[[], Call]
     truth: str = ""
     own: bool = False
+    slack: float = PEER_SLACK
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def measure(case: Case, limits: Limits, progress: Progress = lambda text, share:
     A peer that cannot be built or whose result is wrong is not timed, and ``left_out`` says why.
 
     Raises:
-        AssertionError: a provider of this library is further from float64 than twice eager's error plus 1e-6.
+        AssertionError: a provider of this library is further from float64 than its slack times eager's error plus 1e-6.
     """
     left_out, calls = dict(case.left_out), dict[str, Call]()
     for index, (name, provider) in enumerate(case.providers.items()):
@@ -142,13 +144,10 @@ def _checked(case: Case, calls: dict[str, Call], left_out: dict[str, str]) -> di
             truth = make()
             plain = _head(calls[_yardstick(case, key)](), truth)
             for name in names:
-                own = case.providers[name].own
                 try:
-                    errors[name] = check(
-                        name, _head(calls[name](), truth), plain, truth, OWN_SLACK if own else PEER_SLACK
-                    )
+                    errors[name] = check(name, _head(calls[name](), truth), plain, truth, case.providers[name].slack)
                 except AssertionError as error:
-                    if own:
+                    if case.providers[name].own:
                         raise
                     left_out[name] = str(error).removeprefix(f"{name}: ")
                     del calls[name]

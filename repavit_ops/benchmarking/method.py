@@ -15,7 +15,7 @@ from ..fusing import fuse, reparameterize
 from ..models import complexity, create_model
 from ..models.complexity import Complexity
 from . import slab
-from .measuring import Call, Case, Limits, Measured, Progress, Provider, measure
+from .measuring import OWN_SLACK, PEER_SLACK, Call, Case, Limits, Measured, Progress, Provider, measure
 from .models import float64_of, images_for, seeded_model
 from .papers import DEPLOYED, JOINED, OTHER, SLAB, TABLES, TRAINING, VANILLA, PaperRow
 
@@ -171,8 +171,12 @@ class _Forms:
         return float64_of(self.model, self.x.float())
 
     def providers(self) -> dict[str, Provider]:
-        makers: dict[str, Callable[[], Call]] = {PLAIN: self.plain, FUSED: self.fused}
-        return {_key(self.row, kind): Provider(makers[kind], self.truth, own=True) for kind in kinds_of(self.row)}
+        ways: dict[str, tuple[Callable[[], Call], float]] = {
+            PLAIN: (self.plain, PEER_SLACK),  # merged, it rounds elsewhere than the training form does
+            FUSED: (self.fused, OWN_SLACK),
+        }
+        kinds = kinds_of(self.row)
+        return {_key(self.row, kind): Provider(ways[kind][0], self.truth, True, ways[kind][1]) for kind in kinds}
 
     def plain(self) -> Call:
         model = self.model

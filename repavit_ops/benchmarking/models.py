@@ -13,7 +13,7 @@ from ..fusing import fuse, reparameterize
 from ..models import complexity, create_model
 from ..models.patch_embed import image_of
 from ..nn import set_join
-from .measuring import OURS, Call, Case, Provider
+from .measuring import OURS, OWN_SLACK, Call, Case, Provider
 from .peers import Subject, find_peers
 
 FAMILIES = ("deit_tiny", "deit_small", "deit_base", "vit_large", "swin_tiny", "lvvit_s", "clip_vit_b32")
@@ -72,7 +72,10 @@ def model_case(
         fused = fuse(model, dtype=dtype)
         return lambda: fused(x)
 
-    providers = {"eager": Provider(lambda: functools.partial(subject.cast, x)), OURS: Provider(ours, own=True)}
+    providers = {
+        "eager": Provider(lambda: functools.partial(subject.cast, x)),
+        OURS: Provider(ours, own=True, slack=OWN_SLACK),
+    }
     for peer in usable:
         providers[peer.name] = Provider(functools.partial(peer.call, subject))
     macs = complexity(model, x.shape[-2:], in_chans=x.shape[1]).macs  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import PartialGELUFFN, RepAttention, WindowRepAttention
-from .measuring import OURS, Call, Case, Provider
+from .measuring import OURS, OWN_SLACK, Call, Case, Provider
 from .peers import Subject, find_peers
 
 TOKENS = 197  # of an image of 224 pixels, and the class token
@@ -95,7 +95,10 @@ def operator_case(
         wide.load_state_dict(plain.state_dict())
         return wide.double()(x[:CHECKED].double())
 
-    providers = {"eager": Provider(lambda: functools.partial(subject.cast, x)), OURS: Provider(ours, own=True)}
+    providers = {
+        "eager": Provider(lambda: functools.partial(subject.cast, x)),
+        OURS: Provider(ours, own=True, slack=OWN_SLACK),
+    }
     providers |= {peer.name: Provider(functools.partial(peer.call, subject)) for peer in usable}
     moved = x.element_size() * (sum(p.numel() for p in plain.parameters()) + 2 * x.numel())
     return Case(
