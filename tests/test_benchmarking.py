@@ -422,6 +422,14 @@ def test_slab_deit_base_has_the_papers_work_and_the_positions_of_its_code():
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def test_without_matplotlib_the_command_says_so_before_it_measures(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr(measuring, "measure", pytest.fail)
+    for arguments in (("ops", "--quick", "--peers", "none"), ("models", "--peers", "none"), ("method",)):
+        done = run(*arguments, "--plot", str(tmp_path))
+        assert (done.exit_code, "pip install 'repavit-ops[bench]'" in done.output) == (2, True)
+
+
 def test_pictures_for_light_and_dark_pages(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     row = measure(operators.operator_case("ffn C192 m192", 1, torch.float32, peers=[]), NONE).to_dict()

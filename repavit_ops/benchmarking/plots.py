@@ -5,6 +5,7 @@ Every picture is written for light and for dark pages, as .svg and .png.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,22 @@ THEMES = {"": ("#ffffff", "#222222"), "-dark": ("#16181d", "#e6e6e6")}  # backgr
 FORMATS = ("svg", "png")
 
 
+def require_matplotlib() -> None:
+    """Raise ImportError, with the command that helps, where there is no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'repavit-ops[bench]'")
+
+
 def write(name: str, folder: Path, size: tuple[float, float], draw: Callable[[Axes, str], None]) -> list[Path]:
     """Draw one picture in every theme and format; ``draw`` gets the axes and the ink.
 
     Raises:
         ImportError: matplotlib is not installed; names the command.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'repavit-ops[bench]'") from error
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, (ground, ink) in THEMES.items():

@@ -47,6 +47,7 @@ def bench_ops(
         from ..benchmarking.operators import OPERATORS, QUICK, operator_case
 
         kind, wanted = _dtype(dtype), _peers(peers)
+        _check_plots(picture)
         names = QUICK if quick else OPERATORS
         cases = [lambda name=name: operator_case(name, batch, kind, wanted, quick) for name in names]
         measured = _measure(cases, threads, _limits(quick, seconds), as_json)
@@ -76,6 +77,7 @@ def bench_models(
         from ..models.registry import find_model
 
         kind, wanted = _dtype(dtype), _peers(peers)
+        _check_plots(picture)
         names = model or (QUICK if quick else MODELS)
         for name in names:
             find_model(name)
@@ -108,6 +110,7 @@ def bench_method(
         from ..benchmarking import method, papers, report
 
         kind = _dtype(dtype)
+        _check_plots(picture)
         tables = table.split(",") if table else list(method.QUICK if quick else papers.TABLES)
         groups = method.groups_of(tables, quick)
         _threads(threads)
@@ -159,6 +162,14 @@ def _peers(text: str | None) -> list[str] | None:
     names = None if text is None else [name for name in text.split(",") if name not in ("", "none")]
     find_peers(names, torch.float32)
     return names
+
+
+def _check_plots(folder: Path | None) -> None:
+    """Before hours are measured."""
+    from ..benchmarking.plots import require_matplotlib
+
+    if folder is not None:
+        require_matplotlib()
 
 
 def _limits(quick: bool, seconds: float | None) -> Limits:
