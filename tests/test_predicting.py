@@ -453,6 +453,53 @@ def test_a_cluster_gives_what_this_process_gives(cluster, folder, photos, tmp_pa
     assert predict(predictor, tmp_path / "none.tar", tmp_path / "none", ray="auto", actors=1).images == 0
 
 
+KILLED = """
+import os, sys, time, types, torch
+sys.modules["torchvision._meta_registrations"] = types.ModuleType("stub")
+from repavit_ops.predicting import Predictor, on_ray, predict
+model, folder, out = sys.argv[1:]
+
+class Slow(on_ray._Actor):
+    def __call__(self, batch):
+        open(f"{out}.pids", "a").write(f"{os.getpid()}\\n")
+        time.sleep(0.3)
+        return super().__call__(batch)
+
+on_ray._Actor = Slow
+predict(Predictor(model, top_k=3, threads=1), folder, out, batch=2, shard=2, ray="auto", actors=2)
+"""
+
+
+def test_a_killed_actor_costs_nothing_and_a_killed_driver_goes_on_with_each_image_once(cluster, folder, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out"
+    repavit_ops.save_checkpoint(tiny_vit(), model)
+    settings = {"batch": 2, "shard": 2}
+
+    def started():
+        command = [sys.executable, "-c", KILLED, str(model), str(folder), str(out)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+    process = started()
+    wait_for_parts(out, 1, process)
+    process.kill()  # the driver: Ray ends its actors
+    process.communicate()
+    done = len(list(out.glob("part-*.parquet")))
+    assert 1 <= done < 12
+    process = started()
+    wait_for_parts(out, done + 1, process)
+    pids = (tmp_path / "out.pids").read_text().split()
+    os.kill(int(pids[-1]), signal.SIGKILL)  # an actor: Ray starts another, and does its batches again
+    assert process.wait(PATIENCE) == 0, process.stderr.read().decode()
+    assert len(set((tmp_path / "out.pids").read_text().split()) - set(pids)) >= 1
+    assert predict(Predictor(model, top_k=3, threads=1), folder, out, workers=0, **settings).computed == 0
+    there, here = rows_of(out), tmp_path / "here"
+    predict(Predictor(model, top_k=3, threads=1), folder, here, workers=0, **settings)
+    assert {path: row["labels"] for path, row in there.items()} == {p: r["labels"] for p, r in rows_of(here).items()}
+    assert len(there) == 24
+    assert not list(out.glob("*.unfinished"))
+
+
 def test_a_cluster_that_is_too_small_is_said_and_not_waited_for(cluster, folder, tmp_path, predictor):
     file = tmp_path / "model.safetensors"
     repavit_ops.save_checkpoint(tiny_vit(), file)

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .predictor import Predictor, blank, decoded, without_unreadable
+from .decoding import Decoded, blank
+from .predictor import Predictor, without_unreadable
 from .preprocessing import Preprocessing
 from .sources import Shard
 
 DECODER = 1  # CPUs that are left to decoding, at least
+CARRIED = ("number", "place", "last", "path", "error")  # columns that an actor only hands on
 
 
 def computed(
@@ -40,17 +42,24 @@ def computed(
         return
     _connect(address)
     count = _actors(int(ray.cluster_resources().get("CPU", 0)), predictor.threads, actors)
-    data = ray.data.from_items([{"number": s.number, "kind": s.kind, "paths": list(s.paths)} for s in shards])
-    rows = data.repartition(len(shards)).flat_map(_Decoder(predictor.preprocessing), num_cpus=DECODER)
+    data = ray.data.from_items(
+        [{"number": shard.number, "kind": shard.kind, "paths": list(shard.paths)} for shard in shards],
+        override_num_blocks=len(shards),
+    )
+    # flat_map, since map_batches would be fused into the actors where those have one CPU: they would decode themselves
+    pixels = data.flat_map(_Decoder(predictor.preprocessing, batch), num_cpus=DECODER)
     named = os.path.abspath(predictor.name) if os.path.exists(predictor.name) else predictor.name
     arguments = {**predictor.arguments, "preprocessing": predictor.preprocessing, "threads": predictor.threads}
-    results = rows.map_batches(
+    results = pixels.map_batches(
         _Actor,
         fn_constructor_args=(named, arguments),
         batch_size=batch,
         num_cpus=predictor.threads,
         compute=ray.data.ActorPoolStrategy(size=count),
     )
+    # a decoder hands on its batches one by one, not a shard at once; else actors wait, and the last ones work alone
+    results.context.target_max_block_size = batch * blank(predictor.preprocessing).nbytes
+    results.context.enable_progress_bars = False
     empty = {shard.number for shard in shards}
     for number, columns in _whole(results.iter_batches(batch_size=None, batch_format="numpy")):
         empty.discard(number)
@@ -88,21 +97,19 @@ def _actors(cpus: int, threads: int, wanted: int | None) -> int:
 class _Decoder:
     """A shard in, a row for each of its images out."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
+    def __init__(self, preprocessing: Preprocessing, batch: int) -> None:
+        self.preprocessing, self.batch = preprocessing, batch
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         shard = Shard(int(row["number"]), str(row["kind"]), tuple(str(path) for path in row["paths"]))
-        held = None
-        for place, encoded in enumerate(shard.images()):
-            if held is not None:
-                yield {**held, "last": False}
-            image, error = blank(self.preprocessing), encoded.error
-            if error is None:
-                image, error = decoded(self.preprocessing, encoded.data)
-            held = {"number": shard.number, "place": place, "path": encoded.path, "pixels": image, "error": error or ""}
-        if held is not None:
-            yield {**held, "last": True}
+        place = 0
+        for got in Decoded([shard], self.preprocessing, self.batch):
+            left = len(got.paths)
+            for path, pixels, error in zip(got.paths, got.pixels.numpy(), got.errors, strict=True):
+                left -= 1
+                carried = {"number": shard.number, "place": place, "last": got.last and not left}
+                yield {**carried, "path": path, "pixels": pixels, "error": error or ""}
+                place += 1
 
 
 class _Actor:
@@ -119,23 +126,23 @@ class _Actor:
 
 def _whole(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Shards whose rows are all there, each in the order of its images."""
-    waiting: dict[int, dict[int, dict[str, Any]]] = {}
-    sizes: dict[int, int] = {}
+    waiting: dict[int, list[dict[str, np.ndarray]]] = {}
+    missing: dict[int, int] = {}  # rows; negative while the last one is not there
     for batch in batches:
-        for row in range(len(batch["number"])):
-            values = {name: column[row] for name, column in batch.items()}
-            number, place = int(values["number"]), int(values["place"])
-            waiting.setdefault(number, {})[place] = values
-            if values["last"]:
-                sizes[number] = place + 1
-            if sizes.get(number) == len(waiting[number]):
-                yield number, _columns([row for _, row in sorted(waiting.pop(number).items())])
+        for number in np.unique(batch["number"]).tolist():
+            rows = {name: column[batch["number"] == number] for name, column in batch.items()}
+            waiting.setdefault(number, []).append(rows)
+            missing[number] = missing.get(number, 0) - len(rows["place"])
+            missing[number] += int((rows["place"][rows["last"]] + 1).sum())
+            if missing[number] == 0:
+                yield number, _columns(waiting.pop(number))
     if waiting:
         raise RuntimeError(f"ray: {len(waiting)} shards came back in part; run again, which does them anew")
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    computed = [name for name in rows[0] if name not in ("number", "place", "last", "path", "error")]
-    columns: dict[str, Any] = {"path": [str(row["path"]) for row in rows]}
-    columns |= {name: np.stack([row[name] for row in rows]) for name in computed}
-    return {**columns, "error": [str(row["error"]) or None for row in rows]}
+def _columns(parts: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(rows["place"])
+    computed = {name: column[order] for name, column in rows.items() if name not in CARRIED}
+    paths, errors = rows["path"][order].tolist(), rows["error"][order].tolist()
+    return {"path": paths, **computed, "error": [error or None for error in errors]}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .decoding import decoded
 from .opening import opened
 from .preprocessing import Preprocessing, preprocessing_of
 
@@ -120,20 +121,6 @@ class Predictor:
             raise ValueError(f"features: {self.name} returns none beside its logits; give its base model")
         pooled = getattr(out, "pooler_output", None)
         return None, tokens[:, 0] if pooled is None else pooled
-
-
-def decoded(preprocessing: Preprocessing, data: bytes) -> tuple[np.ndarray, str | None]:
-    """See :meth:`Predictor.decoded`; for processes that only decode."""
-    try:
-        return preprocessing.pixels(data), None
-    except Exception as error:  # decoders have a class of error each
-        reason = str(error).splitlines()[0] if str(error) else ""
-        return blank(preprocessing), f"{type(error).__name__}: {reason}"
-
-
-def blank(preprocessing: Preprocessing) -> np.ndarray:
-    """What stands in the place of an image that cannot be read."""
-    return np.zeros((3, *preprocessing.size), dtype=np.uint8)
 
 
 def without_unreadable(columns: Columns, errors: Sequence[str | None]) -> Columns:

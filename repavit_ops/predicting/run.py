@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..checkpoints.mapped_file import sha256_of
+from .decoding import Batch, Decoded
 from .output import Output, joined
-from .predictor import Predictor, blank, decoded, without_unreadable
+from .predictor import Predictor, without_unreadable
 from .preprocessing import Preprocessing
 from .sources import Shard, shards_of
 
@@ -22,16 +22,6 @@ SHARD = 1024  # image files in an output file
 
 class Unreadable(RuntimeError):
     """An image cannot be read, and the run is a strict one."""
-
-
-class Batch(NamedTuple):
-    """Decoded images of one shard; ``last`` of it if so."""
-
-    shard: int
-    pixels: torch.Tensor
-    paths: list[str]
-    errors: list[str | None]
-    last: bool
 
 
 @dataclass(frozen=True)
@@ -56,40 +46,6 @@ class Rows(NamedTuple):
     shard: int
     columns: dict[str, Any]
     last: bool
-
-
-class Decoded(torch.utils.data.IterableDataset):
-    """Batches of decoded images; of several workers each takes whole shards in turn."""
-
-    def __init__(self, shards: list[Shard], preprocessing: Preprocessing, batch: int) -> None:
-        self.shards, self.preprocessing, self.batch = shards, preprocessing, batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = torch.utils.data.get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for shard in self.shards[first::step]:
-            yield from self._of(shard)
-
-    def _of(self, shard: Shard) -> Iterator[Batch]:
-        images: list[np.ndarray] = []
-        paths: list[str] = []
-        errors: list[str | None] = []
-
-        def batch(last: bool) -> Batch:
-            stacked = np.stack(images) if images else np.zeros((0, *blank(self.preprocessing).shape), np.uint8)
-            return Batch(shard.number, torch.from_numpy(stacked), list(paths), list(errors), last)
-
-        for encoded in shard.images():
-            if len(images) == self.batch:
-                yield batch(last=False)
-                images, paths, errors = [], [], []
-            image, error = blank(self.preprocessing), encoded.error
-            if error is None:
-                image, error = decoded(self.preprocessing, encoded.data)
-            images.append(image)
-            paths.append(encoded.path)
-            errors.append(error)
-        yield batch(last=True)
 
 
 def predict(
