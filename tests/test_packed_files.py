@@ -1,35 +1,25 @@
-"""Packed models as files: mapped, shared, bit for bit the model that was saved; whatever is wrong with one is said."""
+"""The file of a packed model: its format, and whatever is wrong with one is said before a model comes of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import resource
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import torch
-from model_helpers import Recorder, images, randomise, relative, tiny_swin, tiny_vit
-from torch import nn
+from model_helpers import images, tiny_vit
+from packed_helpers import first_output
 
 import repavit_ops
 from repavit_ops import backends
 from repavit_ops.checkpoints.mapped_file import LINE, PACKED
-from repavit_ops.fusing.opening import open_ffns
-from repavit_ops.models import JoinedVisionTransformer
-from repavit_ops.nn import PartialGELUFFN
-from repavit_ops.nn.packed_weights import PackedWeights
 
 pytestmark = pytest.mark.skipif(
     backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
 )
-SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 
 
 @pytest.fixture
@@ -45,166 +35,6 @@ def saved(path):
     return fused, path
 
 
-@torch.no_grad()
-def first_output(model, x):
-    out = model(x)
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def without_memory(model):
-    return [line for line in str(repavit_ops.fusion_report(model)).splitlines() if not line.startswith("memory")]
-
-
-def require_same(fused, loaded, x):
-    assert torch.equal(first_output(fused, x), first_output(loaded, x))
-    assert without_memory(fused) == without_memory(loaded)
-    assert [name for name, _ in loaded.named_modules()] == [name for name, _ in fused.named_modules()]
-    assert loaded.state_dict().keys() == fused.state_dict().keys()
-
-
-# --- the same model ---------------------------------------------------------------------------------------------------
-
-
-def joined():
-    config = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
-    model = randomise(JoinedVisionTransformer(**config, branches=3))
-    repavit_ops.set_join(model, 1.0)
-    return model
-
-
-OURS = {
-    "vit": (tiny_vit, 32),
-    "swin": (tiny_swin, 64),
-    "padded swin": (tiny_swin, 72),
-    "joined": (joined, 32),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OURS)
-def test_a_loaded_model_of_ours_answers_bit_for_bit(name, dtype, path):
-    build, size = OURS[name]
-    fused = repavit_ops.fuse(build(), dtype=dtype)
-    repavit_ops.save_packed(fused, path)
-    require_same(fused, repavit_ops.load_packed(path), images(2, size).to(dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_a_model_in_int8_answers_bit_for_bit_and_its_file_is_smaller(name, dtype, path):
-    build, size = OURS[name]
-    plain = repavit_ops.fuse(build(), dtype=dtype)
-    quantized = repavit_ops.fuse(build(), dtype=dtype, quantize="int8", keep_unpacked=False)
-    repavit_ops.save_packed(plain, path)
-    before = path.stat().st_size
-    repavit_ops.save_packed(quantized, path)
-    loaded, x = repavit_ops.load_packed(path), images(2, size).to(dtype)
-    require_same(quantized, loaded, x)
-    assert not torch.equal(first_output(loaded, x), first_output(plain, x))
-    assert path.stat().st_size < 0.8 * before
-
-
-TIMM = {
-    "vit_tiny_patch16_224": {"depth": 2, "img_size": 32, "num_classes": 7},
-    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 28},
-    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 24, "img_size": 56},
-    "eva02_tiny_patch14_224": {"depth": 2, "img_size": 28},
-    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32},
-}
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_a_loaded_model_of_timm_answers_bit_for_bit(timm, name, path):
-    fused = repavit_ops.fuse(randomise(timm.create_model(name, **TIMM[name])))
-    repavit_ops.save_packed(fused, path, arguments=TIMM[name])
-    require_same(fused, repavit_ops.load_packed(path), images(2, TIMM[name]["img_size"]))
-
-
-def test_what_a_model_of_timm_tells_needs_no_arguments(timm, path):
-    fused = repavit_ops.fuse(randomise(timm.create_model("test_vit", num_classes=7, img_size=32)))
-    repavit_ops.save_packed(fused, path)
-    require_same(fused, repavit_ops.load_packed(path), images(2))
-    pooled = repavit_ops.fuse(timm.create_model("test_vit", global_pool="avg").eval())
-    with pytest.raises(ValueError, match=r"global_pool is avg, rebuilt as token.*arguments="):
-        repavit_ops.save_packed(pooled, path)
-
-
-def test_an_idled_model_of_timm_keeps_its_channels(timm, path):
-    arguments = {"depth": 2, "img_size": 32, "num_classes": 7}
-    model = open_ffns(randomise(timm.create_model("vit_tiny_patch16_224", **arguments)))
-    for name, m in (("blocks.0.mlp", 96), ("blocks.1.mlp", 33)):
-        model.set_submodule(name, PartialGELUFFN(192, m, norm_eps=1e-6, residual=True, backend="reference").eval())
-    fused = repavit_ops.fuse(model)
-    repavit_ops.save_packed(fused, path, arguments=arguments)
-    loaded = repavit_ops.load_packed(path)
-    require_same(fused, loaded, images(2))
-    assert [block.mlp.act_channels for block in loaded.blocks] == [96, 33]
-
-
-TRANSFORMERS = {
-    "ViTForImageClassification": ("ViTConfig", {**SMALL, "intermediate_size": 96, "num_labels": 7}),
-    "Dinov2Model": ("Dinov2Config", SMALL),
-    "CLIPVisionModel": ("CLIPVisionConfig", {**SMALL, "intermediate_size": 96}),
-    "SwinModel": ("SwinConfig", {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "image_size": 56}),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_loaded_model_of_transformers_answers_bit_for_bit(torchvision_stub, name, path):
-    transformers = pytest.importorskip("transformers")
-    config, arguments = TRANSFORMERS[name]
-    model = randomise(getattr(transformers, name)(getattr(transformers, config)(**arguments)))
-    fused = repavit_ops.fuse(model)
-    repavit_ops.save_packed(fused, path)
-    loaded = repavit_ops.load_packed(path)
-    require_same(fused, loaded, images(2, arguments["image_size"]))
-    assert isinstance(loaded, getattr(transformers, name))
-    assert "/" not in json.loads(metadata_of(path)[PACKED])["recipe"]["config"].get("_name_or_path", "")
-
-
-def encoder(depth=2):
-    layer = nn.TransformerEncoderLayer(48, 3, 96, activation="gelu", batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-
-
-def test_a_model_that_no_constructor_is_known_for_takes_one(path):
-    fused, x = repavit_ops.fuse(randomise(encoder())), torch.randn(2, 5, 48)
-    with pytest.raises(ValueError, match=r"TransformerEncoder, which no constructor.*pass build="):
-        repavit_ops.save_packed(fused, path)
-    repavit_ops.save_packed(fused, path, build=encoder)
-    with pytest.raises(ValueError, match="build: got none, wanted the function"):
-        repavit_ops.load_packed(path)
-    require_same(fused, repavit_ops.load_packed(path, build=encoder), x)
-    with pytest.raises(ValueError, match=r"gives another one: layers\.1 is only in the saved one"):
-        repavit_ops.save_packed(fused, path, build=lambda: encoder(1))
-
-
-def test_weights_that_stand_twice_are_stored_once_and_stay_one(path):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk = tiny_vit()
-            self.again = nn.Linear(48, 10)
-            self.again.weight = self.trunk.head.weight
-
-        def forward(self, x):
-            return self.trunk(x)
-
-    fused = repavit_ops.fuse(Tied().eval())
-    repavit_ops.save_packed(fused, path, build=Tied)
-    loaded = repavit_ops.load_packed(path, build=Tied)
-    assert loaded.again.weight is loaded.trunk.head.weight
-    require_same(fused, loaded, images())
-
-
-# --- mapped and shared ------------------------------------------------------------------------------------------------
-
-
-def metadata_of(path):
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
 def test_safetensors_reads_the_file_and_every_tensor_begins_at_a_cache_line(path):
     repavit_ops.save_packed(repavit_ops.fuse(tiny_vit(), dtype=torch.bfloat16), path)
     with safetensors.safe_open(path, framework="pt") as file:
@@ -218,99 +48,11 @@ def test_safetensors_reads_the_file_and_every_tensor_begins_at_a_cache_line(path
     assert all(p.data_ptr() % LINE == 0 for p in (loaded.head.weight, loaded.blocks[0].mlp.packed_copy))
 
 
-def test_loading_folds_packs_and_copies_nothing(saved):
-    _, path = saved
-    with Recorder() as recorder:  # with gradients on: no weight asks for one
-        loaded = repavit_ops.load_packed(path)
-        loaded(images())
-    assert not [call for call in recorder.calls if call.endswith("pack")]
-    assert not [call for call in recorder.calls if call in ("aten::clone", "aten::copy_")]
-    assert "repavit_ops::fused_blocks" in recorder.calls
-
-
-def pages_of(path):
-    """Kilobytes of the map of a file by what Linux says of them."""
-    found, inside = {}, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(str(path))
-        elif inside and line.endswith(" kB"):
-            name, amount, _ = line.split()
-            found[name] = found.get(name, 0) + int(amount)
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the maps of a process are Linux's to tell")
-def test_no_page_of_the_file_becomes_private_and_none_is_written_back(saved):
-    _, path = saved
-    before = path.read_bytes()
-    loaded = repavit_ops.load_packed(path)
-    first_output(loaded, images())
-    pages = pages_of(path)
-    assert pages["Rss:"] >= 200
-    assert pages["Private_Dirty:"] == pages["Anonymous:"] == 0
-    with torch.no_grad():
-        loaded.head.bias.add_(1)
-    assert pages_of(path)["Private_Dirty:"] > 0
-    assert path.read_bytes() == before
-
-
-def test_weights_that_are_edited_or_loaded_are_those_of_a_model_without_plain_weights(saved):
-    fused, path = saved
-    loaded = repavit_ops.load_packed(path)
-    for key, value in fused.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-    with pytest.raises(RuntimeError, match="w_in of PartialGELUFFN was freed"):
-        loaded.blocks[0].mlp.w_in.add_(1)
-    with torch.no_grad():
-        loaded.head.bias.add_(1)
-    assert relative(first_output(loaded, images()), first_output(fused, images()) + 1) < 1e-5
-    other = repavit_ops.fuse(tiny_vit(seed=3))
-    loaded.load_state_dict(other.state_dict())
-    assert torch.equal(first_output(loaded, images()), first_output(other, images()))
-    assert torch.equal(first_output(repavit_ops.load_packed(path), images()), first_output(fused, images()))
-
-
-def test_edits_behind_a_fused_model_are_in_the_file(path):
-    fused = repavit_ops.fuse(tiny_vit())
-    fused.blocks[0].mlp.w_in.data[0, 1] += 1  # which no counter and no fingerprint need see
-    repavit_ops.save_packed(fused, path)
-    loaded = repavit_ops.load_packed(path)
-    assert torch.equal(loaded.state_dict()["blocks.0.mlp.w_in"], fused.blocks[0].mlp.w_in)
-
-
 def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
     _, path = saved
     again = tmp_path / "again.safetensors"
     repavit_ops.save_packed(repavit_ops.load_packed(path), again)
     assert again.read_bytes() == path.read_bytes()
-
-
-PACK = """
-import sys, torch, repavit_ops
-from model_helpers import tiny_vit
-torch.set_num_threads(1)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    fused = repavit_ops.fuse(tiny_vit(), dtype=dtype, keep_unpacked=False)
-    for module in fused.modules():
-        if isinstance(module, repavit_ops.nn.packed_weights.PackedWeights):
-            sys.stdout.buffer.write(module.packed_copy.numpy().tobytes())
-"""
-
-
-def test_every_level_packs_alike_so_that_a_file_serves_all():
-    levels = backends.CPU_ISA[: backends.CPU_ISA.index(backends.cpu_isa()) + 1]
-    packed = {}
-    for level in (levels[0], levels[-1]):
-        environment = {**os.environ, "REPAVIT_CPU_ISA": level, "PYTHONPATH": str(Path(__file__).parent)}
-        packed[level] = subprocess.run(
-            [sys.executable, "-c", PACK], capture_output=True, check=True, timeout=300, env=environment
-        ).stdout
-    assert len(packed[levels[0]]) > 100_000
-    assert packed[levels[0]] == packed[levels[-1]]
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 class File:
@@ -552,10 +294,3 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(saved):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_a_module_says_what_an_input_of_nothing_is():
-    for model in (repavit_ops.fuse(tiny_vit()), repavit_ops.fuse(tiny_swin())):
-        for module in model.modules():
-            if isinstance(module, PackedWeights):
-                module.require_packed()
