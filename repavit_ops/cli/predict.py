@@ -26,6 +26,10 @@ def predict(
         bool, typer.Option("--half", help="Features in float16, which few tools can filter or sum.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    processor: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="transformers' image processor, for a packed file of its models."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"Compute in {', '.join(DTYPES[:3])}; default the model's own.")] = "",
     quantize: Annotated[str, typer.Option(help="int8 for products in whole numbers.")] = "none",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 1,
@@ -50,6 +54,7 @@ def predict(
             raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES[:3])}")
         predictor = Predictor(
             model,
+            processor=processor,
             top_k=top_k,
             features=features,
             half=half,

@@ -99,15 +99,33 @@ def _of_timm(name: str) -> nn.Module:
     return model
 
 
+def processor_of(name: str | os.PathLike[str]) -> Any:
+    """An image processor of transformers.
+
+    Args:
+        name: a folder that holds preprocessor_config.json, or a name of the Hugging Face hub.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the folder holds none.
+    """
+    if Path(name).exists() and not (Path(name) / "preprocessor_config.json").is_file():
+        raise ValueError(f"processor: got {str(name)!r}, wanted a folder that holds preprocessor_config.json")
+    return _transformers(str(name)).AutoImageProcessor.from_pretrained(name)
+
+
 def _of_transformers(name: str, dtype: torch.dtype | None, quantize: str) -> Opened:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(
-            f"model: {name} is of transformers, which is not installed: pip install transformers"
-        ) from None
+    transformers = _transformers(name)
     config = transformers.AutoConfig.from_pretrained(name)
     classes = [getattr(transformers, found, None) for found in config.architectures or ()]
     cls = classes[0] if classes and classes[0] is not None else transformers.AutoModel
     model = cls.from_pretrained(name)
     return Opened(_fused(model, dtype, quantize), transformers.AutoImageProcessor.from_pretrained(name))
+
+
+def _transformers(name: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(f"{name} is of transformers, which is not installed: pip install transformers") from None
+    return transformers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import decoded
-from .opening import opened
+from .opening import opened, processor_of
 from .preprocessing import Preprocessing, preprocessing_of
 
 Columns = dict[str, np.ndarray]
@@ -30,6 +30,7 @@ class Predictor:
         model: a model, unfused or fused, in evaluation mode; or what :func:`repavit_ops.predicting.opening.opened`
             takes: a file of ``save_packed``, a checkpoint of ours, a folder or name of transformers, a name of timm.
         preprocessing: of images; default what the model's library says, at the size the model was built for.
+        processor: instead, a folder or name of transformers' image processor, which packed files do not hold.
         top_k: k, at most as many as there are classes.
         features: return them too.
         half: features in float16; ValueError where a number does not fit.
@@ -39,7 +40,8 @@ class Predictor:
             set again at every call, since PyTorch keeps those of whoever set them last.
 
     Raises:
-        ValueError: top_k or threads below 1; a model file that is none; features of a model that has none.
+        ValueError: top_k or threads below 1; a model file that is none; features of a model that has none; both a
+            preprocessing and a processor.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Predictor:
         model: nn.Module | str | os.PathLike[str],
         *,
         preprocessing: Preprocessing | None = None,
+        processor: str | os.PathLike[str] | None = None,
         top_k: int = 5,
         features: bool = False,
         half: bool = False,
@@ -57,6 +60,8 @@ class Predictor:
         for name, number in (("top_k", top_k), ("threads", threads)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: got {number}, wanted at least 1")
+        if preprocessing is not None and processor is not None:
+            raise ValueError("processor: got one beside preprocessing=, which says the same; give one of them")
         self.arguments: dict[str, Any] = {"top_k": top_k, "features": features, "half": half, "dtype": dtype}
         self.arguments["quantize"] = self.quantize = quantize
         self.named = isinstance(model, str | Path)
@@ -67,7 +72,8 @@ class Predictor:
         found = opened(model, dtype, quantize)
         self.model = found.model
         self.dtype = next(p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)
-        self.preprocessing = preprocessing or preprocessing_of(self.model, found.processor)
+        of_images = found.processor if processor is None else processor_of(processor)
+        self.preprocessing = preprocessing or preprocessing_of(self.model, of_images)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of encoded images, ``{"bytes": […]}``, or of files, ``{"path": […]}``; other columns are kept."""

@@ -113,7 +113,8 @@ def preprocessing_of(model: nn.Module, processor: Any = None) -> Preprocessing:
     elif not original_class(model).__module__.startswith("repavit_ops."):
         raise ValueError(
             f"model: {original_class(model).__module__}.{type(model).__name__} does not say how its images are "
-            "prepared; give the folder of transformers that its processor is in, or preprocessing=Preprocessing(…)"
+            "prepared; give processor= (--processor), a folder of transformers that its processor is in, or "
+            "preprocessing=Preprocessing(…)"
         )
     else:
         size = image_of(model)[0]
