@@ -44,7 +44,7 @@ def small(models, name, **arguments):
         ("retinanet", {"score_thresh": 0.0, "detections_per_img": 20}, {"boxes", "scores", "labels"}),
         (
             "mask_rcnn",
-            {"box_detections_per_img": 20, "rpn_post_nms_top_n_test": 60},
+            {"box_detections_per_img": 20, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30},
             {"boxes", "scores", "labels", "masks"},
         ),
     ],

@@ -14,7 +14,7 @@ from model_helpers import tiny_vit
 from predicting_helpers import PATIENCE, folder_of_photographs, parquet, rows_of, wait_for_parts
 
 import repavit_ops
-from repavit_ops.predicting import Predictor, predict
+from repavit_ops.predicting import Predictor, on_ray, predict
 from repavit_ops.predicting.predictor import given_cpus
 
 
@@ -26,6 +26,31 @@ def folder(tmp_path):
 @pytest.fixture
 def predictor():
     return Predictor(tiny_vit(), top_k=3, threads=1)
+
+
+def test_shards_come_whole_and_in_order_however_their_rows_come():
+    sizes, generator = (5, 1, 7), np.random.default_rng(0)
+    rows = [(number, place) for number, size in enumerate(sizes) for place in range(size)]
+    rows = [rows[index] for index in generator.permutation(len(rows))]
+
+    def batch(some):
+        return {
+            "number": np.array([number for number, _ in some]),
+            "place": np.array([place for _, place in some]),
+            "last": np.array([place == sizes[number] - 1 for number, place in some]),
+            "path": np.array([f"{number}/{place}" for number, place in some], dtype=object),
+            "error": np.array(["damaged" if place == 3 else "" for _, place in some], dtype=object),
+            "label": np.array([10 * number + place for number, place in some]),
+        }
+
+    found = dict(on_ray._whole(batch(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)))
+    assert sorted(found) == [0, 1, 2]
+    for number, size in enumerate(sizes):
+        assert found[number]["path"] == [f"{number}/{place}" for place in range(size)]
+        assert found[number]["label"].tolist() == [10 * number + place for place in range(size)]
+        assert found[number]["error"] == ["damaged" if place == 3 else None for place in range(size)]
+    with pytest.raises(RuntimeError, match="2 shards came back in part"):
+        list(on_ray._whole([batch([(0, 0)]), batch([(2, 6)])]))
 
 
 @pytest.fixture(scope="module")

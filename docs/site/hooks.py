@@ -24,6 +24,7 @@ ELSEWHERE = {  # page of the site → file of the repository
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
     "kernels.md": "csrc/README.md",
+    "examples/dense.md": "examples/dense/README.md",
     "examples/digits.md": "examples/digits/README.md",
     "examples/idle.md": "examples/idle/README.md",
     "examples/imagenet.md": "examples/imagenet/README.md",
