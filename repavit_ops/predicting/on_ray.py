@@ -46,7 +46,7 @@ def computed(
         [{"number": shard.number, "kind": shard.kind, "paths": list(shard.paths)} for shard in shards],
         override_num_blocks=len(shards),
     )
-    # flat_map, since map_batches would be fused into the actors where those have one CPU: they would decode themselves
+    # not map_batches, which actors of one CPU would run inside (findings/ray_fuses_decoders_into_actors.sh)
     pixels = data.flat_map(_Decoder(predictor.preprocessing, batch), num_cpus=DECODER)
     named = os.path.abspath(predictor.name) if os.path.exists(predictor.name) else predictor.name
     arguments = {**predictor.arguments, "preprocessing": predictor.preprocessing, "threads": predictor.threads}
