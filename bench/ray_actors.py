@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import machine
 
 import repavit_ops
+from repavit_ops.benchmarking.harness import machine
 from repavit_ops.predicting import Predictor, Preprocessing, predict
 from repavit_ops.predicting.sources import shards_of
 

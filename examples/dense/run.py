@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from picture import draw, photo
 from torch import Tensor, nn
 
 import repavit_ops
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-from harness import interleave, machine
+from repavit_ops.benchmarking.harness import interleave, machine
 
 PAPER = {  # Table 6: milliseconds of an image, vanilla and RePa
     ("retinanet", "swin_small"): (61.7, 53.8),
