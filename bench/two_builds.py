@@ -4,6 +4,8 @@ What a change costs or gains a whole model, in one run: a process for each check
 hand, of which one at a time is asked to time its model. OTHER is another checkout whose kernels are built in place
 (``python setup.py build_ext --inplace``). Where a process has its memory is worth half a percent, so both are started
 anew several times: printed is the mean over the starts of this one's time over the other's, and its standard error.
+``--models windows:56x96 core:197x384`` times attention alone: shifted windows of 7 x 7 over a map of 56 x 56 with 96
+channels, or 197 tokens with 384.
 """
 
 from __future__ import annotations
@@ -22,13 +24,27 @@ WORKER = """
 import json, sys, time, torch
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 sys.path.insert(0, sys.argv[2])
-import repavit_ops
+import repavit_ops, repavit_ops.library
 name, form, batch, dtype, threads, seconds = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
-model = repavit_ops.create_model(("vanilla_" if form == "vanilla" else "repa_") + name).eval()
-fused = repavit_ops.fuse(model, dtype=getattr(torch, dtype))
-x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+if ":" in name:
+    kind, size = name.split(":")
+    tokens, channels = map(int, size.split("x"))
+    width = 32 if kind == "windows" else 64
+    heads, shape = channels // width, (tokens, tokens) if kind == "windows" else (tokens,)
+    x = torch.randn(batch, *shape, 3 * channels).to(getattr(torch, dtype))
+    bias = torch.randn(heads, 49, 49).to(x.dtype) if kind == "windows" else None
+    arguments = {"num_heads": heads, "d_qk": width, "scale": width**-0.5}
+    if kind == "windows":
+        place = {"window": [7, 7], "shift": [3, 3]}
+        fused = lambda x: torch.ops.repavit_ops.window_attention_core(x, bias, None, **arguments, **place)
+    else:
+        fused = lambda x: torch.ops.repavit_ops.attention_core(x, None, **arguments)
+else:
+    model = repavit_ops.create_model(("vanilla_" if form == "vanilla" else "repa_") + name).eval()
+    fused = repavit_ops.fuse(model, dtype=getattr(torch, dtype))
+    x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
 with torch.inference_mode():
     y = fused(x)
     print(json.dumps([repavit_ops.__file__, y.float().flatten()[:64].tolist()]), flush=True)
@@ -74,7 +90,7 @@ def ratios(other: Path, case: list[Any], rounds: int) -> tuple[list[float], floa
             raise SystemExit(f"loaded {mine} and {theirs}, wanted the packages of {HERE} and {other}")
         size = max(map(abs, z))
         if max(abs(a - b) for a, b in zip(y, z, strict=True)) > 2e-2 * size:
-            raise SystemExit("the two checkouts do not agree on the logits")
+            raise SystemExit("the two checkouts do not agree on the result")
         found, times = [], []
         for turn in range(rounds):
             seconds = [timed(process) for process in (processes if turn % 2 else processes[::-1])]

@@ -40,6 +40,7 @@ void test_operators(const repavit::Kernels& kernels, repavit::DType dtype, const
   driver::test_packed_sizes(kernels, dtype, level);
   driver::test_layer_norm<T>(kernels, dtype, level);
   driver::test_ffns<T>(kernels, dtype, level, thorough);
+  driver::test_unrounded_sums<T>(kernels, dtype, level);
   driver::test_attention<T>(kernels, dtype, level, thorough);
   driver::test_softmax<T>(kernels, dtype, level);
   driver::test_patches<T>(kernels, dtype, level);

@@ -175,6 +175,24 @@ void test_ffns(const repavit::Kernels& kernels, repavit::DType dtype, const char
 }
 
 // The activation itself, through an FFN of one channel: special values, and the error over the range that matters.
+// Behind a sum of -4 - 3/256, which 8 bits do not hold, GELU is 5 % of that behind -4: sums are not rounded to T in between.
+template <class T>
+void test_unrounded_sums(const repavit::Kernels& kernels, repavit::DType dtype, const char* level) {
+  if (kernels.partial_gelu_ffn[dtype] == nullptr) return;
+  const T zero = Convert<T>::from_double(0.0), one = Convert<T>::from_double(1.0);
+  const T w_in[] = {Convert<T>::from_double(-4.0), Convert<T>::from_double(-3.0 / 256)}, w_out[] = {one, zero};
+  Guarded<T> packed(static_cast<size_t>(kernels.partial_gelu_ffn_packed_bytes[dtype](2, 1, false)) / sizeof(T));
+  kernels.partial_gelu_ffn_pack[dtype]({2, 1, w_in, nullptr, w_out, nullptr}, packed.data(), kSerial);
+  const T x[] = {one, one};
+  T y[2];
+  repavit::PartialGeluFfnArgs args{};
+  args.rows = args.active = 1, args.channels = args.x_stride = 2;
+  args.x = x, args.packed = packed.data(), args.y = y;
+  kernels.partial_gelu_ffn[dtype](args, kSerial);
+  const double wanted = reference::activate(-4.0 - 3.0 / 256, repavit::kGeluErf);
+  expect(std::fabs(Convert<T>::to_double(y[0]) / wanted - 1.0) < 0.01, "a sum was rounded in front of gelu", level);
+}
+
 inline void test_gelu(const repavit::Kernels& kernels, const char* level) {
   const float one = 1.0f, inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   std::vector<char> packed(static_cast<size_t>(kernels.partial_gelu_ffn_packed_bytes[repavit::kFloat32](1, 1, false)));
