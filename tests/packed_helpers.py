@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import safetensors
 import torch
+from model_helpers import tiny_vit
+
+import repavit_ops
+from repavit_ops import backends
+
+needs_kernels = pytest.mark.skipif(
+    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
+)
+
+
+def fused_and_saved(path):
+    """A small fused ViT and its file."""
+    fused = repavit_ops.fuse(tiny_vit())
+    repavit_ops.save_packed(fused, path)
+    return fused, path
 
 
 @torch.no_grad()

@@ -11,15 +11,12 @@ import pytest
 import safetensors
 import torch
 from model_helpers import images, tiny_vit
-from packed_helpers import first_output
+from packed_helpers import first_output, fused_and_saved, needs_kernels
 
 import repavit_ops
-from repavit_ops import backends
 from repavit_ops.checkpoints.mapped_file import LINE, PACKED
 
-pytestmark = pytest.mark.skipif(
-    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture
@@ -29,10 +26,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def saved(path):
-    """A small fused ViT and its file."""
-    fused = repavit_ops.fuse(tiny_vit())
-    repavit_ops.save_packed(fused, path)
-    return fused, path
+    return fused_and_saved(path)
 
 
 def test_safetensors_reads_the_file_and_every_tensor_begins_at_a_cache_line(path):

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from model_helpers import Recorder, images, tiny_swin, tiny_vit
-from packed_helpers import first_output
+from packed_helpers import first_output, fused_and_saved, needs_kernels
 
 import repavit_ops
 from repavit_ops import backends
 from repavit_ops.nn.packed_weights import PackedWeights
 
-pytestmark = pytest.mark.skipif(
-    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture
@@ -29,10 +27,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def saved(path):
-    """A small fused ViT and its file."""
-    fused = repavit_ops.fuse(tiny_vit())
-    repavit_ops.save_packed(fused, path)
-    return fused, path
+    return fused_and_saved(path)
 
 
 def test_loading_folds_packs_and_copies_nothing(saved):

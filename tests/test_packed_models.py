@@ -7,19 +7,16 @@ import json
 import pytest
 import torch
 from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
-from packed_helpers import first_output, metadata_of
+from packed_helpers import first_output, fused_and_saved, metadata_of, needs_kernels
 from torch import nn
 
 import repavit_ops
-from repavit_ops import backends
 from repavit_ops.checkpoints.mapped_file import PACKED
 from repavit_ops.fusing.opening import open_ffns
 from repavit_ops.models import JoinedVisionTransformer
 from repavit_ops.nn import PartialGELUFFN
 
-pytestmark = pytest.mark.skipif(
-    backends.why_unavailable("cpp") is not None, reason=f"no C++ kernels: {backends.why_unavailable('cpp')}"
-)
+pytestmark = needs_kernels
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 
 
@@ -30,10 +27,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def saved(path):
-    """A small fused ViT and its file."""
-    fused = repavit_ops.fuse(tiny_vit())
-    repavit_ops.save_packed(fused, path)
-    return fused, path
+    return fused_and_saved(path)
 
 
 def without_memory(model):

@@ -178,6 +178,20 @@ REPAVIT_INLINE void finish_tile(const Epilogue& epilogue, ptrdiff_t row, ptrdiff
   }
 }
 
+// The same of a tile that lies in memory, as rows of kTileVectors vectors of floats. So whole numbers, and sums in the tile
+// unit, have their tiles compiled once for all epilogues; the way through L1 is a hundredth of the shortest product.
+template <class Epilogue>
+REPAVIT_INLINE void hand_over(const float* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
+                              const Epilogue& epilogue) {
+  using F = Simd<float>;
+  for (int r = 0; r < height; ++r, values += kTileVectors * F::kLanes) {
+    F::V finished[1][kTileVectors];
+    REPAVIT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) finished[0][v] = F::load(values + v * F::kLanes);
+    finish_tile(epilogue, row + r, col, finished, valid);
+  }
+}
+
 // What a product asks memory for in front of each group of k: its panel, kBytes of each row of it, ahead of where it is
 // read. `left` more groups of the round follow.
 struct FetchPanel {

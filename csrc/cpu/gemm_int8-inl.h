@@ -72,20 +72,6 @@ REPAVIT_INLINE void finish_segment(const Simd<int32_t>::V (&sums)[kRows][kTileVe
   }
 }
 
-// A finished tile goes to the epilogue from memory. So tiles are compiled once for all epilogues; the way through L1 is a
-// hundredth of the shortest product.
-template <class Epilogue>
-REPAVIT_INLINE void hand_over(const float* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
-                              const Epilogue& epilogue) {
-  using F = Simd<float>;
-  for (int r = 0; r < height; ++r, values += kInt8Wide) {
-    F::V finished[1][kTileVectors];
-    REPAVIT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) finished[0][v] = F::load(values + v * F::kLanes);
-    finish_tile(epilogue, row + r, col, finished, valid);
-  }
-}
-
 // ---- Rows of bytes meet panels as they are ---------------------------------------------------------------------------
 
 #if REPAVIT_ISA_LEVEL >= 4
@@ -119,7 +105,7 @@ void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, con
           finish_segment(row_sums, head, segments[s].scales + row + r, s == 0 ? nullptr : to, to);
         }
       }
-      hand_over_block(values, height, row, col, static_cast<int>(least(columns - col, kPanelColumns)), epilogue);
+      hand_over(values, height, row, col, static_cast<int>(least(columns - col, kPanelColumns)), epilogue);
     }
   }
 }

@@ -6,17 +6,6 @@
 namespace repavit {
 namespace REPAVIT_ISA {
 
-// Rows of sums to an epilogue that takes rows, or tiles: of one row.
-template <class Epilogue>
-REPAVIT_INLINE void hand_over_block(const float* numbers, int height, ptrdiff_t row, ptrdiff_t col, int valid,
-                                    const Epilogue& epilogue) {
-  using S = Simd<float>;
-  for (int r = 0; r < height; ++r, numbers += kPanelColumns) {
-    const S::V finished[1][kTileVectors] = {{S::load(numbers), S::load(numbers + S::kLanes)}};
-    finish_tile(epilogue, row + r, col, finished, valid);
-  }
-}
-
 // gemm_direct (gemm-inl.h) of bf16: with its sums in the unit's tiles, none of those in registers are compiled.
 template <class Epilogue, class Fetch>
 void gemm_direct(const Rows<bf16>* segments, int count, ptrdiff_t rows, const bf16* panels, ptrdiff_t panel_stride,
@@ -34,7 +23,7 @@ void gemm_direct(const Rows<bf16>* segments, int count, ptrdiff_t rows, const bf
     for (ptrdiff_t b = 0, row = 0; b < blocks.count; row += blocks.height(b++)) {
       const int height = blocks.height(b);
       product.run(0, count, row, height, kWholeTiles<Epilogue> || valid > kUnitRows, sums, fetch);
-      hand_over_block(sums.numbers, height, row, col, valid, epilogue);
+      hand_over(sums.numbers, height, row, col, valid, epilogue);
     }
   }
 }

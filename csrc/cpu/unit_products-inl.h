@@ -15,6 +15,8 @@ namespace REPAVIT_ISA {
 constexpr int kBlockRows = 2 * kUnitRows;  // of a block of four tiles
 constexpr int kStepBytes = kUnitRows * 2 * kUnitBytes;  // of a panel
 
+static_assert(kTileVectors * Simd<float>::kLanes == kPanelColumns, "a block's rows are handed over as tiles are");
+
 // One segment of a product: rows `stride` bytes apart, so many whole steps of them, and a last one that is filled up with
 // zeros, of [rows][64] and [16][128] bytes, or null.
 struct UnitSegment {
