@@ -320,7 +320,7 @@ def test_accumulators_stay_in_registers(k_loops, level, height, register):
     """
     tiles = [(tile, loop) for tile, loop in k_loops if tile.level == level]
     assert {tile.rows for tile, _ in tiles} == set(range(1, height + 1))
-    assert {"GeluToScratch", "BiasResidual", "QkvToScratch", "ScoresToScratch", "WeightedSum"} <= {
+    assert {"SumsToMemory", "BiasResidual", "QkvToScratch", "ScoresToScratch", "WeightedSum"} <= {
         tile.epilogue for tile, _ in tiles
     }
     for tile, loop in tiles:

@@ -44,6 +44,12 @@ struct Choose<false, A, B> {
   using Type = B;
 };
 
+// A number as a type, for lambdas to take.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 template <class E, class T>
 struct PlainDot {
   using S = Simd<E>;

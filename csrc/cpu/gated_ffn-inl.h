@@ -37,6 +37,8 @@ struct GatedToScratch {
 };
 template <class T, Activation kForm>
 constexpr bool kWholeTiles<GatedToScratch<T, kForm>> = true;
+template <class T, Activation kForm>
+constexpr bool kFromMemory<GatedToScratch<T, kForm>> = true;
 
 // H of `rows` through its norm.
 template <class E>

@@ -85,6 +85,11 @@ constexpr bool kWholeTiles = false;
 template <class Epilogue>
 constexpr bool kTakesTiles = false;
 
+// Whether all of its tiles come by way of memory, as those of few rows do: an activation's constants have the registers
+// then that the sums had.
+template <class Epilogue>
+constexpr bool kFromMemory = false;
+
 template <class T, int kRows, int kVectors>
 struct Tile {
   using S = SimdOf<T>;
@@ -178,18 +183,46 @@ REPAVIT_INLINE void finish_tile(const Epilogue& epilogue, ptrdiff_t row, ptrdiff
   }
 }
 
-// The same of a tile that lies in memory, as rows of kTileVectors vectors of floats. So whole numbers, and sums in the tile
-// unit, have their tiles compiled once for all epilogues; the way through L1 is a hundredth of the shortest product.
-template <class Epilogue>
-REPAVIT_INLINE void hand_over(const float* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
-                              const Epilogue& epilogue) {
-  using F = Simd<float>;
-  for (int r = 0; r < height; ++r, values += kTileVectors * F::kLanes) {
-    F::V finished[1][kTileVectors];
+// Sums on their way to hand_over below.
+template <class E>
+struct SumsToMemory {
+  E* values;
+
+  template <int kRows, int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t, ptrdiff_t, const typename Simd<E>::V (&acc)[kRows][N], int) const {
     REPAVIT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) finished[0][v] = F::load(values + v * F::kLanes);
-    finish_tile(epilogue, row + r, col, finished, valid);
+    for (int r = 0; r < kRows; ++r) {
+      REPAVIT_UNROLL
+      for (int i = 0; i < N; ++i) Simd<E>::store(values + (r * kTileVectors + i) * Simd<E>::kLanes, acc[r][i]);
+    }
   }
+};
+template <class E>
+constexpr bool kTakesTiles<SumsToMemory<E>> = true;
+
+template <int kVectors, class E, class Epilogue>
+REPAVIT_INLINE void hand_over_rows(const E* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
+                                   const Epilogue& epilogue) {
+  using S = Simd<E>;
+  const Epilogue done = epilogue;
+  for (int r = 0; r < height; ++r, values += kTileVectors * S::kLanes) {
+    typename S::V finished[1][kVectors];
+    REPAVIT_UNROLL
+    for (int v = 0; v < kVectors; ++v) finished[0][v] = S::load(values + v * S::kLanes);
+    finish_tile(done, row + r, col, finished, valid);
+  }
+}
+
+// finish_tile of a tile that lies in memory, as rows of kTileVectors vectors. Tiles that come this way are compiled once
+// for all epilogues: sums of whole numbers, those of the tile unit, and tiles of few rows or columns. The way through L1
+// is a hundredth of the shortest product.
+template <class E, class Epilogue>
+__attribute__((noinline)) void hand_over(const E* values, int height, ptrdiff_t row, ptrdiff_t col, int valid,
+                                         const Epilogue& epilogue) {
+  if (kWholeTiles<Epilogue> || valid > Simd<E>::kLanes) {
+    return hand_over_rows<kTileVectors>(values, height, row, col, valid, epilogue);
+  }
+  if constexpr (!kWholeTiles<Epilogue>) hand_over_rows<1>(values, height, row, col, valid, epilogue);
 }
 
 // What a product asks memory for in front of each group of k: its panel, kBytes of each row of it, ahead of where it is
@@ -234,13 +267,28 @@ __attribute__((noinline)) void run_tile(const Rows<T>* segments, int count, cons
   finish_tile(epilogue, row, col, tile.acc, valid);
 }
 
-template <int kMaxRows, int kVectors, class T, class Epilogue, class Fetch>
-REPAVIT_INLINE void choose_rows(int rows, const Rows<T>* segments, int count, const T* panel, ptrdiff_t row,
-                                ptrdiff_t col, int valid, const Epilogue& epilogue, Fetch& fetch) {
-  if (rows == kMaxRows) return run_tile<kMaxRows, kVectors>(segments, count, panel, row, col, valid, epilogue, fetch);
-  if constexpr (kMaxRows > 1) {
-    choose_rows<kMaxRows - 1, kVectors>(rows, segments, count, panel, row, col, valid, epilogue, fetch);
+// Calls run with the height of a tile, kLeast to kMost rows, as a constant.
+template <int kLeast, int kMost, class Run>
+REPAVIT_INLINE void with_height(int height, const Run& run) {
+  if (kLeast == kMost || height == kMost) return run(Constant<kMost>{});
+  if constexpr (kLeast < kMost) with_height<kLeast, kMost - 1>(height, run);
+}
+
+// Runs one tile: run(height as a constant, epilogue), where the epilogue of a tile of few rows or columns is one that leaves
+// its sums in memory, from where hand_over takes those that are `complete`.
+template <int kVectors, class E, class Epilogue, class Run>
+REPAVIT_INLINE void with_tile(int height, ptrdiff_t row, ptrdiff_t col, int valid, bool complete, const Epilogue& epilogue,
+                              const Run& run) {
+  constexpr bool kInRegisters = kVectors == kTileVectors && !kFromMemory<Epilogue> && kTallRows <= kTileRows;
+  if constexpr (kInRegisters) {
+    if (height >= kTallRows) {
+      return with_height<kTallRows, kTileRows>(height, [&](auto rows) { run(rows, epilogue); });
+    }
   }
+  alignas(64) E values[kTileRows * kTileVectors * Simd<E>::kLanes];
+  const SumsToMemory<E> to_memory{values};
+  with_height<1, kInRegisters ? kTallRows - 1 : kTileRows>(height, [&](auto rows) { run(rows, to_memory); });
+  if (complete) hand_over(values, height, row, col, valid, epilogue);
 }
 
 // As gemm below, for few rows: the panels are read as they stand, once per tile. `fetch` may ask for other memory than
@@ -258,10 +306,13 @@ void gemm_direct(const Rows<T>* segments, int count, ptrdiff_t rows, const T* pa
       for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
         const int height = tiles.height(t);
         if (kWholeTiles<Epilogue> || valid > kLanes) {
-          choose_rows<kTileRows, kTileVectors>(height, segments, count, panel, row, col, valid, epilogue,
-                                                fetch);
+          with_tile<kTileVectors, Accumulator<T>>(height, row, col, valid, true, epilogue, [&](auto rows_of, const auto& done) {
+            run_tile<rows_of.value, kTileVectors>(segments, count, panel, row, col, valid, done, fetch);
+          });
         } else if constexpr (!kWholeTiles<Epilogue>) {
-          choose_rows<kTileRows, 1>(height, segments, count, panel, row, col, valid, epilogue, fetch);
+          with_tile<1, Accumulator<T>>(height, row, col, valid, true, epilogue, [&](auto rows_of, const auto& done) {
+            run_tile<rows_of.value, 1>(segments, count, panel, row, col, valid, done, fetch);
+          });
         }
       }
     }

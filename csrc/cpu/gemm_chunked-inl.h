@@ -72,16 +72,6 @@ __attribute__((noinline)) void run_chunk(const Rows<E>& a, const E* chunk, Fetch
   finish_tile(epilogue, row, col, tile.acc, valid);
 }
 
-template <int kMaxRows, int kVectors, class E, class T, class Epilogue>
-REPAVIT_INLINE void choose_chunk_rows(int rows, const Rows<E>& a, const E* chunk, FetchNext<T> fetch, E* sums,
-                                      ChunkPlace place, ptrdiff_t row, ptrdiff_t col, int valid,
-                                      const Epilogue& epilogue) {
-  if (rows == kMaxRows) return run_chunk<kMaxRows, kVectors>(a, chunk, fetch, sums, place, row, col, valid, epilogue);
-  if constexpr (kMaxRows > 1) {
-    choose_chunk_rows<kMaxRows - 1, kVectors>(rows, a, chunk, fetch, sums, place, row, col, valid, epilogue);
-  }
-}
-
 // Columns [col, col + valid) of a strip, kVectors vectors wide, over one chunk. a: the strip's rows from this chunk's k
 // on, `rows` of them, row `begin` of C the first; panel points at the chunk's first group of the columns, next at what
 // will be wanted after it.
@@ -99,9 +89,11 @@ void run_strip(const Rows<T>& a, ptrdiff_t begin, ptrdiff_t rows, const T* panel
   const auto next_from = [&](ptrdiff_t t) { return next + least(t * share, groups) * kPanelColumns * kInterleave<T>; };
   for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
     const int height = tiles.height(t);
-    choose_chunk_rows<kTileRows, kVectors>(height, Rows<E>{a.data + row * a.stride, a.stride, a.depth}, chunk,
-                                           FetchNext<T>{next_from(t), next_from(t + 1)}, sums + row * kWidth, place,
-                                           begin + row, col, valid, epilogue);
+    const Rows<E> left{a.data + row * a.stride, a.stride, a.depth};
+    const FetchNext<T> fetch{next_from(t), next_from(t + 1)};
+    with_tile<kVectors, E>(height, begin + row, col, valid, place.last, epilogue, [&](auto rows_of, const auto& done) {
+      run_chunk<rows_of.value, kVectors>(left, chunk, fetch, sums + row * kWidth, place, begin + row, col, valid, done);
+    });
   }
 }
 

@@ -133,13 +133,6 @@ __attribute__((noinline)) void run_int8_tile(const Int8Rows<uint8_t>* segments, 
   }
 }
 
-template <int kMaxRows>
-REPAVIT_INLINE void choose_int8_rows(int height, const Int8Rows<uint8_t>* segments, int count, const char* panel,
-                                     ptrdiff_t row, ptrdiff_t first, float* values) {
-  if (height == kMaxRows) return run_int8_tile<kMaxRows>(segments, count, panel, row, first, values);
-  if constexpr (kMaxRows > 1) choose_int8_rows<kMaxRows - 1>(height, segments, count, panel, row, first, values);
-}
-
 // gemm_int8: C[rows, columns] = epilogue(sum_i A_i B_iᵀ) over `count` >= 1 segments stacked in the same panels, which stand
 // panel_stride bytes apart. Epilogue as in gemm(); lanes from `valid` on are rubbish.
 template <class Epilogue>
@@ -153,7 +146,9 @@ void gemm_int8(const Int8Rows<uint8_t>* segments, int count, ptrdiff_t rows, con
       const int valid = static_cast<int>(least(columns - col, kInt8Wide));
       for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
         const int height = tiles.height(t);
-        choose_int8_rows<kTileRows>(height, segments, count, reinterpret_cast<const char*>(panels), row, first, values);
+        with_height<1, kTileRows>(height, [&](auto rows_of) {
+          run_int8_tile<rows_of.value>(segments, count, reinterpret_cast<const char*>(panels), row, first, values);
+        });
         hand_over(values, height, row, col, valid, epilogue);
       }
     }
@@ -240,13 +235,6 @@ __attribute__((noinline)) void run_int8_chunk(const Int8Rows<int16_t>& rows, con
   }
 }
 
-template <int kMaxRows>
-REPAVIT_INLINE void choose_int8_chunk(int height, const Int8Rows<int16_t>& rows, const int16_t* chunk, const Int8Head& head,
-                                      Int8Sums at, Int8Place place, float* values) {
-  if (height == kMaxRows) return run_int8_chunk<kMaxRows>(rows, chunk, head, at, place, values);
-  if constexpr (kMaxRows > 1) choose_int8_chunk<kMaxRows - 1>(height, rows, chunk, head, at, place, values);
-}
-
 // One chunk of a segment, of all columns: `rows` is the strip's part of it, `offset` where the segment's part of a panel
 // starts, `done` how many of its k were before.
 template <class Epilogue>
@@ -266,8 +254,9 @@ void run_int8_columns(const Int8Rows<int16_t>& rows, ptrdiff_t begin, ptrdiff_t 
       const int valid = static_cast<int>(least(columns - col, kInt8Wide));
       for (ptrdiff_t t = 0, row = 0; t < tiles.count; row += tiles.height(t++)) {
         const int tall = tiles.height(t);
-        choose_int8_chunk<kTileRows>(tall, rows.from(row, 0), chunk, head, sums.at(col * height + row * kInt8Wide), place,
-                                     values);
+        with_height<1, kTileRows>(tall, [&](auto rows_of) {
+          run_int8_chunk<rows_of.value>(rows.from(row, 0), chunk, head, sums.at(col * height + row * kInt8Wide), place, values);
+        });
         if (place.last && place.last_segment) hand_over(values, tall, begin + row, col, valid, epilogue);
       }
     }

@@ -8,9 +8,20 @@ namespace repavit {
 namespace amx {
 namespace {
 
+// Sums as they are, of kColumns columns.
+struct StoreSums {
+  static constexpr ptrdiff_t kColumns = 40;
+  float* out;
+
+  template <int N>
+  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const Simd<float>::V (&acc)[N], int valid) const {
+    for (int i = 0; i < valid; ++i) out[row * kColumns + col + i] = acc[i / 16][i % 16];
+  }
+};
+
 // Rows of 3 numbers, one more than a step has, and two panels: sums that floats hold exactly.
 bool multiplies_right() {
-  constexpr ptrdiff_t kRows = 3, kDepth = 33, kColumns = 40, kGroups = (kDepth + 1) / 2;
+  constexpr ptrdiff_t kRows = 3, kDepth = 33, kColumns = StoreSums::kColumns, kGroups = (kDepth + 1) / 2;
   alignas(64) bf16 rows[kRows * kDepth + 1] = {}, panels[2 * kGroups * 2 * kPanelColumns] = {};
   const auto small = [](ptrdiff_t i) { return static_cast<float>(i % 7 - 3); };
   const auto narrow = [](float f) {
@@ -25,16 +36,10 @@ bool multiplies_right() {
       panel[panel_index<bf16>(k, n % kPanelColumns)] = narrow(small(5 * k + 3 * n));
     }
   }
-  struct Store {
-    float* out;
-    REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const Simd<float>::V (&acc)[kTileVectors], int valid) const {
-      for (int i = 0; i < valid; ++i) out[row * kColumns + col + i] = acc[i / 16][i % 16];
-    }
-  };
   float out[kRows * kColumns];
   const Rows<bf16> left{rows, kDepth, kDepth};
   FetchPanel fetch;
-  gemm_direct(&left, 1, kRows, panels, panel_elements<bf16>(kDepth), kColumns, Store{out}, fetch);
+  gemm_direct(&left, 1, kRows, panels, panel_elements<bf16>(kDepth), kColumns, StoreSums{out}, fetch);
   bool right = true;
   for (ptrdiff_t r = 0; r < kRows; ++r) {
     for (ptrdiff_t n = 0; n < kColumns; ++n) {

@@ -15,43 +15,19 @@ struct GeluToScratch {
   ptrdiff_t stride;
   const T* bias;  // [columns] or null
 
-  // A tile goes to scratch with its bias first, and from there through GELU: the constants have the registers then that the
-  // sums had. Scratch of narrow numbers would round the sums in between, so there each row goes through GELU at once.
-  static constexpr bool kByTiles = IsSame<Operand<T>, Accumulator<T>>::value;
-
-  template <int kRows, int N>
-  REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[kRows][N], int valid) const {
-    Operand<T>* out = h + row * stride + col;
-    REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) {
-      const V b = bias_at(col, i, valid);
-      REPAVIT_UNROLL
-      for (int r = 0; r < kRows; ++r) S::store(out + r * stride + i * S::kLanes, acc[r][i] + b);
-    }
-    __asm__ volatile("" : : : "memory");  // or the compiler would keep them
-    REPAVIT_NO_UNROLL
-    for (int r = 0; r < kRows; ++r, out += stride) {
-      REPAVIT_UNROLL
-      for (int i = 0; i < N; ++i) store_activated(out + i * S::kLanes, S::load(out + i * S::kLanes));
-    }
-  }
-
   template <int N>
   REPAVIT_INLINE void operator()(ptrdiff_t row, ptrdiff_t col, const V (&acc)[N], int valid) const {
     Operand<T>* const out = h + row * stride + col;
     REPAVIT_UNROLL
-    for (int i = 0; i < N; ++i) store_activated(out + i * S::kLanes, acc[i] + bias_at(col, i, valid));
+    for (int i = 0; i < N; ++i) {
+      V v = acc[i];
+      if (bias != nullptr) v += load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes);
+      S::store(out + i * S::kLanes, activate<Accumulator<T>, kForm>(v));
+    }
   }
-
- private:
-  REPAVIT_INLINE V bias_at(ptrdiff_t col, int i, int valid) const {
-    return bias != nullptr ? load_bias(bias, col + i * S::kLanes, valid - i * S::kLanes) : S::zero();
-  }
-  static REPAVIT_INLINE void store_activated(Operand<T>* out, V v) { S::store(out, activate<Accumulator<T>, kForm>(v)); }
 };
-
 template <class T, Activation kForm>
-constexpr bool kTakesTiles<GeluToScratch<T, kForm>> = GeluToScratch<T, kForm>::kByTiles;
+constexpr bool kFromMemory<GeluToScratch<T, kForm>> = true;
 
 template <class T>
 void partial_gelu_ffn_int8(const PartialGeluFfnArgs& args, const Pool& pool) {

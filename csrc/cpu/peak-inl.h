@@ -27,7 +27,7 @@ int64_t product_peak(int64_t iterations, const Pool& pool) {
     const int64_t rounds = *static_cast<const int64_t*>(raw);
     alignas(64) T memory[kPanelColumns * kInterleave<T>] = {};
     Operand<T> element[kInterleave<T>] = {};
-    const typename D::Factor left = unknown(D::left(element, 0)), right = D::right(memory, 0);
+    const typename D::Factor left = unknown(D::left(element, 0)), right = D::right(opaque(&memory[0]), 0);
     for (int64_t thread = begin; thread < end; ++thread) {
       typename S::V acc[kChains];
       REPAVIT_UNROLL

@@ -36,7 +36,7 @@ struct PortableSimd {
   static REPAVIT_INLINE void unzip_runs(V&, V&) {}  // a run is a vector
 
   static REPAVIT_INLINE V swap_pairs(V a) {
-    V swapped;
+    V swapped = a;
     for (int i = 0; i < kLanes; ++i) swapped[i] = a[i ^ 1];
     return swapped;
   }

@@ -24,6 +24,14 @@ constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
+// Tiles of at least so many rows have their epilogue in registers: all of products of more rows than a tile has, but 7 of 15
+// or 3 of 7. None of the level that no machine of today needs.
+#if REPAVIT_ISA_LEVEL >= 1 || defined(__aarch64__)
+constexpr int kTallRows = kTileRows / 2 + 1;
+#else
+constexpr int kTallRows = kTileRows + 1;
+#endif
+
 #if REPAVIT_ISA_LEVEL < 2
 constexpr int kStripRows = 200;  // rows of A that L2 keeps a chunk of K of (gemm_chunked-inl.h): 200 KiB of fp32
 #endif

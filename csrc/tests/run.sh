@@ -13,15 +13,15 @@ mkdir -p "$out"
 
 cxx=${CXX:-g++}
 flags="-std=c++17 -g1 -Wall -Wextra -pthread"
-checked="-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+checked="-Og -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 levels="scalar avx2 avx512 avx512_bf16 amx"
 vnni=      # flag of dispatch.cpp where isa_avx2.cpp has its products of bytes emulated
 emulated=  # levels whose instructions the compiler may not use
 launch=
 case $mode in
   plain) flags="$flags -O3" ;;
-  asan) flags="$flags $checked" ;;  # what sanitizers find is there at -O0 too, and compiling took most of the time
-  tsan) flags="$flags -O0 -fsanitize=thread" ;;
+  asan) flags="$flags $checked" ;;
+  tsan) flags="$flags -O1 -fsanitize=thread" ;;
   aarch64)
     cxx=${AARCH64_CXX:-aarch64-linux-gnu-g++}
     if ! command -v "$cxx" >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
