@@ -15,7 +15,7 @@ Design:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,16 +164,33 @@ def _one_device(x: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name}: on {t.device}, but x is on {x.device}; move one with .to(...)")
 
 
+def _dense(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise ValueError for sparse tensors: PyTorch hands those to the formula, past the kernels' own checks."""
+    for name, t in tensors:
+        if t is not None and t.layout is not torch.strided:
+            raise ValueError(f"{name}: got a tensor of layout {t.layout}, wanted a dense one: {name}.to_dense()")
+
+
+def _sized(static: Mapping[str, Any]) -> None:
+    """Raise ValueError for patches or windows of no tokens, by which the formulas would divide."""
+    for name in ("patch", "window"):
+        if any(n < 1 for n in static.get(name, ())):
+            raise ValueError(f"{name}: got {list(static[name])}, wanted at least 1 each")
+
+
 def _register(operator: Operator) -> None:
     _LIBRARY.define(f"{operator.name}({operator.arguments}) -> Tensor")
     qualified = f"{NAMESPACE}::{operator.name}"
 
     def composite(*tensors: Tensor | None, **static: Any) -> Tensor:
+        _dense(zip(operator.tensor_names, tensors, strict=False))
+        _sized(static)
         return operator.reference(*tensors[: operator.inputs], **static)
 
     def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
         refuse_onnx()
         _one_device(x, zip(operator.tensor_names[1:], others, strict=False))
+        _sized(static)
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
@@ -190,6 +207,7 @@ def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]
+        _sized(static)
         if x.dtype == torch.float64 or not backends.has_triton_kernel(name) or static.get("quantize", "none") != "none":
             return formula(*arguments, **static)  # of quantized weights there is no kernel yet
         static.pop("quantize", None)
@@ -253,6 +271,7 @@ def _register_fused_blocks() -> None:
 
     def formula(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:
         _check_plan(weights, plan, scalars)
+        _dense((("x", x), *((f"weights[{i}]", w) for i, w in enumerate(weights))))
         return reference.fused_blocks(x, weights, plan=plan, scalars=scalars)
 
     def fake(x: Tensor, weights: list[Tensor | None], *, plan: list[int], scalars: list[float]) -> Tensor:

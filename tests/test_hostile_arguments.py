@@ -447,6 +447,24 @@ def test_all_on_the_meta_device_gives_the_shape(name, way):
     assert y.shape == expected.shape
 
 
+@every_way
+@every_operator
+def test_sparse_tensors_are_refused_by_name(name, way):
+    """PyTorch hands them to the formula, past the kernels' checks: patches of no pixels were a ZeroDivisionError."""
+    for i, argument, tensors, static in each_tensor(name):
+        if way is one_step and argument == "attn_bias":
+            continue
+        tensors[i] = tensors[i].to_sparse()
+        refused((f"{argument}: got a tensor of layout", "weights["), way, name, tensors, static)
+
+
+@pytest.mark.parametrize("zero", [[0, 2], [2, 0]], ids=str)
+@pytest.mark.parametrize(("name", "argument"), [("patch_projection", "patch"), ("window_rep_attention", "window")])
+def test_no_pixels_on_the_meta_device(name, argument, zero):
+    tensors, static = case(name)
+    refused(f"{argument}: got {zero}", registered, name, [t.to("meta") for t in tensors], {**static, argument: zero})
+
+
 @pytest.mark.parametrize("norm_eps", [-1.0, float("nan"), -float("inf")])
 @every_operator
 def test_a_norm_has_a_variance_offset(name, norm_eps):

@@ -87,6 +87,17 @@ def test_a_folder_gives_a_row_for_each_image(predictor, folder, tmp_path, worker
     assert schema.field("label").type == pa.int32()
 
 
+def test_each_part_gives_its_memory_back(predictor, folder, tmp_path, monkeypatch):
+    """Rows that are kept between batches lay over what the batches freed: 20,000 images took 200 MiB more than 2,000."""
+    parts = []
+    monkeypatch.setattr(
+        backends, "release_freed_memory", lambda: parts.append(len(list(tmp_path.glob("out/*.parquet"))))
+    )
+    predict(predictor, folder, tmp_path / "out", batch=4, shard=8, workers=0)
+    assert len(parts) > 1
+    assert parts == list(range(1, len(parts) + 1))
+
+
 def test_lists_parquet_and_tar_shards_give_the_same(predictor, folder, photos, tmp_path):
     paths = sorted(folder.rglob("*.png"))
     listed = tmp_path / "list.txt"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import backends
 from ..checkpoints.mapped_file import sha256_of
 from .decoding import Batch, Decoded
 from .output import Output, joined
@@ -104,6 +105,7 @@ def predict(
                 computed += len(paths)
                 if rows.last:
                     output.write(rows.shard, joined(waiting.pop(rows.shard)))
+                    backends.release_freed_memory()  # or glibc keeps what lies between these rows, up to a limit of its own
                 bar.moved(len(paths))
         count, unreadable = output.finish()
     finally:
