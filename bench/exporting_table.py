@@ -129,6 +129,13 @@ def openvino(**options: str) -> Run:
     return run
 
 
+def openvino_compile(model: nn.Module, x: Tensor, folder: Path) -> Tensor:
+    import openvino.torch  # noqa: F401: what PyTorch knows the backend from
+
+    options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    return torch.compile(model, backend="openvino", options=options)(x)
+
+
 def pnnx_ncnn(full: bool) -> Run:
     """With ``full``, neither weights nor what lies between layers in float16."""
 
@@ -194,6 +201,7 @@ ROWS: dict[str, Row] = {
     "ncnn_right": Row("ncnn", "`fp16=False`, and `net.opt.use_fp16_*` off", pnnx_ncnn(full=True)),
     "openvino": Row("openvino", "`compile_model(convert_model(model), 'CPU')`", openvino()),
     "openvino_right": Row("openvino", "`INFERENCE_PRECISION_HINT` f32", openvino(INFERENCE_PRECISION_HINT="f32")),
+    "openvino_compile": Row("openvino", "`torch.compile(backend='openvino')` with that hint", openvino_compile),
     "coreml": Row("coremltools", "`ct.convert(program)`: float16", coreml()),
     "coreml_right": Row("coremltools", "`compute_precision` FLOAT32", coreml(compute_precision="FLOAT32")),
 }
