@@ -130,7 +130,7 @@ def openvino(**options: str) -> Run:
 
 
 def openvino_compile(model: nn.Module, x: Tensor, folder: Path) -> Tensor:
-    import openvino.torch  # noqa: F401: what PyTorch knows the backend from
+    import openvino.torch  # noqa: F401 - what PyTorch knows the backend from
 
     options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
     return torch.compile(model, backend="openvino", options=options)(x)

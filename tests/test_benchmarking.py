@@ -190,7 +190,7 @@ def test_quick_leaves_out_peers_that_take_minutes_unless_they_are_named(monkeypa
         peers.find_peers(["slow", "fast"], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "litert", "executorch", "ncnn"])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "litert", "executorch", "ncnn", "iree", "zentorch"])
 def test_peers_compute_a_tiny_model(name):
     peer = peers.PEERS[name]
     if reason := peer.why_unavailable(torch.float32):

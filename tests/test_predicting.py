@@ -88,7 +88,7 @@ def test_a_folder_gives_a_row_for_each_image(predictor, folder, tmp_path, worker
 
 
 def test_each_part_gives_its_memory_back(predictor, folder, tmp_path, monkeypatch):
-    """Rows that are kept between batches lay over what the batches freed: 20,000 images took 200 MiB more than 2,000."""
+    """Rows that are kept between batches lay over what the batches freed: 20,000 images took 200 MiB more."""
     parts = []
     monkeypatch.setattr(
         backends, "release_freed_memory", lambda: parts.append(len(list(tmp_path.glob("out/*.parquet"))))

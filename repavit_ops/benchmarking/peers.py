@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from . import phones, runtimes
 from .runtimes import Call
 
+TORCH = torch.__version__.partition("+")[0]
 EXTRA = "pip install 'repavit-ops[bench]'"
 KEEP = (
     "pip freeze | grep ^torch== > keep.txt && pip install -c keep.txt"  # what follows, beside the torch that is there
@@ -60,7 +62,7 @@ class Peer:
 
     def why_unavailable(self, dtype: torch.dtype) -> str | None:
         """Why this machine cannot run it in ``dtype``, with the command that helps; None where it can."""
-        missing = [module for module in self.modules if importlib.util.find_spec(module) is None]
+        missing = [module for module in self.modules if not _installed(module)]
         if missing:
             return f"{', '.join(missing)} not installed: {self.get}"
         if (reason := self.program()) is not None:
@@ -74,6 +76,20 @@ class Peer:
         call = self.build(subject)
         assert call is not None, self.name
         return call
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
+
+
+def _no_avx512() -> str | None:
+    level = backends.cpu_isa() if backends.why_unavailable("cpp") is None else "unknown"
+    if level.startswith(("avx512", "amx")):
+        return None
+    return f"its kernels need AVX-512 (here: {level}), it is torch.compile without"
 
 
 def _no_compiler() -> str | None:
@@ -121,6 +137,22 @@ PEERS = {
             ("ncnn", "pnnx"),
             ALL[:1],
             lambda subject: phones.ncnn(subject.module, subject.x),
+        ),
+        Peer(
+            "iree",
+            f"{KEEP} iree-base-compiler iree-base-runtime iree-turbine",
+            ("iree.compiler", "iree.runtime", "iree.turbine"),
+            ALL[:1],
+            lambda subject: runtimes.iree(subject.module, subject.x),
+        ),
+        Peer(
+            "zentorch",
+            f"{KEEP} deprecated 'zentorch=={TORCH}.*'",
+            ("zentorch", "deprecated"),
+            ALL[:2],
+            lambda subject: runtimes.zentorch(subject.cast, subject.x),
+            slow=True,
+            program=_no_avx512,
         ),
         Peer(
             "compile",

@@ -47,6 +47,42 @@ def compiled_module(module: torch.nn.Module, x: Tensor) -> Call:
     return call
 
 
+def zentorch(module: torch.nn.Module, x: Tensor) -> Call:
+    """AMD's backend of torch.compile, with frozen weights, at x's shape."""
+    import torch._inductor.config as inductor
+    import zentorch  # noqa: F401 - what PyTorch knows the backend from
+
+    torch._dynamo.reset()
+    with inductor.patch(freezing=True):
+        fast = torch.compile(module, backend="zentorch")
+        with torch.no_grad():
+            fast(x)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return fast(x)
+
+    return call
+
+
+def iree(module: torch.nn.Module, x: Tensor) -> Call:
+    """IREE's compiler for this CPU, in float32, on as many of its workers as torch has threads."""
+    import iree.compiler
+    import iree.runtime
+    import iree.turbine.aot
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own trees
+        program = str(iree.turbine.aot.export(module, x).mlir_module)
+    options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"]
+    code = iree.compiler.compile_str(program, target_backends=["llvm-cpu"], input_type="torch", extra_args=options)
+    iree.runtime.flags.parse_flags(f"--task_topology_max_group_count={torch.get_num_threads()}")
+    context: Any = iree.runtime.SystemContext(config=iree.runtime.Config("local-task"))
+    context.add_vm_module(iree.runtime.VmModule.copy_buffer(context.instance, code))
+    image = iree.runtime.asdevicearray(context.config.device, np.ascontiguousarray(x.numpy()))
+    return lambda: torch.from_numpy(context.modules.module.main(image).to_host().copy())
+
+
 def onnx_bytes(module: torch.nn.Module, x: Tensor) -> bytes:
     """A module as ONNX, at x's shape; the input is named x."""
     file: Any = io.BytesIO()  # which save takes, though it says a path

@@ -105,7 +105,7 @@ def predict(
                 computed += len(paths)
                 if rows.last:
                     output.write(rows.shard, joined(waiting.pop(rows.shard)))
-                    backends.release_freed_memory()  # or glibc keeps what lies between these rows, up to a limit of its own
+                    backends.release_freed_memory()  # glibc keeps what lay between these rows
                 bar.moved(len(paths))
         count, unreadable = output.finish()
     finally:
