@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_tables
 import cpu_table
 import pytest
 
@@ -134,6 +135,13 @@ def test_rotary_models_in_docs_rotary_and_gates():
         runs = [found for (case, _), of in measured.items() if case.startswith(start) for found in of]
         for shown, peer in zip(line[1:], ("eager", "openvino"), strict=True):
             assert list(numbers(shown)) == sorted(round(found["ratios"][peer], 2) for found in runs), (start, peer)
+
+
+def test_what_bench_says_in_docs_measured():
+    """All of it, by the script that made it."""
+    page = (ROOT / "docs/measured.md").read_text()
+    assert bench_tables.PLACE.search(page) is not None
+    assert bench_tables.filled(page) == page
 
 
 def test_every_file_of_results_that_a_page_cites_is_there():
