@@ -2,7 +2,7 @@
 //
 // A tile of C stays in registers for the whole of K, so there is no K blocking and nothing is read back. The epilogue is
 // a functor that receives each finished row of the tile in registers and does what it likes: bias, activation, residual,
-// conversion, any layout of the store.
+// conversion, any layout of the store. It is compiled into tall tiles alone; others reach it by way of L1 (with_tile).
 #pragma once
 
 #include "dot-inl.h"

@@ -32,29 +32,23 @@ def compiled(function: Callable[..., Tensor], *args: Any) -> Call:
 
 def compiled_module(module: torch.nn.Module, x: Tensor) -> Call:
     """torch.compile of a module with frozen weights and max-autotune, at x's shape."""
-    import torch._inductor.config as inductor
-
-    torch._dynamo.reset()
-    with inductor.patch(freezing=True, max_autotune=True):
-        fast = torch.compile(module, fullgraph=True)
-        with torch.no_grad():
-            fast(x)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return fast(x)
-
-    return call
+    return _frozen(module, x, {"freezing": True, "max_autotune": True}, fullgraph=True)
 
 
 def zentorch(module: torch.nn.Module, x: Tensor) -> Call:
     """AMD's backend of torch.compile, with frozen weights, at x's shape."""
-    import torch._inductor.config as inductor
     import zentorch  # noqa: F401 - what PyTorch knows the backend from
 
+    return _frozen(module, x, {"freezing": True}, backend="zentorch")
+
+
+def _frozen(module: torch.nn.Module, x: Tensor, settings: dict[str, Any], **options: Any) -> Call:
+    """torch.compile with inductor's settings, compiled before it is returned."""
+    import torch._inductor.config as inductor
+
     torch._dynamo.reset()
-    with inductor.patch(freezing=True):
-        fast = torch.compile(module, backend="zentorch")
+    with inductor.patch(settings):
+        fast = torch.compile(module, **options)
         with torch.no_grad():
             fast(x)
 
