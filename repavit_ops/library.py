@@ -171,11 +171,14 @@ def _dense(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name}: got a tensor of layout {t.layout}, wanted a dense one: {name}.to_dense()")
 
 
-def _sized(static: Mapping[str, Any]) -> None:
-    """Raise ValueError for patches or windows of no tokens, by which the formulas would divide."""
+def _known(static: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the formulas would divide by, or look up: no tokens to a window, names of no form."""
     for name in ("patch", "window"):
         if any(n < 1 for n in static.get(name, ())):
             raise ValueError(f"{name}: got {list(static[name])}, wanted at least 1 each")
+    for name, known in stack_plan.NAMED.items():
+        if static.get(name, known[0]) not in known:
+            raise ValueError(f"{name}: got {static[name]!r}, wanted one of {', '.join(known)}")
 
 
 def _register(operator: Operator) -> None:
@@ -184,13 +187,13 @@ def _register(operator: Operator) -> None:
 
     def composite(*tensors: Tensor | None, **static: Any) -> Tensor:
         _dense(zip(operator.tensor_names, tensors, strict=False))
-        _sized(static)
+        _known(static)
         return operator.reference(*tensors[: operator.inputs], **static)
 
     def fake(x: Tensor, *others: Tensor | None, **static: Any) -> Tensor:
         refuse_onnx()
         _one_device(x, zip(operator.tensor_names[1:], others, strict=False))
-        _sized(static)
+        _known(static)
         return x.new_empty(operator.result_shape(x, *others, **static))
 
     _LIBRARY.impl(operator.name, composite, "CompositeExplicitAutograd")
@@ -207,7 +210,7 @@ def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]
-        _sized(static)
+        _known(static)
         if x.dtype == torch.float64 or not backends.has_triton_kernel(name) or static.get("quantize", "none") != "none":
             return formula(*arguments, **static)  # of quantized weights there is no kernel yet
         static.pop("quantize", None)

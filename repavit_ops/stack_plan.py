@@ -71,7 +71,7 @@ class _Form:
 
 
 # Arguments whose values are names, and which there are; a plan has the index of one.
-_NAMES = {
+NAMED = {
     "approximate": GELU_FORMS,
     "activation": GATES,
     "norm": NORMS,
@@ -128,7 +128,7 @@ def encode(steps: Iterable[Step]) -> Plan:
         for i, name in form.pairs.items():
             integers[i : i + 2] = static[name]
         for i, name in form.names.items():
-            integers[i] = _NAMES[name].index(static.get(name, _NAMES[name][0]))
+            integers[i] = NAMED[name].index(static.get(name, NAMED[name][0]))
         plan += integers
         eps = (static["norm_eps"], static.get(form.second_eps) if form.second_eps else None)
         scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
@@ -171,7 +171,7 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
 
 
 def _named(argument: str, index: int) -> str:
-    names = _NAMES[argument]
+    names = NAMED[argument]
     if not 0 <= index < len(names):
         raise ValueError(f"plan: got a form {index} of {argument}, wanted 0 to {len(names) - 1}")
     return names[index]

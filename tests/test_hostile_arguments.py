@@ -465,6 +465,15 @@ def test_no_pixels_on_the_meta_device(name, argument, zero):
     refused(f"{argument}: got {zero}", registered, name, [t.to("meta") for t in tensors], {**static, argument: zero})
 
 
+@pytest.mark.parametrize("argument", stack_plan.NAMED)
+@every_operator
+def test_names_of_no_form_on_the_meta_device(name, argument):
+    """Where no kernel looks, the registered gated_ffn answered an activation '' with a KeyError."""
+    tensors, static = case(name)
+    if f" {argument}=" in str(getattr(OP, name).default._schema) or argument in static:
+        refused(f"{argument}: got ''", registered, name, [t.to("meta") for t in tensors], {**static, argument: ""})
+
+
 @pytest.mark.parametrize("norm_eps", [-1.0, float("nan"), -float("inf")])
 @every_operator
 def test_a_norm_has_a_variance_offset(name, norm_eps):
