@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backends
 
+LEAST_COSINE = 0.99  # of a quantized model's outputs and blocks with the truth, unless the caller says otherwise
 TINY = 1e-30  # a row whose numbers span less is one number; weights of no greater magnitude are zero
 DEPTH = (2**31 - 1) // (255 * 127)  # inputs of a weight, whose sums int32 holds (csrc/cpu/kernels.h)
 

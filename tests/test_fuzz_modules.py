@@ -56,7 +56,9 @@ class PackedModule(RuleBasedStateMachine):
     @rule()
     @torch.no_grad()
     def call(self):
-        state = {name: t.double() for name, t in self.module.state_dict().items()}
+        state = self.module.state_dict()  # its _metadata says which form w_merged has: kept
+        for name, t in state.items():
+            state[name] = t.double()
         dtype = next(self.module.parameters()).dtype
         x = self.numbers(*self.size).to(dtype)
         ours = self.module(x)
@@ -177,12 +179,6 @@ def models(draw):
     return randomise(model, seed), Numbers(seed, torch.float32)(draw(st.integers(1, 4)), *size)
 
 
-def _by_luck(report, dtype):
-    """Whether the rule fails since eager came nearer to few numbers than it can count on: by a rounding of each."""
-    row = report.output
-    return row.max_abs <= row.bound + torch.finfo(dtype).eps * row.max_abs / max(row.relative, 1e-30)
-
-
 @settings(fuzzing, max_examples=max(EXAMPLES // 3, 5))
 @given(models(), st.sampled_from(LOW), st.integers(1, 4), st.booleans())
 def test_a_fused_model_of_any_shape_verifies(drawn, dtype, threads, keep_unpacked):
@@ -191,7 +187,7 @@ def test_a_fused_model_of_any_shape_verifies(drawn, dtype, threads, keep_unpacke
     try:
         fused = repavit_ops.fuse(model, dtype=dtype, keep_unpacked=keep_unpacked)
         report = repavit_ops.verify(model, fused, x)
-        assert report or _by_luck(report, dtype), str(report)
+        assert report, str(report)
         with torch.inference_mode():
             assert torch.equal(fused(x.to(dtype)), fused(x.to(dtype)))
     finally:

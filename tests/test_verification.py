@@ -52,6 +52,34 @@ def test_a_dropped_bias_fails_in_low_precision_too():
     assert not repavit_ops.verify(model, fused, images())
 
 
+class Summed(torch.nn.Module):
+    """One number, a sum that bfloat16 holds exactly of whole numbers; ``off`` by so much."""
+
+    def __init__(self, off=0.0, numbers=1):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, numbers, bias=False)
+        torch.nn.init.ones_(self.linear.weight)
+        self.off = off
+
+    def forward(self, x):
+        return self.linear(x) + self.off
+
+
+def test_of_few_numbers_eagers_error_is_looked_at_nearby_too():
+    x, exact = torch.tensor([[3.0, 5.0, 2.0, 5.0]]), Summed().eval()
+    rounding, fault = 0.0625, 0.5  # of a sum of 15 in bfloat16, and more than rounding can be
+    assert repavit_ops.verify(exact, Summed(rounding).eval().bfloat16(), x)
+    assert not repavit_ops.verify(exact, Summed(fault).eval().bfloat16(), x)
+    assert not repavit_ops.verify(exact, Summed(float("nan")).eval().bfloat16(), x)
+    assert not repavit_ops.verify(exact, Summed(1e-5).eval(), x)
+    assert not repavit_ops.verify(exact, Summed(rounding).eval().bfloat16(), x, atol=0.01)
+
+
+def test_many_numbers_hold_the_rule_as_it_is():
+    x, many = torch.tensor([[3.0, 5.0, 2.0, 5.0]]), 32
+    assert not repavit_ops.verify(Summed(numbers=many).eval(), Summed(0.0625, many).eval().bfloat16(), x)
+
+
 def test_own_bound_replaces_the_rule():
     model = tiny_vit()
     fused = repavit_ops.fuse(model)

@@ -27,9 +27,9 @@ OURS, TIMM, TRANSFORMERS, CALLER = "repavit_ops", "timm", "transformers", "calle
 # what lets a config of transformers name other files, or code
 FETCHING = ("auto_map", "backbone", "use_timm_backbone", "use_pretrained_backbone", "quantization_config")
 ATTENTIONS = ("eager", "sdpa")  # any other name may be a kernel that transformers would download
-# attributes of operators that were set behind their construction: how many channels a merged FFN had, and the form of
-# its packed copy
-SET_LATER = ("hidden", "quantize")
+# attributes of operators that were set behind their construction: how many channels a merged FFN had, the form of its
+# packed copy, and what calibration saw of it
+SET_LATER = ("hidden", "quantize", "quantization_error")
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 IMMATERIAL = frozenset(  # attributes that change nothing that a model in evaluation mode computes
     {"training", "p", "drop_prob", "drop_rate", "scale_by_keep", "name_or_path", "gradient_checkpointing"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,6 +155,8 @@ def _note(module: PackedWeights) -> str:
     if module.quantize != "none":
         on_cpu = getattr(module, module.packed_names[0]).is_cpu
         notes.append(f"{module.quantize}, {_rounding(module) if on_cpu else 'by its formula: no kernel here has it'}")
+    if (error := module.quantization_error) is not None:
+        notes.append(_calibrated(error, module.quantize != "none"))
     return ", ".join(notes)
 
 
@@ -165,6 +168,13 @@ def _rounding(module: PackedWeights) -> str:
             used = reference_int8.weights(w.detach().float())
             errors.append(((used.q * used.scale - w.detach()).norm() / w.detach().norm()).item())
     return f"weights {max(errors):.1e} off" if errors else "weights freed"
+
+
+def _calibrated(error: float, quantized: bool) -> str:
+    """What calibration saw of a sub-block, and what followed."""
+    if not math.isfinite(error):
+        return "in floats: no batch of the calibration came here"
+    return f"outputs {error:.1e} off" if quantized else f"in floats: int8 would be {error:.1e} off"
 
 
 def _memory(modules: list[nn.Module]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
 from ..nn.stand_in import stand_in_class
 from ..ops import _check
+from ..reference_int8 import LEAST_COSINE
 from ..stack import FusedStack, LoopedBlocks, LoopOwner, OneCall
+from .calibration import Batch, calibrate
 from .folding import fold_batchnorm
 from .nothing import nothing_fuses
 from .patches import fuse_patches
@@ -75,6 +77,8 @@ def fuse(
     inplace: bool = False,
     keep_unpacked: bool = True,
     quantize: str = "none",
+    calibration: Iterable[Batch] | None = None,
+    least_cosine: float = LEAST_COSINE,
 ) -> nn.Module:
     """Swap the blocks of a model for fused modules that compute the same, each in one operator call.
 
@@ -101,6 +105,10 @@ def fuse(
         quantize: "int8": products of FFNs and attention's projections in whole numbers, weights per output channel,
             tokens per token and call, so no data is needed beforehand; the rest stays in the model's dtype
             (docs/int8.md). Not exact, not differentiable; patches and the head keep their floats.
+        calibration: batches of inputs like those to come: tensors, (images, labels), dictionaries of arguments. With
+            them the mean of what int8 is off leaves the biases, and the sub-blocks that int8 hurts most stay in floats,
+            as many as ``least_cosine`` asks for; the report names each one's error. Without them all are quantized.
+        least_cosine: of the last tokens with those of floats, as calibration predicts it.
 
     Returns:
         The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,
@@ -112,8 +120,9 @@ def fuse(
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
             was skipped (each named with its reason).
         UserWarning: nothing was fused; or inference mode is on, in which no parameter that can be trained is made.
-        ValueError: an unknown backend, dtype or form of quantize; float64 with "int8"; a folded weight is not finite;
-            weights are on the meta device or sharded; the model cannot be copied.
+        ValueError: an unknown backend, dtype or form of quantize; float64 with "int8"; calibration without quantize, or
+            of no batch; least_cosine out of [0, 1]; a folded weight is not finite; weights are on the meta device or
+            sharded; the model cannot be copied.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
@@ -122,8 +131,13 @@ def fuse(
     _check.form_of_quantize(quantize)
     if quantize != "none" and backend == "triton":
         raise ValueError(f"quantize: {quantize!r} has no Triton kernel; take backend='auto', the formula on a GPU")
+    if calibration is not None and quantize == "none":
+        raise ValueError("calibration: is for quantize='int8', got quantize='none'")
+    if not 0 <= least_cosine <= 1:
+        raise ValueError(f"least_cosine: got {least_cosine}, wanted a number from 0 to 1")
     if (reason := why_unavailable(backend)) is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    at_once = quantize != "none" and calibration is None
 
     def wanted(module: nn.Module, name: str) -> bool:
         return filter_fn is None or filter_fn(module, name)
@@ -139,23 +153,29 @@ def fuse(
         """Cast and pack a module as soon as it stands, so that no more than one block has its weights twice."""
         if not isinstance(module, PackedWeights):
             return
-        if quantize != "none":
+        if at_once:
             quantize_weights(module, quantize)
         if device is not None:
             return
         if dtype is not None:
             _cast(module, dtype)
         module.current()
-        if not keep_unpacked:
+        if not keep_unpacked and calibration is None:
             module.drop_unpacked()
         if (packed := module.packed_copy) is not None and packed.nbytes >= LARGE:
             backends.release_freed_memory()
 
     model, device = _taken(model, inplace, "fuse")
-    keeps_shortcut = quantize != "none" or dtype not in (None, torch.float32)  # which those take out by themselves
+    keeps_shortcut = at_once or dtype not in (None, torch.float32)  # which those take out by themselves
     model = _swapped(model, backend, wanted, keeps_shortcut, strict, finished)
     if dtype is not None:
         _cast(model, dtype)
+    if calibration is not None:
+        with torch.no_grad():
+            calibrate(model, calibration, quantize, least_cosine)
+        for module in model.modules():
+            if isinstance(module, PackedWeights) and device is None and not keep_unpacked:
+                module.drop_unpacked()
     if device is not None:
         model.to(device)
     if backend == "auto":

@@ -64,6 +64,7 @@ class PackedWeights(nn.Module):
     packed_names: ClassVar[tuple[str, ...]]
     backend: backends.Backend
     quantize: str = "none"  # the form of the packed copy: of the weights' own dtype, or "int8"
+    quantization_error: float | None = None  # of int8, relative to the output; None where fuse() was not calibrated
     _copy: Copy
 
     def __init__(self) -> None:
