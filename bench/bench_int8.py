@@ -3,7 +3,8 @@
 Speed and what it costs, in one table: every provider's cosine with the float64 truth stands beside its time; a peer
 below 0.97 is not timed, and that is said. Peers: ONNX Runtime dynamic (weights per channel, activations per tensor) and
 static (QDQ, per channel), OpenVINO on the QDQ graph and on NNCF's quantization for transformers, torchao's dynamic int8
-under torch.compile. What is not installed is left out: ``pip install nncf torchao``.
+under torch.compile, LiteRT's and ExecuTorch's dynamic int8. What is not installed is left out:
+``pip install nncf torchao litert-torch executorch``, keeping the torch that is there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import repavit_ops
 from repavit_ops import ops, reference
-from repavit_ops.benchmarking import runtimes
+from repavit_ops.benchmarking import phones, runtimes
 from repavit_ops.benchmarking.harness import interleave, peak_provider, split_peak
 
 OWN = ("float32", "bfloat16", "eager")  # what is no peer of int8, beside it all the same
@@ -143,6 +144,12 @@ def int8_peers(graph: bytes, model: nn.Module | None, x: Tensor, inputs: list[np
     calls["openvino NNCF"] = safely("openvino NNCF", lambda: nncf_openvino(graph, x, inputs))
     if model is not None:
         calls["torchao"] = safely("torchao", lambda: torchao_compiled(model, x))
+        for name, package, make in (
+            ("litert dynamic", "litert_torch", phones.litert),
+            ("executorch dynamic", "executorch", phones.executorch),
+        ):
+            if importlib.util.find_spec(package) is not None:
+                calls[name] = safely(name, functools.partial(make, model, x, int8=True))
     return {name: call for name, call in calls.items() if call is not None}
 
 

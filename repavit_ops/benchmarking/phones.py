@@ -1,7 +1,12 @@
-"""Calls in runtimes made for phones, which compute on a PC's CPU too: LiteRT, ExecuTorch, ncnn. All in float32."""
+"""Calls in runtimes made for phones, which compute on a PC's CPU too: LiteRT, ExecuTorch, ncnn.
+
+In float32, or, where ``int8`` is asked for, with products in int8: weights per output channel, activations in the call.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import tempfile
 import warnings
@@ -17,12 +22,12 @@ from ..exporting import litert as tflite
 from .runtimes import Call
 
 
-def litert(module: nn.Module, x: Tensor) -> Call:
+def litert(module: nn.Module, x: Tensor, int8: bool = False) -> Call:
     """LiteRT with XNNPACK, on torch's number of threads."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.tflite"
         tflite.write(module, x, file, False)
-        content = file.read_bytes()
+        content = _in_dynamic_range(file) if int8 else file.read_bytes()
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter: Any = Interpreter(model_content=content, num_threads=torch.get_num_threads())
@@ -39,8 +44,20 @@ def litert(module: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def executorch(module: nn.Module, x: Tensor) -> Call:
+def _in_dynamic_range(file: Path) -> bytes:
+    """A .tflite file in LiteRT's dynamic-range int8."""
+    from ai_edge_quantizer import quantizer, recipe
+
+    made = quantizer.Quantizer(str(file))
+    made.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and sizes
+        return bytes(made.quantize().quantized_model)
+
+
+def executorch(module: nn.Module, x: Tensor, int8: bool = False) -> Call:
     """ExecuTorch with XNNPACK, on torch's number of threads."""
+    if int8:
+        module = _in_xnnpack_int8(module, x)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.pte"
         pte.write(module, x, file, False)
@@ -56,6 +73,20 @@ def executorch(module: nn.Module, x: Tensor) -> Call:
         return method.execute([x])[0]
 
     return call
+
+
+def _in_xnnpack_int8(module: nn.Module, x: Tensor) -> nn.Module:
+    """The module as XNNPACK's quantizer annotates it for dynamic int8."""
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as q
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = q.XNNPACKQuantizer()
+    quantizer.set_global(q.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters about themselves
+        prepared = prepare_pt2e(torch.export.export(module, (x,)).module(), quantizer)
+        prepared(x)
+        return convert_pt2e(prepared)
 
 
 def ncnn(module: nn.Module, x: Tensor) -> Call:
