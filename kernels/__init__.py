@@ -4,6 +4,7 @@ device_math   pure functions of registers: GELU, SiLU
 tile          pure functions of tiles: order, load, product, epilogue
 sequences     where the tokens of an image or a window are, and how their rows are moved
 linear, …     one kernel and its launcher each: no autograd, no nn
+int8          products of bytes, and quantize_rows, which makes them: what quantize="int8" puts in the places of linear
 chips, tuning what a GPU offers, and which tile is taken for which product on it
 """
 

@@ -17,9 +17,8 @@ def fused_blocks(
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.fused_blocks`, with its steps as stack_plan.py encodes them."""
     for step in stack_plan.decode(weights, plan, scalars):
-        static = dict(step.static)
-        if step.operator in WITHOUT_KERNEL or static.pop("quantize", "none") != "none":
+        if step.operator in WITHOUT_KERNEL:
             x = reference.run_step(step, x)
         else:
-            x = launcher(step.operator)(x, *step.tensors, **static)
+            x = launcher(step.operator)(x, *step.tensors, **step.static)
     return x

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from . import tuning
 from .chips import chip_of
+from .int8 import int8_gated
 from .layer_norm import core, layer_norm_core
 from .linear import linear
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
-from .partial_gelu_ffn import two_source
+from .partial_gelu_ffn import int8_second, two_source
+from .quantize_rows import quantize_rows, quantize_weights
 from .tile import activate, finish, load_tile, tile_corner
 from .tuning import Config
 
@@ -89,14 +91,22 @@ def gated_ffn(
     inner_norm_eps: float | None = None,
     residual: bool = False,
     norm: str = "layer",
+    quantize: str = "none",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.gated_ffn`, same arguments."""
     rows = as_rows(x)
+    shortcut = rows if residual else None
+    if quantize == "int8":
+        q = quantize_rows(rows, norm_eps, norm)
+        gate_up = quantize_weights(w_gate), b_gate, quantize_weights(w_up), b_up
+        h = int8_gated(q, *gate_up, activation, x.dtype == torch.float32)
+        if inner_norm_eps is not None:
+            h = layer_norm_core(h, inner_norm_eps)
+        return int8_second(h, q, w_out, w_merged, bias, shortcut, x.dtype).view(x.shape)
     z = rows if norm_eps is None else core(rows, norm_eps, norm)
     h = gated(z, w_gate, b_gate, w_up, b_up, activation)
     if inner_norm_eps is not None:
         h = layer_norm_core(h, inner_norm_eps)
-    shortcut = rows if residual else None
     if w_merged is None:
         y = linear(h, w_out, bias, residual=shortcut)
     else:

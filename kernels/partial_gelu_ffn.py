@@ -10,6 +10,7 @@ Design:
    concatenated in memory, no result of the first half ever rounded. z comes first: it is ready before h.
 2. The residual is added in fp32, from the raw x; folded into a low-precision w_merged it would lose digits.
 3. Narrow tokens take one launch instead (on_chip_ffn.py), where the table or the rule of thumb says so.
+4. In int8 both products are int8.py's, with z and h quantized in front of them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from . import tuning
 from .chips import chip_of
+from .int8 import int8_linear
 from .layer_norm import core
 from .linear import ACTIVATIONS, linear, vendor_linear
 from .on_chip_ffn import on_chip_ffn
 from .operands import FP_FUSION, are_aligned, as_rows, as_vector, describe, product_precision
+from .quantize_rows import Rows, quantize_rows, quantize_weights
 from .tile import accumulate, finish, tile_corner
 from .tuning import Config
 
@@ -83,15 +86,34 @@ def partial_gelu_ffn(
     residual: bool = False,
     approximate: str = "none",
     norm: str = "layer",
+    quantize: str = "none",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.partial_gelu_ffn`, same arguments."""
     rows = as_rows(x)
     activation = ACTIVATIONS[approximate]
+    if quantize == "int8":
+        z = quantize_rows(rows, norm_eps, norm)
+        h = int8_linear(z, quantize_weights(w_in), b_in, torch.float32, activation=activation)
+        return int8_second(h, z, w_out, w_merged, bias, rows if residual else None, x.dtype).view(x.shape)
     (m, c), hidden = rows.shape, w_in.shape[0]
     config = None if norm == "rms" else tuning.choose_on_chip(chip_of(x.device), x.dtype, m, c, hidden)
     operands = (rows, w_in, b_in, w_out, w_merged, bias, norm_eps, residual, activation)
     y = two_launches(*operands, norm) if config is None else on_chip_ffn(*operands, config)
     return y.view(x.shape)
+
+
+def int8_second(
+    h: Tensor,
+    z: Rows,
+    w_out: Tensor,
+    w_merged: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``h w_outᵀ + z w_mergedᵀ + bias + residual`` in int8, of h in fp32 [M, H] and z as it is quantized."""
+    merged = None if w_merged is None else (z, quantize_weights(w_merged))
+    return int8_linear(quantize_rows(h), quantize_weights(w_out), bias, dtype, residual=residual, second=merged)
 
 
 def two_launches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .attention import attention
+from .int8 import int8_project
 from .linear import linear
 from .query_key_rows import query_key_rows
 
@@ -33,9 +34,11 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    quantize: str = "none",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.rep_attention`, same arguments."""
-    qkv = linear(x, w_qkv, b_qkv, norm_eps=norm_eps, norm=norm)
+    project = int8_project if quantize == "int8" else linear
+    qkv = project(x, w_qkv, b_qkv, norm_eps=norm_eps, norm=norm)
     if qk_norm_eps is not None or rotary_cos is not None:
         qkv = query_key_rows(
             qkv,
@@ -50,4 +53,4 @@ def rep_attention(
             layout=rotary_layout,
         )
     attended = attention(qkv, attn_bias, num_heads, d_qk, scale)
-    return linear(attended, w_proj, b_proj, residual=x if residual else None)
+    return project(attended, w_proj, b_proj, residual=x if residual else None)

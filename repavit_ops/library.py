@@ -206,14 +206,13 @@ def _register(operator: Operator) -> None:
 
 
 def _triton(name: str, formula: Callable[..., Tensor], inputs: int) -> Callable[..., Tensor]:
-    """The CUDA implementation: the Triton launcher; the reference where triton is missing, for float64 and for int8."""
+    """The CUDA implementation: the Triton launcher; the reference where triton is missing, and for float64."""
 
     def run(x: Tensor, *tensors: Any, **static: Any) -> Tensor:
         arguments = (x, *tensors)[:inputs]
         _known(static)
-        if x.dtype == torch.float64 or not backends.has_triton_kernel(name) or static.get("quantize", "none") != "none":
-            return formula(*arguments, **static)  # of quantized weights there is no kernel yet
-        static.pop("quantize", None)
+        if x.dtype == torch.float64 or not backends.has_triton_kernel(name):
+            return formula(*arguments, **static)
         with torch.cuda.device(x.device):
             return backends.triton_launcher(name)(*arguments, **static)
 

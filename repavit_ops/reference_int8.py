@@ -44,7 +44,7 @@ def weights(w: Tensor) -> Quantized:
     """Weights [N, K] about 0, each row with a scale of its own."""
     most = _extreme(w.abs(), torch.amax)
     used = most >= TINY
-    factor = torch.where(used, 127 / most, 0.0)
+    factor = torch.where(used, _over(127, most), 0.0)
     scale = torch.where(used, most / 127, most * 0)  # NaN stays
     return Quantized(_whole(w * factor), scale, torch.zeros_like(scale))
 
@@ -54,7 +54,7 @@ def rows(x: Tensor) -> Quantized:
     least = _extreme(x, torch.amin)
     span = _extreme(x, torch.amax) - least
     used = span.isfinite() & (span >= TINY)
-    factor = torch.where(used, 255 / span, 0.0)
+    factor = torch.where(used, _over(255, span), 0.0)
     scale = torch.where(used, span / 255, torch.where(span < TINY, 0.0, math.nan))
     return Quantized(_whole((x - least) * factor), scale, torch.where(scale.isnan(), 0.0, least))
 
@@ -94,6 +94,11 @@ def _extreme(x: Tensor, of: Callable[..., Tensor]) -> Tensor:
     if x.shape[-1] == 0:
         return x.new_zeros((*x.shape[:-1], 1))
     return torch.where(x.isfinite().all(-1, keepdim=True), of(x, -1, keepdim=True), math.nan)
+
+
+def _over(steps: int, x: Tensor) -> Tensor:
+    """steps / x, rounded once: of a number and a tensor PyTorch takes the reciprocal, and multiplies."""
+    return torch.full_like(x, steps) / x
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import triton
 from aot_helpers import CHIPS, EVERYTHING, assert_products, compiled, every_chip, meta
 
 from repavit_ops.kernels import tuner, tuning
-from repavit_ops.kernels.aot import compiling_for, resources
+from repavit_ops.kernels.aot import Resources, compiling_for, resources
 from repavit_ops.kernels.attention import attention, window_attention
 from repavit_ops.kernels.chips import KNOWN, Chip
 from repavit_ops.kernels.gated_ffn import gated_ffn
 from repavit_ops.kernels.linear import linear
 from repavit_ops.kernels.partial_gelu_ffn import partial_gelu_ffn
 from repavit_ops.kernels.query_key_rows import query_key_rows
+from repavit_ops.kernels.rep_attention import rep_attention
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS = 128 * 197
@@ -90,6 +91,37 @@ def test_gated_ffn_is_two_launches(chip):
     kernels = compiled(chip, lambda: gated_ffn(*tensors, activation="silu", norm_eps=1e-6, residual=True))
     assert list(kernels) == ["layer_norm_core_kernel", "gated_kernel", "linear_kernel"]
     assert_products(kernels["gated_kernel"], chip)
+
+
+def bytes_multiplied(taken: Resources, chip: str) -> bool:
+    """Whether a kernel multiplies bytes by the chip's matrix instructions: sm_103's are those before tcgen05."""
+    marks = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_i32"}
+    found = marks.get(chip, "mma.sync") in taken.code
+    return found and (chip == "gfx942" or any(kind in taken.code for kind in (".s8", "kind::i8")))
+
+
+@every_chip
+def test_int8_ffn_quantizes_and_multiplies_bytes(chip):
+    kernels = compiled(chip, lambda: ffn(768, 768, norm_eps=1e-6, residual=True, quantize="int8"))
+    assert list(kernels) == ["quantize_rows_kernel", "int8_linear_kernel"]
+    assert bytes_multiplied(kernels["int8_linear_kernel"], chip)
+
+
+@few_chips
+def test_int8_gates_multiply_bytes(chip):
+    tensors = meta(ROWS, 768), meta(2048, 768), None, meta(2048, 768), None, meta(768, 2048), None, None
+    kernels = compiled(chip, lambda: gated_ffn(*tensors, activation="silu", norm_eps=1e-6, quantize="int8"))
+    assert bytes_multiplied(kernels["int8_gated_kernel"], chip)
+
+
+@few_chips
+@pytest.mark.parametrize("rows", [197, ROWS])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_int8_attention_multiplies_bytes(chip, rows, dtype):
+    x, w_qkv, w_proj = (meta(*s, dtype=dtype) for s in ((rows // 197, 197, 384), (3 * 384, 384), (384, 384)))
+    static = {"num_heads": 6, "scale": 0.125, "d_qk": 64, "norm_eps": 1e-6, "residual": True}
+    kernels = compiled(chip, lambda: rep_attention(x, w_qkv, None, w_proj, None, **static, quantize="int8"))
+    assert bytes_multiplied(kernels["int8_linear_kernel"], chip) or rows == 197
 
 
 @few_chips

@@ -101,7 +101,9 @@ class PackedModule(RuleBasedStateMachine):
     def load(self, seed):
         numbers = Numbers(seed, torch.float32)
         state = self.module.state_dict()
-        self.module.load_state_dict({k: numbers(*v.shape, scale=0.2).to(v.dtype) for k, v in state.items()})
+        for name, t in state.items():
+            state[name] = numbers(*t.shape, scale=0.2).to(t.dtype)
+        self.module.load_state_dict(state)
 
     @rule(dtype=st.sampled_from(LOW))
     def cast(self, dtype):

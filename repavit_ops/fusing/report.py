@@ -153,8 +153,8 @@ def _note(module: PackedWeights) -> str:
     if module.residual:
         notes.append("shortcut in the epilogue")
     if module.quantize != "none":
-        on_cpu = getattr(module, module.packed_names[0]).is_cpu
-        notes.append(f"{module.quantize}, {_rounding(module) if on_cpu else 'by its formula: no kernel here has it'}")
+        kernels = backends.KERNELS_OF.get(getattr(module, module.packed_names[0]).device.type)
+        notes.append(f"{module.quantize}, {_rounding(module) if kernels else 'by its formula: no kernel here has it'}")
     if (error := module.quantization_error) is not None:
         notes.append(_calibrated(error, module.quantize != "none"))
     return ", ".join(notes)

@@ -129,8 +129,6 @@ def fuse(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, wanted a floating dtype such as torch.bfloat16")
     _check.form_of_quantize(quantize)
-    if quantize != "none" and backend == "triton":
-        raise ValueError(f"quantize: {quantize!r} has no Triton kernel; take backend='auto', the formula on a GPU")
     if calibration is not None and quantize == "none":
         raise ValueError("calibration: is for quantize='int8', got quantize='none'")
     if not 0 <= least_cosine <= 1:

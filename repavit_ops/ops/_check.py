@@ -109,7 +109,7 @@ def form_of_quantize(quantize: str) -> None:
         raise ValueError(f"quantize: got {quantize!r}, wanted 'none' or 'int8'")
 
 
-def quantized(x: Tensor, quantize: str, backend: str, *weights: Tensor | None) -> None:
+def quantized(x: Tensor, quantize: str, *weights: Tensor | None) -> None:
     """Raise ValueError unless ``quantize`` names a form that these weights and tokens have, here."""
     form_of_quantize(quantize)
     if quantize == "none":
@@ -124,8 +124,6 @@ def quantized(x: Tensor, quantize: str, backend: str, *weights: Tensor | None) -
             f"quantize: got weights of {deepest} inputs, wanted at most {reference_int8.DEPTH}, whose sums int32 "
             "holds; leave these at 'none'"
         )
-    if backend == "triton":
-        raise ValueError("quantize: 'int8' has no Triton kernel; take backend 'auto', the formula on a GPU, or 'none'")
 
 
 def gate_form(activation: str) -> None:

@@ -85,7 +85,7 @@ def gated_ffn(
     _check.gate_form(activation)
     _check.norm(norm_eps, norm)
     _check.norm(inner_norm_eps, name="inner_norm")
-    _check.quantized(x, quantize, backend, w_gate, w_up, w_out, w_merged)
+    _check.quantized(x, quantize, w_gate, w_up, w_out, w_merged)
     _check.same_kind(x, w_gate=w_gate, b_gate=b_gate, w_up=w_up, b_up=b_up, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 

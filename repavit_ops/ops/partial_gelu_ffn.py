@@ -73,7 +73,7 @@ def partial_gelu_ffn(
         _check.shape("bias", bias, c)
     _check.gelu_form(approximate)
     _check.norm(norm_eps, norm)
-    _check.quantized(x, quantize, backend, w_in, w_out, w_merged)
+    _check.quantized(x, quantize, w_in, w_out, w_merged)
     _check.same_kind(x, w_in=w_in, b_in=b_in, w_out=w_out, w_merged=w_merged, bias=bias)
     _check.packed(x, packed)
 

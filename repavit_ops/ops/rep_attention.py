@@ -112,7 +112,7 @@ def rep_attention(
     _check.rotary(x, rotary_cos, rotary_sin, rotary_layout, num_heads, d_qk)
     _check.qk_norm(qk_norm_eps, qk_norm, q_norm, k_norm, d_qk)
     _check.norm(norm_eps, norm)
-    _check.quantized(x, quantize, backend, w_qkv, w_proj)
+    _check.quantized(x, quantize, w_qkv, w_proj)
     _check.same_kind(
         x,
         w_qkv=w_qkv,

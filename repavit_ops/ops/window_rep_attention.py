@@ -99,7 +99,7 @@ def window_rep_attention(
     if residual and w_proj.shape[0] != x.shape[3]:
         raise ValueError(f"residual: x has {x.shape[3]} channels but w_proj gives {w_proj.shape[0]}; they must agree")
     _check.norm(norm_eps, norm)
-    _check.quantized(x, quantize, backend, w_qkv, w_proj)
+    _check.quantized(x, quantize, w_qkv, w_proj)
     _check.same_kind(x, w_qkv=w_qkv, b_qkv=b_qkv, w_proj=w_proj, b_proj=b_proj, rel_bias=rel_bias, pad_kv=pad_kv)
     _check.packed(x, packed)
 
