@@ -31,11 +31,11 @@ TILES = {
 
 
 def odd_rows(m: int, k: int) -> torch.Tensor:
-    """Random rows; some that are one number, zero, tiny, huge, or hold a NaN or an infinity."""
+    """Random rows; some that are one number, zero, tiny, huge, span more than floats do, or hold a NaN or an infinity."""
     x = randn(m, k).float()
     for row, number in enumerate((0.0, 7.25, 1e-38, -3e38)):
         x[row] = number
-    x[4, 0], x[5, k - 1], x[6, k // 2] = 3e38, float("nan"), float("-inf")
+    x[4, 0], x[4, 1], x[5, k - 1], x[6, k // 2] = 3e38, -3e38, float("nan"), float("-inf")
     x[7] *= 1e30
     return x
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400  # for one run; a mutant that loops is killed too
-LINEAR, FFN, ATTENTION, WINDOWS = (
+LINEAR, FFN, ATTENTION, WINDOWS, INT8 = (
     f"tests/interpreted/test_{name}_kernel{end}.py"
-    for name, end in (("linear", ""), ("ffn", "s"), ("attention", ""), ("window", ""))
+    for name, end in (("linear", ""), ("ffn", "s"), ("attention", ""), ("window", ""), ("int8", "s"))
 )
 
 # (file, the place with «what is replaced», what replaces it, tests)
@@ -65,6 +65,21 @@ MUTANTS = (
     ("attention", "if bias is None and «not scale > 0»:", "scale < 0", ATTENTION),
     ("attention", "padding = None if height % wh == 0 «and» width", "or", WINDOWS),
     ("window_rep_attention", "pad_kv = b_qkv[«num_heads * d_qk» :]", "0", WINDOWS),
+    ("quantize_rows", "inside = (k + tl.arange(0, BK) < «K»)[None, :]", "PADDED", INT8),
+    ("quantize_rows", "wrong += tl.sum(tl.where(inside, «v * 0.0», 0.0), 1)", "0.0", INT8),
+    ("quantize_rows", "finite = (wrong == 0.0) & («span <= LARGEST»)", "wrong == 0.0", INT8),
+    ("quantize_rows", "used = finite & («span >= LEAST_SPAN»)", "span >= 0.0", INT8),
+    ("quantize_rows", "steps = 127.0 if WEIGHTS else «255.0»", "254.0", INT8),
+    ("quantize_rows", "tl.where(finite, 0.0, «float(\"nan\")»))", "0.0", INT8),
+    ("quantize_rows", "numbers = tl.where((col < K)[None, :], «numbers - 128», 0)", "numbers - 127", INT8),
+    ("quantize_rows", "numbers = «tl.where((col < K)[None, :], numbers - 128, 0)»", "numbers - 128", INT8),
+    ("quantize_rows", "tl.where(finite, «least», 0.0)", "0.0", INT8),
+    ("int8", "whole = (total + «128 * sums»)", "127 * sums", INT8),
+    ("int8", "(whole * s + o * «sums.to(tl.float32)»)", "1.0", INT8),
+    ("int8", "whole_sums(x2, w2, «K2», row0", "K", INT8),
+    ("int8", "BM, BN, BK, «EVEN2», TMA", "EVEN", INT8),
+    ("int8", "residual, residual_stride, out, N, row0, M, col0, N, BM, BN, «ACTIVATION»", "\"none\"", INT8),
+    ("partial_gelu_ffn", "merged = None if «w_merged is None» else (z,", "True", INT8),
 )  # fmt: skip
 
 
