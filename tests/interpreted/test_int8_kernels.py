@@ -31,7 +31,7 @@ TILES = {
 
 
 def odd_rows(m: int, k: int) -> torch.Tensor:
-    """Random rows; some that are one number, zero, tiny, huge, span more than floats do, or hold a NaN or an infinity."""
+    """Random rows; some are one number, zero, tiny, huge, span more than floats do, or hold a NaN or an infinity."""
     x = randn(m, k).float()
     for row, number in enumerate((0.0, 7.25, 1e-38, -3e38)):
         x[row] = number
