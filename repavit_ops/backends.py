@@ -106,6 +106,7 @@ def amx_refusal() -> str | None:
     return AMX_REFUSALS[torch.ops.repavit_ops.amx_refusal()]
 
 
+@functools.cache
 def cpu_level() -> str:
     """:func:`cpu_isa` without its warning and its check; for whoever knows that the kernels are there."""
     return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]

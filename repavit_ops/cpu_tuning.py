@@ -111,10 +111,10 @@ class Choice:
 
     def takes_pytorch(self, x: Tensor) -> bool:
         """Whether ``x`` goes to PyTorch."""
-        if torch.compiler.is_compiling():
-            return self.programs
         if torch.is_autocast_enabled("cpu"):  # the kernels would have to pack at every call, which is not measured
             return self.autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if torch.compiler.is_compiling():
+            return self.programs
         return x.dim() > 0 and within(x.shape[0], self.batches(x.shape[1:]))
 
     def __str__(self) -> str:
