@@ -702,6 +702,16 @@ def test_mistakes_are_one_line(call, torchvision_stub, arguments, message):
     assert message in err
 
 
+def test_a_model_of_which_nothing_fuses_is_refused(call, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["repavit_ops.cli.tune"], "model_of", lambda source: nn.Sequential(nn.Conv2d(3, 3, 3)).eval()
+    )
+    with pytest.warns(UserWarning, match="nothing"):
+        status, _, err = call("tune", "--cpu", "some.pth", "--batch", "1")
+    assert status == USAGE
+    assert "MODEL: nothing of 'some.pth' fuses" in err
+
+
 def test_the_command_says_why_there_is_nothing_to_tune(call, monkeypatch):
     monkeypatch.setattr(backends, "_cpp_failure", "not built")
     status, _, err = call("tune", "--cpu", "repa_deit_tiny")

@@ -114,7 +114,10 @@ def _places(sources: list[str], batches: list[int], dtypes: list[str]) -> Iterat
             fused = fuse(model, backend="cpp", dtype=getattr(torch, kind))
             for batch in batches:
                 images = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
-                yield from cpu_tuner.places_of(fused, images.to(getattr(torch, kind)))
+                places = cpu_tuner.places_of(fused, images.to(getattr(torch, kind)))
+                if not places:
+                    raise ValueError(f"MODEL: nothing of {source!r} fuses, so that there is nothing to tune")
+                yield from places
 
 
 def _table(measured: list[Measured]) -> Table:
