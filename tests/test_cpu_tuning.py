@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import repavit_ops
 from repavit_ops import backends, cpu_tuning, info
 from repavit_ops.benchmarking import cpu_tuner
+from repavit_ops.benchmarking.harness import Timing
 from repavit_ops.cli import app
 from repavit_ops.cpu_tuning import Measured, Operation
 from repavit_ops.nn import GatedFFN, PartialGELUFFN, PatchConv2d, PatchProjection, RepAttention, WindowRepAttention
@@ -646,6 +647,15 @@ def test_a_kernel_that_is_wrong_here_is_left_to_pytorch_with_a_warning(monkeypat
         measured = cpu_tuner.measure(place, preferring("cpp"))
     assert (measured.us, measured.choice) == (math.inf, "pytorch")
     assert cpu_tuner.measure(dataclasses.replace(place), preferring("cpp")).choice == "cpp"
+
+
+@pytest.mark.parametrize(("p80", "busy"), [(1.4, False), (1.6, True)])
+def test_medians_are_told_and_a_busy_machine_too(p80, busy, monkeypatch):
+    monkeypatch.setattr(cpu_tuner, "interleave", lambda calls, seconds: {"cpp": Timing(1e-6, 1.2e-6, p80 * 1e-6)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cpu_tuner.microseconds(0.0)({})["cpp"] == pytest.approx(1.2)
+    assert ["the machine is busy" in str(warning.message) for warning in caught] == [True] * busy
 
 
 def test_the_command_measures_a_checkpoint_and_a_model_then_follows_it(call, tmp_path):

@@ -26,9 +26,11 @@ from ..stack import OneCall
 from ..stack.one_call import operation_of
 from ..stack_plan import Step
 from .harness import check, interleave
+from .measuring import PEER_SLACK
 
 Calls = dict[str, Callable[[], Any]]  # by choice: "cpp", "pytorch"
 Timer = Callable[[Calls], Mapping[str, float]]
+BUSY = 1.5  # 80th over 20th percentile of one call's times
 OF_MODELS = ("token_embedding", "pooled_head")  # steps of one call that belong to no module
 
 
@@ -61,10 +63,13 @@ class Place:
 
 
 def microseconds(seconds: float) -> Timer:
-    """Medians in µs of providers in turns, over about so many seconds."""
+    """Medians in µs of providers in turns, over about so many seconds; warns where they vary too much to compare."""
 
     def timer(calls: Calls) -> Mapping[str, float]:
-        return {name: 1e6 * timing.p50 for name, timing in interleave(calls, seconds).items()}
+        timings = interleave(calls, seconds)
+        if any(timing.p80 > BUSY * timing.p20 for timing in timings.values()):
+            warnings.warn("the machine is busy, times vary by more than a half: tune again with --again", stacklevel=2)
+        return {name: 1e6 * timing.p50 for name, timing in timings.items()}
 
     return timer
 
@@ -112,13 +117,16 @@ def measure(place: Place, timer: Timer) -> Measured:
 
 
 def _check(place: Place) -> None:
-    """Raise AssertionError where the kernel is further from float64 than the tolerance rule allows."""
+    """Raise AssertionError where the kernel is far further from float64 than PyTorch's form is.
+
+    More than the rule of the tests allows, for a few logits are too few to compare two maxima of errors.
+    """
     part = place.parts[0]
     ours, eager = (place.call(part, backend)() for backend in cpu_tuning.CHOICES)
     wide: Any = _double(vars(part)) if isinstance(part, Step) else copy.deepcopy(part).double()
     exact = Place(place.operation, *_double((place.x, place.args, place.kwargs)))
     truth = exact.call(Step(**wide) if isinstance(part, Step) else wide, "reference")()
-    check(f"{place.operation.operator} on {list(place.x.shape)}", ours, eager, truth)
+    check(f"{place.operation.operator} on {list(place.x.shape)}", ours, eager, truth, PEER_SLACK)
 
 
 def _double(value: Any) -> Any:
