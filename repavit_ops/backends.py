@@ -22,7 +22,7 @@ import torch.autograd.forward_ad as forward_ad
 
 Backend = Literal["auto", "reference", "cpp", "triton", "pytorch"]
 # "pytorch" is not for asking: it is what "auto" becomes where PyTorch's own form is the faster one (cpu_tuning.py)
-BACKENDS: tuple[str, ...] = get_args(Backend)[:4]
+BACKENDS = tuple(name for name in get_args(Backend) if name != "pytorch")
 
 KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
 

@@ -92,7 +92,8 @@ class Choice:
     """Where ``backend="auto"`` takes PyTorch's own form of one operation.
 
     Attributes:
-        sizes: measured sizes of the tensor (without the batch), and the batches at which it is PyTorch's.
+        sizes: measured sizes of the tensor (without the batch), and the batches at which it is PyTorch's; those that
+            are the kernel's at every batch only where others are PyTorch's.
         others: the batches at sizes that were not measured: all or none.
         programs: whether compiled and exported programs have PyTorch's form, which must not ask for sizes.
         autocast: whether autocast to bfloat16 has.
@@ -124,7 +125,7 @@ class Choice:
 
     @property
     def kernel_never(self) -> bool:
-        """Whether no batch and no size takes the kernel, so that nothing need be packed."""
+        """Whether no call takes the kernel and nothing was measured, so that nothing need be packed."""
         return self.others == EVERY and not self.sizes
 
     @property
@@ -142,10 +143,10 @@ def choose(operation: Operation) -> Choice | None:
     missed = amx_missed()
     others = EVERY if missed and operation.dtype == "bfloat16" else ()
     sizes = {size: _intervals(points) for size, points in measured.items()}
-    differing = tuple((size, batches) for size, batches in sizes.items() if batches != others)
+    telling = tuple((size, batches) for size, batches in sizes.items() if batches or others)
     programs = all(batches == EVERY for batches in sizes.values()) if sizes else others == EVERY
     text = f"by {path()}" if measured else f"until {COMMAND} has measured it: {missed}"
-    choice = Choice(differing, others, programs, missed is not None, text)
+    choice = Choice(telling, others, programs, missed is not None, text)
     return None if choice.empty else choice
 
 

@@ -401,6 +401,9 @@ def test_a_forced_backend_is_not_moved_by_the_table():
     assert [type(run).__name__ for run in forced.route(x).calls] == ["KeptPlan"]
     assert ours_in(lambda: forced(x))[0] == ["repavit_ops::fused_blocks"]
     assert len(ours_in(lambda: forced.forward_features(x))[0]) == 2  # the convolution, and the blocks
+    mixed = repavit_ops.fuse(model)
+    mixed.patch_embed.proj.backend = "cpp"
+    assert [type(run).__name__ for run in mixed.route(x).calls] == ["KeptPlan", "PyTorchRun"]
     plain = repavit_ops.fuse(model, backend="reference")
     assert all(part.choice is None for part in plain.modules() if isinstance(part, PackedWeights))
 
@@ -485,13 +488,11 @@ def test_a_model_without_its_plain_weights_runs_on_the_kernels():
     torch.testing.assert_close(y, repavit_ops.fuse(model, backend="cpp")(x))
 
 
-def test_quantized_modules_stay_on_their_kernels():
-    model, x = tiny_vit(), images(2)
-    tuned(model, x)
-    fused = repavit_ops.fuse(model, quantize="int8")
-    assert all(
-        part.choice is None for part in fused.modules() if isinstance(part, PackedWeights) and part.quantize != "none"
-    )
+def test_quantized_modules_stay_on_their_kernels(without_amx):
+    fused = repavit_ops.fuse(tiny_vit(), dtype=BF16, quantize="int8")
+    quantized = [part for part in fused.modules() if isinstance(part, PackedWeights) and part.quantize != "none"]
+    assert len(quantized) == 4
+    assert all(part.choice is None and part.packed_copy is not None for part in quantized)
 
 
 def test_the_report_says_what_is_pytorchs_and_by_which_table():
@@ -551,6 +552,16 @@ def test_what_was_tuned_holds_there(without_amx):
     tuned(model, x, lambda operator: "cpp")
     fused = repavit_ops.fuse(model, dtype=BF16)
     assert ours_in(lambda: fused(x))[0] == ["repavit_ops::fused_blocks"]
+
+
+@torch.no_grad()
+def test_what_one_call_takes_to_a_kernel_there_is_packed(without_amx):
+    """The convolution by itself is PyTorch's, the token embedding around the same weights is not."""
+    model, x = tiny_vit(), images(2).to(BF16)
+    tuned(model, x, lambda operator: "cpp" if operator == "token_embedding" else "pytorch")
+    fused = repavit_ops.fuse(model, dtype=BF16)
+    assert [type(run).__name__ for run in fused.route(x).calls] == ["KeptPlan", "PyTorchRun"]
+    assert fused.patch_embed.proj.packed_copy is not None
 
 
 @pytest.mark.parametrize("refusal", [1, 2, 3])

@@ -143,7 +143,7 @@ def embedding(
     packed, (matrix,) = conv.current()
     static = {"patch": (conv.kernel_size[0], conv.kernel_size[1]), "as_map": as_map, "norm_eps": eps}
     step = Step("token_embedding", (matrix, conv.bias, prefix, position, weight, bias), static, packed)
-    return step if conv.stands_alone else _chosen(step, images.shape[1:])
+    return _chosen(step, images.shape[1:]) if conv.backend == "auto" and not conv.stands_alone else step
 
 
 def blocks(parts: nn.Module, size: Sequence[int]) -> list[Step]:
