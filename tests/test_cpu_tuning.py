@@ -448,7 +448,7 @@ def test_a_forced_backend_is_not_moved_by_the_table():
 
 
 def test_pytorch_is_no_backend_to_ask_for():
-    with pytest.raises(ValueError, match="backend: got 'pytorch', wanted one of auto, reference, cpp, triton$"):
+    with pytest.raises(ValueError, match=r"backend: got 'pytorch', wanted one of auto, reference, cpp, triton$"):
         repavit_ops.fuse(tiny_vit(), backend="pytorch")
 
 
