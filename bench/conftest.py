@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from repavit_ops.benchmarking.harness import append_result, common_gelu
+from repavit_ops.benchmarking.harness import append_result
+from repavit_ops.reference import common_gelu
 
 PEERS = ("compile", "openvino", "onnxruntime")
 ROWS: list[dict] = []

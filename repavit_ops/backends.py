@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import platform
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import Literal, get_args
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-Backend = Literal["auto", "reference", "cpp", "triton"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
+Backend = Literal["auto", "reference", "cpp", "triton", "pytorch"]
+# "pytorch" is not for asking: it is what "auto" becomes where PyTorch's own form is the faster one (cpu_tuning.py)
+BACKENDS = tuple(name for name in get_args(Backend) if name != "pytorch")
 
 KERNELS_OF = {"cpu": "cpp", "cuda": "triton"}  # device type → backend that "auto" takes
 
@@ -93,7 +96,36 @@ AMX_REFUSALS = (
     None,
     "the system does not let this process use AMX: bfloat16 runs at level avx512_bf16",
     "AMX's first product came out wrong: bfloat16 runs at level avx512_bf16; please report this processor",
+    "these kernels were built without AMX, which this processor has: bfloat16 runs at level avx512_bf16; build them "
+    "with GCC 12 or later and binutils 2.35 or later",
 )
+
+
+def amx_refusal() -> str | None:
+    """Why the kernels do not use the AMX that this processor has, in one line; None where there is nothing to say."""
+    return AMX_REFUSALS[torch.ops.repavit_ops.amx_refusal()]
+
+
+@functools.cache
+def cpu_level() -> str:
+    """:func:`cpu_isa` without its warning and its check; for whoever knows that the kernels are there."""
+    return CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The CPU's name as the system gives it, with its generation where that is known; else the architecture.
+
+    Virtual machines often give a name without a generation.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text(errors="replace").split("\n\n", 1)[0] if cpuinfo.exists() else ""
+    fields = {key.lower(): value for key, value in re.findall(r"^(.+?)[ \t]*:[ \t]*(\S.*)$", first, re.MULTILINE)}
+    names = [fields[key] for key in ("model name", "hardware", "cpu model") if key in fields]
+    name = names[0] if names else platform.processor() or platform.machine()
+    if "cpu family" not in fields or "model" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def cpu_isa() -> str:
@@ -103,8 +135,8 @@ def cpu_isa() -> str:
     """
     if _cpp_failure is not None:
         raise RuntimeError(f"backend 'cpp' is not available: {_cpp_failure}")
-    level = CPU_ISA[torch.ops.repavit_ops.cpu_isa()]
-    if refusal := AMX_REFUSALS[torch.ops.repavit_ops.amx_refusal()]:
+    level = cpu_level()
+    if refusal := amx_refusal():
         warnings.warn(refusal, stacklevel=2)
     return level
 
@@ -139,7 +171,7 @@ def exports_to_onnx() -> bool:
 
 def wants_formula(backend: str) -> bool:
     """Whether a functional form runs in plain PyTorch: it was asked to, or what is going on knows no kernels."""
-    return backend == "reference" or in_forward_mode() or exports_to_onnx()
+    return backend in ("reference", "pytorch") or in_forward_mode() or exports_to_onnx()
 
 
 def has_autocast(device_type: str) -> bool:

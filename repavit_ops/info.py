@@ -6,12 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import backends, library  # noqa: F401 - library loads the C++ kernels, if there are any
+from . import backends, cpu_tuning, library  # noqa: F401 - library loads the C++ kernels, if there are any
 from .version import __version__
 
 EXTRAS = {  # optional package → what needs it
@@ -42,25 +41,20 @@ def collect() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Model name, instruction-set level of our kernels (None: not available) and of torch's, threads of torch."""
+    """Model name, instruction-set level of our kernels (None: not available) and of torch's, threads of torch.
+
+    And how the table of ``repavit-ops tune --cpu`` stands, and why the processor's AMX is not used, if so.
+    """
+    here = backends.why_unavailable("cpp") is None
     return {
-        "model": cpu_model(),
-        "isa": None if backends.why_unavailable("cpp") else backends.cpu_isa(),
+        "model": backends.cpu_model(),
+        "isa": backends.cpu_isa() if here else None,
+        "amx_refusal": backends.amx_refusal() if here else None,
+        "table": cpu_tuning.state() if here else None,
         "isa_requested": os.environ.get("REPAVIT_CPU_ISA"),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_model() -> str:
-    """The CPU's name as the system gives it; the architecture where it gives none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() in ("model name", "hardware", "cpu model") and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -111,6 +105,11 @@ def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("cpu level", f"{level}; torch uses {processor['torch_isa']}"),
         ("threads", str(processor["threads"])),
     ]
+    if processor["table"] is not None:
+        lines.append(("cpu table", processor["table"]))
+    if processor["amx_refusal"] is not None:
+        left = f"PyTorch's own form until {cpu_tuning.COMMAND} has measured it"
+        lines.append(("bfloat16", f"{left}: {processor['amx_refusal']}"))
     for g in graphics:
         tiles = "tuned tiles" if g["tuned"] else "tiles by rule of thumb: repavit-ops tune NAME..."
         lines.append(("gpu", f"{g['name']}, sm {g['capability']}, {g['memory_gib']} GiB, {tiles}"))

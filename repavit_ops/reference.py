@@ -7,7 +7,9 @@ benchmarks. Nothing here is tuned; every line is the formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import backends, reference_int8, stack_plan
 
 SHIFT_MASK = -100.0  # what Swin adds between tokens of different regions, instead of -inf
+_COMMON_GELU: ContextVar[bool] = ContextVar("whether gelu is F.gelu", default=False)
 
 
 def layer_norm_core(x: Tensor, eps: float) -> Tensor:
@@ -44,7 +47,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
     Φ is written out for the CPU's floats of at most 32 bits, where ``F.gelu`` of a contiguous tensor is oneDNN's. That
     differs from machine to machine: with AVX-512 it is 1.2e-6 off, +inf gives NaN and 1.8e38 inf; -0 gives +0
-    everywhere. Compilers and exporters know F.gelu and have their own.
+    everywhere. Compilers and exporters know F.gelu and have their own; :func:`common_gelu` takes it, too.
     """
     if approximate == "quick":
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # so that it is rounded once
@@ -52,8 +55,20 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if approximate != "none" or not x.is_cpu or not narrow or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return F.gelu(x, approximate=approximate)
+    if _COMMON_GELU.get():
+        return F.gelu(x)
     wide = x.float()
     return (wide * 0.5 * torch.erfc(wide * -math.sqrt(0.5))).to(x.dtype)
+
+
+@contextmanager
+def common_gelu() -> Iterator[None]:
+    """F.gelu meanwhile, as people's models call it: the reference's own is more exact, and slower."""
+    before = _COMMON_GELU.set(True)
+    try:
+        yield
+    finally:
+        _COMMON_GELU.reset(before)
 
 
 def gate(x: Tensor, activation: str) -> Tensor:
@@ -334,6 +349,14 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
         pooled_head,
     )
 }
+
+
+PYTORCH = {name: common_gelu()(formula) for name, formula in OPERATORS.items()}
+
+
+def form(operator: str, backend: str) -> Callable[..., Tensor]:
+    """The formula of an operator: its definition, or for backend "pytorch" with the GELU that people's models call."""
+    return (PYTORCH if backend == "pytorch" and not torch.compiler.is_compiling() else OPERATORS)[operator]
 
 
 def fused_blocks(

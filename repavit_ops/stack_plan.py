@@ -48,12 +48,14 @@ class Step:
     """One step: the operator's name, its tensors after x without ``packed``, and its keyword arguments.
 
     Names of norms and layouts, and a second eps, may be left out where they are the operator's defaults.
+    ``pytorch`` are the batches at which a module's step is none of the call's but PyTorch's (cpu_tuning.py).
     """
 
     operator: str
     tensors: tuple[Tensor | None, ...]
     static: dict[str, Any]
     packed: Tensor | None = None
+    pytorch: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,19 @@ def test_levels_that_were_left_out_are_never_chosen(tmp_path, built):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
-    ("allowed", "right", "level", "refusal"), [("true", "true", 4, 0), ("false", "true", 3, 1), ("true", "false", 3, 2)]
+    ("allowed", "right", "built", "wanted", "level", "refusal"),
+    [
+        ("true", "true", 31, "", 4, 0),
+        ("false", "true", 31, "", 3, 1),
+        ("true", "false", 31, "", 3, 2),
+        ("true", "true", 15, "", 3, 3),
+        ("true", "true", 15, "amx", 3, 3),
+        ("true", "true", 15, "avx512", 2, 0),
+    ],
+    ids=["taken", "forbidden", "wrong", "not_built", "asked_for_and_not_built", "not_asked_for"],
 )
-def test_amx_is_taken_where_the_system_allows_it_and_a_product_comes_out_right(
-    tmp_path, allowed, right, level, refusal
+def test_amx_is_taken_where_it_is_built_the_system_allows_it_and_a_product_comes_out_right(
+    tmp_path, allowed, right, built, wanted, level, refusal
 ):
     stubs = "".join(f"namespace {name} {{ void install(Kernels&) {{ }} }}\n" for name in backends.CPU_ISA)
     stubs += f"namespace amx {{ bool self_check() {{ return {right}; }} }}"
@@ -159,9 +168,18 @@ def test_amx_is_taken_where_the_system_allows_it_and_a_product_comes_out_right(
         int main() {{ std::printf("%d %d", repavit::isa_level(), repavit::amx_refusal()); }}
     """
     (tmp_path / "main.cpp").write_text(program)
-    command = ["g++", "-std=c++17", f"-DREPAVIT_EMULATED_AMX={allowed}", "-I", ROOT / "csrc", "-o", tmp_path / "main"]
+    command = [
+        "g++",
+        "-std=c++17",
+        f"-DREPAVIT_EMULATED_AMX={allowed}",
+        f"-DREPAVIT_BUILT_LEVELS={built}",
+        "-I",
+        ROOT / "csrc",
+        "-o",
+        tmp_path / "main",
+    ]
     subprocess.run([*command, tmp_path / "main.cpp", ROOT / "csrc/cpu/dispatch.cpp"], check=True)
-    environment = {name: value for name, value in os.environ.items() if name != "REPAVIT_CPU_ISA"}
+    environment = {**os.environ, "REPAVIT_CPU_ISA": wanted}
     done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == f"{level} {refusal}"
 

@@ -17,6 +17,7 @@ PACKAGE = "repavit_ops"
 LAYERS = (
     ("version",),
     ("reparam", "stack_plan", "backends"),
+    ("cpu_tuning",),
     ("reference_int8",),
     ("reference",),
     ("kernels", "flop_formulas"),

@@ -149,12 +149,16 @@ struct Choice {
 };
 
 Choice choose_level() {
-  const int level = lowered_level(std::getenv("REPAVIT_CPU_ISA"));
+  const char* wanted = std::getenv("REPAVIT_CPU_ISA");
+  const int level = lowered_level(wanted);
 #if REPAVIT_BUILT_LEVELS >> 4 & 1
   if (level == kAmx) {
     if (!system_allows_amx()) return {built_level(kAvx512Bf16), 1};
     if (!amx::self_check()) return {built_level(kAvx512Bf16), 2};
   }
+#else
+  const bool lowered = wanted != nullptr && *wanted != '\0' && std::strcmp(wanted, kNames[kAmx]) != 0;
+  if (level_of_the_processor() == kAmx && !lowered) return {level, 3};
 #endif
   return {level, 0};
 }

@@ -28,8 +28,8 @@ int lowered_level(const char* wanted);
 // does not let this process have it, or its first product comes out wrong.
 int isa_level();
 
-// Why the level in use is not AMX, which this processor and this build have: 0 nothing of the kind, 1 the system refused
-// its registers, 2 a product came out wrong.
+// Why the level in use is not AMX, which this processor has: 0 nothing of the kind, or REPAVIT_CPU_ISA asked for another,
+// 1 the system refused its registers, 2 a product came out wrong, 3 this build is without it.
 int amx_refusal();
 
 // Whether the processor multiplies bytes in 256-bit registers (AVX-VNNI), and in 512-bit ones (AVX512-VNNI).

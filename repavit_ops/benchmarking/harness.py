@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 
 ABSOLUTE = 1e-6  # of the tolerance rule of the tests
 # Seconds. Thread pools spin after a call, ONNX Runtime's for more than 20 ms, and would take cores from whoever is
@@ -90,17 +86,6 @@ def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor, slack: float = 
     return error
 
 
-@contextmanager
-def common_gelu() -> Iterator[None]:
-    """The eager side calls F.gelu meanwhile, as people's models do: the reference's own is more exact, and slower."""
-    exact = reference.gelu
-    reference.gelu = lambda x, approximate="none": F.gelu(x, approximate=approximate)
-    try:
-        yield
-    finally:
-        reference.gelu = exact
-
-
 PEAK = "peak"  # name of the provider that measures the machine's own limit
 PEAK_ITERATIONS = 1 << 16
 
@@ -126,14 +111,8 @@ def split_peak(times: dict[str, Timing], dtype: torch.dtype) -> tuple[dict[str, 
 
 def machine() -> dict[str, Any]:
     """What a result was measured on: enough to compare, nothing that names the machine."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-        fields = dict(re.findall(r"^(.+?)\s*: (.+)$", first, re.MULTILINE))
-        if "cpu family" in fields:  # x86; virtual machines often give a name without a generation
-            model = f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     return {
-        "cpu": model,
+        "cpu": backends.cpu_model(),
         "isa": backends.cpu_isa() if backends.why_unavailable("cpp") is None else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

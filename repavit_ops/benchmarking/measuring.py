@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import Timing, check, common_gelu, interleave, peak_provider, split_peak
+from ..reference import common_gelu
+from .harness import Timing, check, interleave, peak_provider, split_peak
 
 Call = Callable[[], Any]
 Progress = Callable[[str, float], None]  # what is being done, and the share of the case that is done

@@ -151,6 +151,8 @@ def _why_unpacked(model: nn.Module, fused_parts: dict[str, PackedWeights]) -> st
         return f"which the C++ kernels make: {reason}"
     part = next(iter(fused_parts.values()))
     dtype = getattr(part, part.packed_names[0]).dtype
+    if part.choice is not None and part.choice.kernel_never:
+        return f"since its blocks are left to PyTorch {part.choice.why}; fuse it with backend='cpp'"
     return f"since its blocks run on backend {part.backend!r} in {dtype}; fuse it with backend='auto' in another dtype"
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAILED, USAGE = 1, 2  # exit statuses; 0 is success
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -52,3 +55,29 @@ def overrides_of(idle_ratio: str | None, num_heads: int | None) -> dict[str, Any
     """What of a checkpoint's arguments was given on the command line."""
     given = {"idle_ratio": None if idle_ratio is None else parse_idle_ratio(idle_ratio), "num_heads": num_heads}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def model_of(source: str, overrides: Mapping[str, Any] | None = None, img_size: int | None = None) -> nn.Module:
+    """The model that an argument means: a name of the registry, a timm name, or a checkpoint file.
+
+    Branches of a joined one are joined, as at the end of a training: below α = 1 it does not merge.
+    """
+    from ..checkpoints import load_checkpoint
+    from ..models import create_model, list_models
+    from ..nn import set_join
+
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if source in list_models():
+        model = create_model(source, **size, **(overrides or {})).eval()
+        if source.startswith("joined"):
+            set_join(model, 1.0)
+        return model
+    if Path(source).suffix in (".pth", ".pt", ".safetensors", ".json"):
+        return load_checkpoint(source, **(overrides or {}))
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"MODEL: got {source!r}, no model of this library; timm's need: pip install timm") from error
+    if source not in timm.list_models():
+        raise ValueError(f"MODEL: got {source!r}, no model of repavit-ops models, no timm name and no checkpoint file")
+    return timm.create_model(source, pretrained=False, **size).eval()

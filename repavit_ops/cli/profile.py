@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .common import DTYPES, overrides_of, plain_errors
+from .common import DTYPES, model_of, overrides_of, plain_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,13 +44,13 @@ def profile(
             raise ValueError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
         if threads is not None:
             torch.set_num_threads(threads)
-        subject, twin = _models(model, overrides_of(idle_ratio, num_heads), img_size)
+        subject = model_of(model, overrides_of(idle_ratio, num_heads), img_size)
         own, channels = image_of(subject)
         size = own if img_size is None else (img_size, img_size)
         images = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
         kind = getattr(torch, dtype)
         peak = product_peak(kind)
-        profiles = profile_forms(subject, images.to(kind), vanilla=twin, seconds=seconds)
+        profiles = profile_forms(subject, images.to(kind), vanilla=_twin_of(model, img_size), seconds=seconds)
         title = f"{model}, batch {batch}, {dtype}, {torch.get_num_threads()} threads"
         if picture is not None:
             report.plot(profiles, picture, title)
@@ -67,33 +67,12 @@ def profile(
         console.print("fused: a kernel's inside is divided by the time that its products take alone", soft_wrap=True)
 
 
-def _models(source: str, overrides: dict[str, Any], img_size: int | None) -> tuple[nn.Module, nn.Module | None]:
-    """The model that the argument means, and its vanilla twin where the registry has one."""
-    from ..checkpoints import load_checkpoint
+def _twin_of(source: str, img_size: int | None) -> nn.Module | None:
+    """The vanilla twin of a name of the registry; None where it has none."""
     from ..models import create_model, list_models
 
+    twin = "vanilla_vit_tiny" if source.startswith("joined_vit_tiny") else source.replace("repa_", "vanilla_", 1)
+    if source not in list_models() or twin == source:
+        return None
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    if source in list_models():
-        twin = source.replace("repa_", "vanilla_", 1)
-        if source.startswith("joined_vit_tiny"):
-            twin = "vanilla_vit_tiny"
-        vanilla = create_model(twin, **size).eval() if twin != source else None
-        model = create_model(source, **size, **overrides).eval()
-        return (_joined(model) if source.startswith("joined") else model), vanilla
-    if Path(source).suffix in (".pth", ".pt", ".safetensors", ".json"):
-        return load_checkpoint(source, **overrides), None
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f"MODEL: got {source!r}, no model of this library; timm's need: pip install timm") from error
-    if source not in timm.list_models():
-        raise ValueError(f"MODEL: got {source!r}, no model of repavit-ops models, no timm name and no checkpoint file")
-    return timm.create_model(source, pretrained=False, **size).eval(), None
-
-
-def _joined(model: nn.Module) -> nn.Module:
-    """At α = 1, as at the end of a training: below, it does not merge."""
-    from ..nn import set_join
-
-    set_join(model, 1.0)
-    return model
+    return create_model(twin, **size).eval()

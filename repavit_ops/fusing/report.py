@@ -92,7 +92,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     done = any(entry.status in ("fused", "merged", "projected") for entry in entries)
     return FusionReport(
         tuple(entries),
-        "; ".join(_runs_on(d) for d in devices) or "no parameters",
+        "; ".join(_runs_on(d, list(modules.values())) for d in devices) or "no parameters",
         _memory(list(modules.values())),
         "" if done or any(can_fuse(module) is None for module in modules.values()) else nothing_fuses(model),
     )
@@ -123,14 +123,15 @@ def _entry(name: str, module: nn.Module) -> ReportEntry | None:
         if not module.in_one_call:
             return None
         apart = module.why_apart()
-        note = "the whole model in one call; part by part under gradients, autocast or hooks"
+        note = f"the whole model in {_calls(module)}; part by part under gradients, autocast or hooks"
         return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
     if isinstance(module, BlockRuns):
         apart = module.why_apart()
-        note = f"{len(module._modules)} blocks in one call; one by one under masks, gradients or autocast"
+        note = f"{len(module._modules)} blocks in {_calls(module)}; one by one under masks, gradients or autocast"
         return ReportEntry(name, "fused_blocks", "apart" if apart else "stacked", apart or note)
     if isinstance(module, PatchConv2d | PatchProjection):
-        return ReportEntry(name, "patch_projection", "projected", "one product of the patches, without im2col")
+        note = str(module.choice) if _left_to_pytorch(module) else "one product of the patches, without im2col"
+        return ReportEntry(name, "patch_projection", "projected", note)
     rule = rule_of(module)
     if rule is None or can_fuse(module) == FUSED_INSIDE:
         return None
@@ -157,6 +158,8 @@ def _note(module: PackedWeights) -> str:
         notes.append(f"{module.quantize}, {_rounding(module) if kernels else 'by its formula: no kernel here has it'}")
     if (error := module.quantization_error) is not None:
         notes.append(_calibrated(error, module.quantize != "none"))
+    if _left_to_pytorch(module):
+        notes.append(str(module.choice))
     return ", ".join(notes)
 
 
@@ -197,12 +200,25 @@ def _mebibytes(tensors: list[Tensor]) -> str:
     return f"{sum(blocks.values()) / 2**20:.1f} MiB"
 
 
-def _runs_on(device_type: str) -> str:
+def _left_to_pytorch(module: nn.Module) -> bool:
+    """Whether a table leaves some calls of a module to PyTorch."""
+    choice = module.choice if isinstance(module, PackedWeights) else None
+    return choice is not None and bool(choice.sizes or choice.others)
+
+
+def _calls(module: nn.Module) -> str:
+    return "few calls around what is PyTorch's" if any(map(_left_to_pytorch, module.modules())) else "one call"
+
+
+def _runs_on(device_type: str, modules: list[nn.Module]) -> str:
     kernels = backends.KERNELS_OF.get(device_type)
     if kernels is None:
         return f"{device_type}: plain PyTorch (no kernels for this device)"
     if (reason := backends.why_unavailable(kernels)) is not None:
         return f"{device_type}: plain PyTorch ({reason})"
     if kernels == "cpp":
-        return f"cpu: C++ kernels, {backends.cpu_isa()}"
+        left = [module.choice for module in modules if isinstance(module, PackedWeights) and _left_to_pytorch(module)]
+        reasons = "; ".join(dict.fromkeys(choice.why for choice in left if choice is not None))
+        text = f"cpu: C++ kernels, {backends.cpu_isa()}"
+        return f"{text}; {len(left)} fused modules in PyTorch's own form {reasons}" if left else text
     return f"{device_type}: Triton kernels, {torch.cuda.get_device_name()}"

@@ -198,14 +198,14 @@ class SwinTransformer(ImageClassifier):
 
     def steps(self, x: Tensor) -> list[Step]:
         size = one_call.patch_grid(self.patch_embed, SwinPatchEmbed, x, self.patch_size)
-        steps = [one_call.embedding(self.patch_embed.proj, norm=self.patch_embed.norm, as_map=True)]
+        steps = [one_call.embedding(self.patch_embed.proj, x, norm=self.patch_embed.norm, as_map=True)]
         stage: SwinStage
         for stage in self.layers:  # type: ignore[assignment]
             steps += one_call.blocks(stage.blocks, size)
             if type(stage.downsample) is not nn.Identity:
                 merging, size = one_call.merging(stage.downsample, size)
                 steps.append(merging)
-        return [*steps, one_call.head(self.norm, self.head, first=0, count=0)]
+        return [*steps, one_call.head(self.norm, self.head, (*size, self.num_features), first=0, count=0)]
 
     def pool(self, x: Tensor) -> Tensor:
         return x.mean(dim=(1, 2))

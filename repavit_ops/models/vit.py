@@ -162,10 +162,10 @@ class VisionTransformer(ImageClassifier):
         grid = one_call.patch_grid(self.patch_embed, PatchEmbed, x, self.patch_size)
         position = resample_position(self.pos_embed, self.grid_size, grid)
         embedding = one_call.embedding(
-            self.patch_embed.get_submodule("proj"), prefix=self.cls_token, position=position, norm=self.norm_pre
+            self.patch_embed.get_submodule("proj"), x, prefix=self.cls_token, position=position, norm=self.norm_pre
         )
         first, count = (0, 1) if self.global_pool == "token" else (1, 0)
-        head = one_call.head(self.norm, self.head, first=first, count=count)
+        head = one_call.head(self.norm, self.head, position.shape[1:], first=first, count=count)
         return [embedding, *one_call.blocks(self.blocks, (position.shape[1],)), head]
 
     def pool(self, x: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class GatedFFN(PackedWeights):
     def step(self, size: Sequence[int] = ()) -> Step:
         """This module's call as a step of :func:`repavit_ops.ops.fused_blocks`."""
         packed, weights = self.current()
-        return Step(self.operator, self._operands(*weights), self._static(), packed)
+        batches = self._pytorch_at(*size, self.dim)
+        return Step(self.operator, self._operands(*weights), self._static(), packed, batches)
 
     def _operands(self, w_gate: Tensor, w_up: Tensor, w_out: Tensor, w_merged: Tensor | None) -> tuple[Any, ...]:
         return w_gate, self.b_gate, w_up, self.b_up, w_out, w_merged, self.bias

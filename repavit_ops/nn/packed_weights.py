@@ -12,7 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, cpu_tuning
+from ..cpu_tuning import Choice
 from .dropped_weight import DroppedWeight, stand_in
 from .given import tell_unfused
 
@@ -27,12 +28,14 @@ class Copy(NamedTuple):
         stamp: what it was made of.
         operands: where weights were dropped, what operators are handed in their places.
         alone: whether that has no numbers either, since the copy holds them.
+        choice: under "auto", where PyTorch's own form takes the kernel's place; None for nowhere.
     """
 
     packed: Tensor | None = None
     stamp: tuple[Any, ...] | None = None
     operands: list[Tensor | None] | None = None
     alone: bool = False
+    choice: Choice | None = None
 
 
 class PackedWeights(nn.Module):
@@ -56,8 +59,8 @@ class PackedWeights(nn.Module):
     run is as in PyTorch: each weight is read as it is at that moment.
 
     A subclass sets ``operator`` to the name of its operator and ``packed_names`` to the names of its weights in the
-    order that the operator's pack function takes them, defines :meth:`pack`, and hands its operator what
-    :meth:`current` returns.
+    order that the operator's pack function takes them, defines :meth:`pack` and ``_static``, and hands its operator
+    what :meth:`current` returns.
     """
 
     operator: ClassVar[str]
@@ -111,6 +114,16 @@ class PackedWeights(nn.Module):
             )
 
     @property
+    def stands_alone(self) -> bool:
+        """Whether the packed copy holds the weights and nothing else does."""
+        return self._copy.alone
+
+    @property
+    def choice(self) -> Choice | None:
+        """Where PyTorch's own form takes the kernel's place (:mod:`repavit_ops.cpu_tuning`); None for nowhere."""
+        return self._copy.choice
+
+    @property
     def packed_copy(self) -> Tensor | None:
         """The packed copy that is held now, if any; for whoever counts memory."""
         return self._copy.packed
@@ -119,9 +132,31 @@ class PackedWeights(nn.Module):
         """The backend for ``x``.
 
         Under "auto" float64 on a CPU is left to PyTorch: there is only a portable kernel for it, which takes twice as
-        long as PyTorch's BLAS.
+        long as PyTorch's BLAS. So is what this CPU's table leaves to it (:mod:`repavit_ops.cpu_tuning`).
         """
-        return "reference" if self.backend == "auto" and x.is_cpu and x.dtype == torch.float64 else self.backend
+        if self.backend != "auto" or not x.is_cpu:
+            return self.backend
+        if x.dtype == torch.float64:
+            return "reference"
+        choice = self._copy.choice
+        return "auto" if choice is None or not choice.takes_pytorch(x) else "pytorch"
+
+    def operation(self) -> cpu_tuning.Operation:
+        """What this module does, as the table of this CPU knows it."""
+        weight = getattr(self, self.packed_names[0])
+        return cpu_tuning.Operation.of(self.operator, weight.dtype, self._parameters.items(), self._static())
+
+    def _static(self) -> dict[str, Any]:
+        """The operator's keyword arguments, as far as they do not depend on a call."""
+        raise TypeError(f"{type(self).__name__} must define _static()")
+
+    def _pytorch_at(self, *size: int) -> cpu_tuning.Batches:
+        """For a step: the batches at which PyTorch's own form takes a tensor of this size."""
+        if (choice := self._copy.choice) is None:
+            return ()
+        if torch.compiler.is_compiling():
+            return cpu_tuning.EVERY if choice.programs else ()
+        return choice.batches(size)
 
     def repack(self) -> None:
         """Rebuild the packed copy now: needed after edits of single numbers through ``.data`` or numpy."""
@@ -137,7 +172,10 @@ class PackedWeights(nn.Module):
         weights = [weight.unpacked() if isinstance(weight, DroppedWeight) else weight for weight in weights]
         with torch.no_grad():
             wanted = self._packable() and backends.has_cpu_kernel(f"{self.operator}_pack")
-            self._copy = Copy(self.pack(*weights) if wanted else None, stamp, weights if dropped else None)
+            asked = wanted and self.backend == "auto" and self.quantize == "none"  # PyTorch has no int8 of this kind
+            choice = cpu_tuning.choose(self.operation()) if asked else None
+            made = self.pack(*weights) if wanted and not (choice and choice.kernel_never) else None
+            self._copy = Copy(made, stamp, weights if dropped else None, choice=choice)
 
     def drop_unpacked(self) -> None:
         """Free the plain weights where a packed copy stands in for them; elsewhere (other devices) keep them."""

@@ -209,7 +209,8 @@ class PartialGELUFFN(PackedWeights):
     def step(self, size: Sequence[int] = ()) -> Step:
         """This module's call as a step of :func:`repavit_ops.ops.fused_blocks`."""
         packed, (w_in, w_out, w_merged) = self.current()
-        return Step(self.operator, (w_in, self.b_in, w_out, w_merged, self.bias), self._static(), packed)
+        tensors = (w_in, self.b_in, w_out, w_merged, self.bias)
+        return Step(self.operator, tensors, self._static(), packed, self._pytorch_at(*size, self.dim))
 
     def _static(self) -> dict[str, Any]:
         return {

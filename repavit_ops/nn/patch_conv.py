@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,11 +53,15 @@ class PatchConv2d(PackedWeights, nn.Conv2d):
             x,
             weight.flatten(1),
             self.bias,
-            patch=(self.kernel_size[0], self.kernel_size[1]),
+            **self._static(),
             packed=packed,
             backend=self.backend_for(x),
         )
         return y.permute(0, 3, 1, 2)
+
+    def _static(self) -> dict[str, Any]:
+        patch = (self.kernel_size[0], self.kernel_size[1])
+        return {"patch": patch, "channels_last": False, "norm_eps": None}
 
 
 def is_patch_conv(module: nn.Module) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..stack_plan import Step
 from .init import linear_init_
 from .packed_weights import PackedWeights
 from .symbolic import call_of, is_proxy
@@ -84,13 +88,20 @@ class PatchProjection(PackedWeights):
             x,
             weight,
             self.bias,
-            patch=self.patch,
-            channels_last=self.channels_last,
-            norm_eps=self.norm_eps,
+            **self._static(),
             packed=packed,
             backend=self.backend_for(x),
         )
         return y if self.channels_last else y.permute(0, 3, 1, 2)
+
+    def step(self, size: Sequence[int]) -> Step:
+        """This module's call on whole patches of maps of ``size`` (H, W) as a step of one operator call."""
+        packed, (weight,) = self.current()
+        shape = (*size, self.in_chans) if self.channels_last else (self.in_chans, *size)
+        return Step(self.operator, (weight, self.bias), self._static(), packed, self._pytorch_at(*shape))
+
+    def _static(self) -> dict[str, Any]:
+        return {"patch": self.patch, "channels_last": self.channels_last, "norm_eps": self.norm_eps}
 
     def extra_repr(self) -> str:
         return (

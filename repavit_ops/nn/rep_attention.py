@@ -148,7 +148,7 @@ class RepAttention(PackedWeights):
         """This module's call with x alone as a step of :func:`repavit_ops.ops.fused_blocks`."""
         packed, (w_qkv, w_proj) = self.current()
         tensors = (w_qkv, self.b_qkv, w_proj, self.b_proj, None, None, None, self.q_norm, self.k_norm)
-        return Step(self.operator, tensors, self._static(), packed)
+        return Step(self.operator, tensors, self._static(), packed, self._pytorch_at(*size, self.dim))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

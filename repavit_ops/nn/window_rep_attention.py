@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Backend
+from ..cpu_tuning import Operation
 from ..stack_plan import Step
 from .rep_attention import RepAttention
 from .symbolic import call_of, is_proxy
@@ -113,21 +115,29 @@ class WindowRepAttention(RepAttention):
         """This module's call on maps of ``size`` (H, W) as a step of :func:`repavit_ops.ops.fused_blocks`."""
         packed, (w_qkv, w_proj) = self.current()
         weights = (w_qkv, self.b_qkv, w_proj, self.b_proj, self.rel_bias, self.pad_kv)
-        return Step("window_rep_attention", weights, self._window_static(size), packed)
+        batches = self._pytorch_at(*size, self.dim)
+        return Step("window_rep_attention", weights, self._window_static(size), packed, batches)
 
-    def _window_static(self, size: Sequence[int], static_shift: bool | None = None) -> dict[str, Any]:
-        static = self.static_shift if static_shift is None else static_shift
+    def operation(self) -> Operation:
+        return replace(super().operation(), operator="window_rep_attention")  # ``operator`` names its pack function
+
+    def _static(self) -> dict[str, Any]:
         return {
             "num_heads": self.num_heads,
             "scale": self.scale,
             "window": self.window,
-            "shift": self.shift if static else effective_shift(size, self.window, self.shift, self._by_axis()),
+            "shift": self.shift,
             "norm_eps": self.norm_eps,
             "residual": self.residual,
             "norm": self.norm,
             "roll_first": self.roll_first,
             "quantize": self.quantize,
         }
+
+    def _window_static(self, size: Sequence[int], static_shift: bool | None = None) -> dict[str, Any]:
+        static = self.static_shift if static_shift is None else static_shift
+        shift = self.shift if static else effective_shift(size, self.window, self.shift, self._by_axis())
+        return {**self._static(), "shift": shift}
 
     def _by_axis(self) -> bool:
         return self.__dict__.get("shift_by_axis", False)  # pickles of older versions lack it

@@ -90,6 +90,6 @@ def gated_ffn(
     _check.packed(x, packed)
 
     if backends.wants_formula(backend):
-        return reference.gated_ffn(x, *weights, norm_eps=norm_eps, **static)
+        return reference.form("gated_ffn", backend)(x, *weights, norm_eps=norm_eps, **static)
     backends.select(backend, x, "gated_ffn")
     return operator(x, *weights, packed, norm_eps=norm_eps, **static)

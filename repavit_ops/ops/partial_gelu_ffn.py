@@ -78,6 +78,6 @@ def partial_gelu_ffn(
     _check.packed(x, packed)
 
     if backends.wants_formula(backend):
-        return reference.partial_gelu_ffn(x, *weights, norm_eps=norm_eps, **static)
+        return reference.form("partial_gelu_ffn", backend)(x, *weights, norm_eps=norm_eps, **static)
     backends.select(backend, x, "partial_gelu_ffn")
     return operator(x, *weights, packed, norm_eps=norm_eps, **static)

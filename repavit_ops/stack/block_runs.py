@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import stack_plan
+from .. import cpu_tuning
 from ..nn import Block, GatedFFN, PartialGELUFFN, RepAttention, WindowRepAttention
 from ..nn.foreign_block import FixedWindowBlock, MaskedBlock
 from ..nn.foreign_signatures import SignatureBlock
 from ..nn.plain_call import why_not_plain
 from ..nn.recorders import acts
 from ..nn.stand_in import own_class
+from .pytorch_run import runs
 from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
 
 STEPS = (PartialGELUFFN, GatedFFN, RepAttention, WindowRepAttention)
@@ -38,6 +39,8 @@ class BlockRuns(Routed):
             return "no two of its blocks are fused and follow each other"
         if any(map(acts, hooks_below(self))):
             return "a block has forward hooks"
+        if all(part.choice is not None and part.choice.kernel_never for part in steps):
+            return "its blocks are left to PyTorch on this CPU"
         like = getattr(steps[0], steps[0].packed_names[0]) if x is None else x
         if (reason := why_not_here(steps, like)) is not None or x is None:
             return reason
@@ -66,7 +69,7 @@ class BlockRuns(Routed):
     def _route(self, x: Tensor) -> Route | None:
         if why_not_for(x) is not None:
             return None
-        key = (x.device, x.dtype, *x.shape[1:-1])
+        key = (x.device, x.dtype, cpu_tuning.batch_class(x.shape[0]), *x.shape[1:-1])
         route = self._routes.get(key)
         if route is None or not route.holds():
             if self.why_apart(x) is not None:
@@ -76,7 +79,7 @@ class BlockRuns(Routed):
 
     def _segments(self, x: Tensor) -> list[Segment]:
         size = x.shape[1:-1]
-        return [
-            block if parts is None else stack_plan.encode(part.step(size) for part in parts)
-            for block, parts in self._runs()
-        ]
+        segments: list[Segment] = []
+        for block, parts in self._runs():
+            segments += [block] if parts is None else runs((part.step(size) for part in parts), x)
+        return segments

@@ -6,13 +6,15 @@ each call from Python behind them then costs about 0.1 ms, ten times what it cos
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import stack_plan
+from .. import cpu_tuning, reference
 from ..nn import PatchConv2d, PatchProjection
 from ..nn.packed_weights import PackedWeights
 from ..nn.plain_call import why_not_plain
@@ -20,6 +22,7 @@ from ..nn.recorders import acts
 from ..nn.symbolic import is_proxy
 from ..stack_plan import Step
 from .block_runs import steps_of
+from .pytorch_run import PyTorchRun, runs
 from .route import Route, Routed, Segment, hooks_below, keep, why_not_for, why_not_here
 
 SPOKEN_FOR = ("embed", "forward_features", "pool", "forward_head")  # what steps() does in a forward's place
@@ -69,7 +72,7 @@ class OneCall(Routed):
             return None
         if why_not_for(x) is not None or self._why_not_now(x) is not None:
             return None
-        key = (x.dtype, x.shape[1:], self.global_pool)
+        key = (x.dtype, cpu_tuning.batch_class(x.shape[0]), x.shape[1:], self.global_pool)
         route = self._routes.get(key)
         if route is None or not route.holds():
             try:
@@ -90,7 +93,13 @@ class OneCall(Routed):
         if x.dim() != 4 or x.dtype != next(self.parameters()).dtype:
             raise Apart(f"x is {x.dtype} {list(x.shape)}, wanted images in the weights' dtype")
         with torch.no_grad():
-            return [stack_plan.encode(self.steps(x))]
+            steps = self.steps(x)
+        if not any(module.backend == "auto" for module in fused):
+            steps = [replace(step, pytorch=()) for step in steps]
+        segments: list[Segment] = [*runs(steps, x)]
+        if len(segments) == 1 and isinstance(segments[0], PyTorchRun):
+            raise Apart("all of it is left to PyTorch on this CPU")
+        return segments
 
     def _overridden(self) -> str | None:
         owner = next(c for c in type(self).__mro__ if "steps" in c.__dict__)
@@ -117,13 +126,14 @@ def patch_grid(patch_embed: nn.Module, kind: type[nn.Module], x: Tensor, patch: 
 
 def embedding(
     conv: nn.Module,
+    images: Tensor,
     *,
     prefix: Tensor | None = None,
     position: Tensor | None = None,
     norm: nn.Module | None = None,
     as_map: bool = False,
 ) -> Step:
-    """Patches, prefix tokens [.., P, C], position [.., P + h·w, C] and the norm behind them.
+    """Patches of images like these, prefix tokens [.., P, C], position [.., P + h·w, C] and the norm behind them.
 
     They are parameters as the model has them, not views, which would not follow a parameter to other memory.
     """
@@ -131,12 +141,9 @@ def embedding(
         raise Apart(f"the patch embedding is a {type(conv).__name__}, no projection of patches")
     weight, bias, eps = _layer_norm(norm)
     packed, (matrix,) = conv.current()
-    return Step(
-        "token_embedding",
-        (matrix, conv.bias, prefix, position, weight, bias),
-        {"patch": (conv.kernel_size[0], conv.kernel_size[1]), "as_map": as_map, "norm_eps": eps},
-        packed,
-    )
+    static = {"patch": (conv.kernel_size[0], conv.kernel_size[1]), "as_map": as_map, "norm_eps": eps}
+    step = Step("token_embedding", (matrix, conv.bias, prefix, position, weight, bias), static, packed)
+    return _chosen(step, images.shape[1:]) if conv.backend == "auto" and not conv.stands_alone else step
 
 
 def blocks(parts: nn.Module, size: Sequence[int]) -> list[Step]:
@@ -155,19 +162,29 @@ def merging(module: nn.Module, size: tuple[int, int]) -> tuple[Step, tuple[int, 
         raise Apart("a patch merging is not fused")
     if any(side % edge for side, edge in zip(size, module.patch, strict=True)):
         raise Apart(f"maps of {size[0]}x{size[1]} are padded before they are merged")
-    static = {"patch": module.patch, "channels_last": module.channels_last, "norm_eps": module.norm_eps}
-    packed, (weight,) = module.current()
-    step = Step("patch_projection", (weight, module.bias), static, packed)
-    return step, (size[0] // module.patch[0], size[1] // module.patch[1])
+    return module.step(size), (size[0] // module.patch[0], size[1] // module.patch[1])
 
 
-def head(norm: nn.Module, linear: nn.Module, *, first: int, count: int) -> Step:
-    """The mean of ``count`` normed tokens (0: all the rest) from ``first`` on, and the head."""
+def head(norm: nn.Module, linear: nn.Module, size: Sequence[int], *, first: int, count: int) -> Step:
+    """The mean of ``count`` normed tokens (0: all the rest) from ``first`` on, and the head; tokens of ``size``."""
     if type(linear) not in (nn.Linear, nn.Identity):
         raise Apart(f"the head is a {type(linear).__name__}")
     weight, bias, eps = _layer_norm(norm)
     tensors = (getattr(linear, "weight", None), getattr(linear, "bias", None), weight, bias)
-    return Step("pooled_head", tensors, {"first": first, "count": count, "norm_eps": eps})
+    return _chosen(Step("pooled_head", tensors, {"first": first, "count": count, "norm_eps": eps}), size)
+
+
+def operation_of(step: Step) -> cpu_tuning.Operation:
+    """What a step of a whole model does, as the table of this CPU knows it."""
+    names = [*inspect.signature(reference.OPERATORS[step.operator]).parameters][1:]
+    dtype = next(t.dtype for t in step.tensors if t is not None)
+    return cpu_tuning.Operation.of(step.operator, dtype, zip(names, step.tensors, strict=False), step.static)
+
+
+def _chosen(step: Step, size: Sequence[int]) -> Step:
+    """A step of no module of its own on tensors of this size, with the choice of this CPU's table."""
+    choice = cpu_tuning.choose(operation_of(step)) if any(t is not None for t in step.tensors) else None
+    return step if choice is None else replace(step, pytorch=choice.batches(size))
 
 
 def _layer_norm(norm: nn.Module | None) -> tuple[Any, Any, float | None]:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .. import backends, stack_plan
 from ..nn.packed_weights import PACKABLE, PackedWeights
 from .kept_plan import KeptPlan
+from .pytorch_run import PyTorchRun
 
 Columns = tuple[tuple[Any, ...], ...]  # a table, column by column
 Routes = dict[tuple[Any, ...], "Route"]  # by dtype, sizes and whatever else of the input matters
 KEPT = 16  # routes per module: each may hold a position table of its own
-Segment = nn.Module | stack_plan.Plan  # a module that is called by itself, or a run of steps for one operator call
+# a module that is called by itself, a run of steps for one operator call, or one for PyTorch
+Segment = nn.Module | stack_plan.Plan | PyTorchRun
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Route:
     @classmethod
     def of(cls, module: nn.Module, segments: list[Segment]) -> Route:
         """The route that holds as long as nothing in and below ``module`` changes."""
-        calls = [segment if isinstance(segment, nn.Module) else KeptPlan(segment) for segment in segments]
+        calls = [KeptPlan(segment) if isinstance(segment, tuple) else segment for segment in segments]
         hooks = hooks_below(module)
         idle = [found for found in hooks if found]  # recorders; that no other joins them shows in their number
         empty = tuple(found for found in hooks if not found)
@@ -77,7 +79,7 @@ class Route:
     def run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The module's output for ``x``; rotary tables go to every run of steps."""
         for call in self.calls:
-            x = call(x, rotary) if rotary is not None and isinstance(call, KeptPlan) else call(x)
+            x = call(x, rotary) if rotary is not None and isinstance(call, KeptPlan | PyTorchRun) else call(x)
         return x
 
 
@@ -110,11 +112,11 @@ def keep(routes: Routes, key: tuple[Any, ...], route: Route) -> Route:
 def run_traced(x: Tensor, segments: Iterable[Segment]) -> Tensor:
     """Run the segments as torch.compile must see them: as operators that take the weights, not as kept plans."""
     for segment in segments:
-        if isinstance(segment, nn.Module):
-            x = segment(x)
-        else:
+        if isinstance(segment, tuple):
             weights, plan, scalars = segment
             x = torch.ops.repavit_ops.fused_blocks(x, weights, plan=plan, scalars=scalars)
+        else:
+            x = segment(x)
     return x
 
 
@@ -167,9 +169,16 @@ def _versions(module: nn.Module) -> Columns:
 
 
 def _copied(module: nn.Module, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
-    taken = [w for segment in segments if not isinstance(segment, nn.Module) for w in segment[0] if w is not None]
+    taken = [w for segment in segments for w in _weights(segment) if w is not None]
     known = set(map(id, taken))
     return tuple(p for p in module.parameters(recurse=False) if id(p) not in known) if taken else ()
+
+
+def _weights(segment: Segment) -> Iterable[Tensor | None]:
+    """What a segment holds besides the modules of the route."""
+    if isinstance(segment, PyTorchRun):
+        return (t for step in segment.steps for t in step.tensors)
+    return segment[0] if isinstance(segment, tuple) else ()
 
 
 def _state_of(copied: tuple[Tensor, ...]) -> tuple[int, ...]:
