@@ -23,6 +23,7 @@ from coverage_more import ROWS
 from torch import Tensor, nn
 
 import repavit_ops
+from repavit_ops.nn.given import cast_real
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs/coverage.md"
@@ -66,7 +67,7 @@ def outcome(row: Row, published: bool) -> Outcome:
     exact = [t.double() for t in run(copy.deepcopy(model).double(), args, kwargs, torch.float64)]
     errors = {}
     for dtype in DTYPES:
-        eager = run(copy.deepcopy(model).to(dtype), args, kwargs, dtype)
+        eager = run(cast_real(copy.deepcopy(model), dtype), args, kwargs, dtype)
         ours = run(repavit_ops.fuse(model, dtype=dtype), args, kwargs, dtype)
         assert len(eager) == len(ours) == len(exact), "the fused model returns another number of tensors"
         off = [max((b.double() - t).abs().max().item() for b, t in zip(of, exact, strict=True)) for of in (ours, eager)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn.given import copied, is_compiled, other_device, require_weights, unwrapped
+from .nn.given import cast_real, copied, is_compiled, other_device, require_weights, unwrapped
 
 OUTPUT = "output"
 Arguments = Mapping[Any, Tensor]  # by position or by name
@@ -167,7 +167,7 @@ def verify(
     exact = copied(reference, "compare")
     exact = exact if other_device(exact) is None else exact.to("cpu")
     truth = _record(exact.double(), arguments, names)
-    eager = _record(copied(reference, "compare").to(device=device, dtype=dtype), arguments, names)
+    eager = _record(cast_real(copied(reference, "compare").to(device), dtype), arguments, names)
     if ours.keys() != truth.keys():
         differing = ", ".join(sorted(ours.keys() ^ truth.keys()))
         raise ValueError(f"candidate: got other outputs than the reference's: {differing}")
