@@ -54,6 +54,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)
         else:
             p.normal_(0, 0.2, generator=generator)
+            if "head.conv" in name:
+                p.add_(1.0)  # a ReLU behind them would leave zeros, whatever the model computes
             if "norm" in name.lower() or "ln_" in name or "lambda" in name:
                 p.add_(float(name.endswith("weight") or "lambda" in name))
     return model.eval()
@@ -65,6 +67,7 @@ def outcome(row: Row, published: bool) -> Outcome:
     model = randomise(row.build(published))
     args, kwargs = row.inputs(published)
     exact = [t.double() for t in run(copy.deepcopy(model).double(), args, kwargs, torch.float64)]
+    require_varied(exact)
     errors = {}
     for dtype in DTYPES:
         eager = run(cast_real(copy.deepcopy(model), dtype), args, kwargs, dtype)
@@ -75,6 +78,18 @@ def outcome(row: Row, published: bool) -> Outcome:
     report = repavit_ops.fusion_report(repavit_ops.fuse(model))
     one_call = any(entry.status == "stacked" for entry in report.entries)
     return Outcome(len(report.fused), len(report.skipped), {e.note for e in report.skipped}, one_call, errors)
+
+
+def require_varied(outputs: list[Tensor]) -> None:
+    """Raise ValueError of outputs that no error of a fused model could show in: none at all, or all one number."""
+    flat = [i for i, t in enumerate(outputs) if t.numel() > 1 and bool(t.min() == t.max())]
+    if not outputs or flat:
+        which = (
+            f"tensor {flat[0]} of {len(outputs)} is {outputs[flat[0]].flatten()[0]:.3g} everywhere" if flat else "none"
+        )
+        raise ValueError(
+            f"outputs: got {which}, wanted floating tensors of more than one value; change weights or inputs of the row"
+        )
 
 
 def run(model: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype) -> list[Tensor]:

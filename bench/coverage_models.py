@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Inputs = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]  # (published size) → arguments of a forward
 # "whole": every block in both halves; "ffn": one half of each, the other is skipped with a reason; "nothing"
 WHOLE, FFN, NOTHING = "whole", "ffn", "nothing"
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
@@ -34,7 +35,7 @@ class Row:
 
     library: str
     build: Callable[[bool], nn.Module]
-    inputs: Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
+    inputs: Inputs
     fuses: str = WHOLE
     skipped: tuple[str, ...] = ()
 
@@ -59,7 +60,8 @@ def _images(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _images_and_noise(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _images(published)[0], {"noise": seeded(2, (_side(published) // _patch(published)) ** 2)}
+    noise = seeded(2, (_side(published) // _patch(published)) ** 2).argsort(-1).float()  # in order in bfloat16 too
+    return _images(published)[0], {"noise": noise}
 
 
 def _maps(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,7 +100,7 @@ def hf(
     *,
     swin: bool = False,
     without: tuple[str, ...] = (),
-    inputs: Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]] = _images,
+    inputs: Inputs = _images,
     fuses: str = WHOLE,
     skipped: tuple[str, ...] = (),
     **settings: Any,
@@ -129,6 +131,20 @@ def hf(
     return Row("transformers", build, inputs, fuses, skipped)
 
 
+def made(
+    model: str, config: str, inputs: Inputs, fuses: str = WHOLE, skipped: tuple[str, ...] = (), **settings: Any
+) -> Row:
+    """A model of transformers by the settings of its configuration, which are given whole."""
+
+    def build(published: bool) -> nn.Module:
+        import transformers
+
+        values = {k: v(published) if callable(v) else v for k, v in settings.items()}
+        return _class(transformers, model)(_class(transformers, config)(**values)).eval()
+
+    return Row("transformers", build, inputs, fuses, skipped)
+
+
 def _class(transformers: Any, name: str) -> Any:
     """A class of transformers, which exports not all of them at its top."""
     if hasattr(transformers, name):
@@ -148,7 +164,7 @@ ROPE, RELATIVE, COSINE, POOLED, UNKNOWN = "rotary", "relative position", "cosine
 TRANSFORMERS = {
     "ViT": hf("ViTModel"),
     "DeiT": hf("DeiTModel"),
-    "ViTMAE": hf("ViTMAEModel", mask_ratio=0.0, inputs=_images_and_noise),
+    "ViTMAE": hf("ViTMAEModel", mask_ratio=0.25, inputs=_images_and_noise),
     "ViT-MSN": hf("ViTMSNModel"),
     "I-JEPA": hf("IJepaModel"),
     "DINOv2": hf("Dinov2Model", **MLP_RATIO),

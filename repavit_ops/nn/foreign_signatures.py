@@ -223,10 +223,18 @@ def attend(
     if (bias := asked.get("position_bias")) is not None:
         mask = bias if mask is None else mask + bias
     if rotates:
-        out: Tensor = attention(x, mask, asked.get("position_embeddings"))
+        out: Tensor = attention(x, mask, tables_for(x, asked.get("position_embeddings")))
     else:
         out = attention(x) if mask is None else attention(x, mask)
     return out
+
+
+def tables_for(x: Tensor, tables: Tables | None) -> Tables | None:
+    """Tables that turn tokens like x: those of transformers are float32 beside float64 tokens too."""
+    if tables is None or x.dtype is not torch.float64:
+        return tables
+    cos, sin = tables
+    return cos.double(), sin.double()
 
 
 class TransformersBeitLayer(TransformersLayer):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .foreign_signatures import Always, Batches, RotaryLayer, SignatureBlock, Tables, refuse_maps
+from .foreign_signatures import Always, Batches, RotaryLayer, SignatureBlock, Tables, refuse_maps, tables_for
 from .rep_attention import RepAttention
 
 
@@ -64,7 +64,7 @@ def batches(x: Tensor, cu_seqlens: Tensor, tables: Tables | None) -> Batches:
     if tables is None:
         raise ValueError("position_embeddings: got None, wanted (cos, sin), as the tower makes them of its positions")
     packed = packing(x, cu_seqlens)
-    cos, sin = ([part.unsqueeze(1) for part in packed.arranged(table)] for table in tables)
+    cos, sin = ([part.unsqueeze(1) for part in packed.arranged(table)] for table in tables_for(x, tables) or ())
     return Batches(list(zip(packed.arranged(x), zip(cos, sin, strict=True), strict=True)), packed.restored)
 
 
@@ -161,7 +161,7 @@ def begins_of(mask: Tensor) -> Tensor | None:
     mask = mask.reshape(mask.shape[-2:])
     attends = mask if mask.dtype is torch.bool else mask == 0
     first = attends.to(torch.uint8).argmax(-1)
-    if not torch.equal(attends, first[:, None] == first):
+    if not torch.equal(attends, first[:, None] == first) or bool((first.diff() < 0).any()):
         return None
     if mask.dtype is not torch.bool and not torch.all(attends | (mask <= torch.finfo(mask.dtype).min)):
         return None

@@ -14,6 +14,7 @@ from .foreign_signatures import (
     TransformersLayer,
     TransformersRotaryAttention,
     refuse_maps,
+    tables_for,
 )
 from .rep_attention import RepAttention
 
@@ -54,7 +55,7 @@ class Llama4Layer(TransformersLayer):
     ) -> tuple[Tensor, ...]:
         if isinstance(self.attn, RepAttention):
             refuse_maps(self, {"output_attentions": output_attentions})
-            x = self.attn(hidden_state, None, tables_of_complex(freqs_ci))
+            x = self.attn(hidden_state, None, tables_for(hidden_state, tables_of_complex(freqs_ci)))
         else:
             x = self.attn(hidden_state, freqs_ci=freqs_ci, attention_mask=attention_mask)
         return (self.mlp(x), None) if output_attentions else (self.mlp(x),)  # type: ignore[return-value]
