@@ -25,7 +25,10 @@ class MLCDLayer(RotaryLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, position_embeddings: Tables, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        return super().forward(hidden_states, attention_mask, position_embeddings=position_embeddings, **kwargs)
+        kwargs["position_embeddings"] = position_embeddings
+        if isinstance(self.attn, RepAttention):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return self.mlp(self.attn(hidden_states, attention_mask=attention_mask, **kwargs))
 
     def enter(
         self, x: Tensor, position_embeddings: Tables, attention_mask: Tensor | None = None, **kwargs: Any
@@ -34,6 +37,15 @@ class MLCDLayer(RotaryLayer):
 
     def rotary(self, x: Tensor, position_embeddings: Tables, *_: Any, **__: Any) -> Tables:
         return position_embeddings
+
+
+class MLCDAttention(TransformersRotaryAttention):
+    """Attention alone, its arguments as :class:`MLCDLayer`'s."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_embeddings: Tables, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        return super().forward(hidden_states, attention_mask, position_embeddings=position_embeddings, **kwargs)
 
 
 class Llama4Layer(TransformersLayer):

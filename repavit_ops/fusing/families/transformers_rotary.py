@@ -19,6 +19,7 @@ from ...nn.rotary_layers import (
     CausalUnlessMasked,
     Llama4Attention,
     Llama4Layer,
+    MLCDAttention,
     MLCDLayer,
     Sam3Attention,
     VJEPA2Attention,
@@ -46,7 +47,7 @@ DINO3_ATTENTION = attention_of(ROTARY_HEADS, rotary_layout="half", alone=_alone(
 DINO3_LAYER = layer_of(
     *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")), block=RotaryLayer
 )
-MLCD_ATTENTION = attention_of(CLIP_HEADS, rotary_layout="half", alone=_alone())
+MLCD_ATTENTION = attention_of(CLIP_HEADS, rotary_layout="half", alone=_alone(MLCDAttention))
 MLCD_LAYER = layer_of("self_attn", ("layer_norm1", "layer_norm2"), block=MLCDLayer, may_hold=("embed_dim",))
 PIXTRAL_ATTENTION = DINO3_ATTENTION
 PIXTRAL_LAYER = layer_of("attention", ("attention_norm", "ffn_norm"), ffn="feed_forward", block=BlockMaskedLayer)
