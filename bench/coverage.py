@@ -2,6 +2,7 @@
 
     python bench/coverage.py                    all rows at published widths, two blocks deep, into docs/coverage.md
     python bench/coverage.py --small "CLIP"     rows whose name holds CLIP, small, on screen
+    python bench/coverage.py --write "CLIP"     these alone, at published widths, each in its place in docs/coverage.md
 
 Norms and biases are random, since as initialised they hide what is folded wrongly. In float32 and bfloat16 the rule is
 ``max|fused - fp64| <= 2 max|eager in that dtype - fp64| + 1e-6``, over every tensor that the model returns.
@@ -104,7 +105,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only rows whose name holds one of these")
     parser.add_argument("--small", action="store_true", help="small models, as the tests build them")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/coverage.md, whose others stay")
     options = parser.parse_args()
+    if options.write and options.small:
+        parser.error("--write: got --small too, wanted rows at published widths, as those of the page are")
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("stub"))  # fails beside torch for CPUs
     names = [n for n in ROWS if not options.words or any(w.lower() in n.lower() for w in options.words)]
     lines, failed = [], []
@@ -118,7 +122,10 @@ def main() -> int:
         failed += [] if result.passed else [name]
         lines.append(line(name, row, result))
         print(lines[-1], flush=True)
-    if not options.words and not options.small:
+    if options.write:
+        lines = [*rows_of(TARGET.read_text(), set(map(name_of, lines))), *lines]
+        lines.sort(key=lambda row: list(ROWS).index(name_of(row)))
+    if options.write or not (options.words or options.small):
         TARGET.write_text(page(lines))
     print("wrong:", ", ".join(failed)) if failed else print(f"{len(lines)} rows, all equal")
     return 1 if failed else 0
@@ -129,6 +136,19 @@ def line(name: str, row: Row, result: Outcome) -> str:
     calls = "one call" if result.one_call else "two calls a block" if result.fused else ""
     reasons = "; ".join(sorted(result.reasons))
     return f"| {row.library} | {name} | {result.fused} | {result.skipped} | {calls} | {errors} | {reasons} |"
+
+
+def name_of(row: str) -> str:
+    """The model of a line of the table."""
+    return row.split(" | ")[1]
+
+
+def rows_of(page: str, without: set[str]) -> list[str]:
+    """The lines of a page's table, but those of models that are made anew or are no longer there."""
+    rows = [
+        row for row in page.splitlines() if row.startswith("| ") and " | " in row and not row.startswith("| library")
+    ]
+    return [row for row in rows if name_of(row) in ROWS and name_of(row) not in without]
 
 
 def page(lines: list[str]) -> str:

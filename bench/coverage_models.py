@@ -354,6 +354,24 @@ def _open_clip(quick_gelu: bool) -> Callable[[bool], nn.Module]:
     return build
 
 
+def _open_clip_eva(trunk: str) -> Callable[[bool], nn.Module]:
+    """A CLIP whose image tower is an EVA of timm's, as open_clip's configurations have it, two blocks deep."""
+
+    def build(published: bool) -> nn.Module:
+        import timm
+        from open_clip.model import CustomTextCLIP
+
+        width, heads = (768, 12) if published else (64, 4)
+        vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None}
+        text = {"context_length": TOKENS, "vocab_size": 99, "width": width, "heads": heads, "layers": 2}
+        model: Any = CustomTextCLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+        small = {} if published else {"embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+        model.visual.trunk = timm.create_model(trunk, depth=2, num_classes=32, global_pool="token", **small)
+        return model.eval()
+
+    return build
+
+
 def _image_and_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_images(published)[0][0], _text(published)[0][0]), {}
 
@@ -385,6 +403,10 @@ OTHERS = {
     "torchvision swin_v2": Row("torchvision", _torchvision_swin("V2"), _maps, FFN, (COSINE,)),
     "open_clip CLIP": Row("open_clip", _open_clip(False), _image_and_text),
     "open_clip CLIP, quick GELU": Row("open_clip", _open_clip(True), _image_and_text),
+    "open_clip EVA01-g": Row("open_clip", _open_clip_eva("eva_giant_patch14_clip_224"), _image_and_text),
+    "open_clip EVA02-B": Row(
+        "open_clip", _open_clip_eva("eva02_base_patch16_clip_224"), _image_and_text, FFN, ("between attention and its",)
+    ),
     "torch.nn.TransformerEncoder": Row("torch", _torch_encoder(True), _tokens(True)),
     "torch.nn.TransformerEncoder, sequence first": Row("torch", _torch_encoder(False), _tokens(False)),
 }

@@ -133,6 +133,11 @@ TURNED_ROWS = {
         fuses=FFN,
         skipped=("over the channels of all heads together",),
     ),
+    "Sapiens2, heads that share keys": hf(
+        *("Sapiens2Model", "Sapiens2Config"),
+        num_attention_heads=4,
+        num_key_value_heads_per_layer=[2, 4],
+    ),
     "MLCD": hf("MLCDVisionModel", "MLCDVisionConfig", num_attention_heads=4),
     "Llama 4 vision": hf(
         *("Llama4VisionModel", "Llama4VisionConfig"),

@@ -147,6 +147,7 @@ RMS_NORMS = (
     "pixtral.modeling_pixtral.PixtralRMSNorm",
     "qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniRMSNorm",
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+    "sapiens2.modeling_sapiens2.Sapiens2RMSNorm",
 )
 DINO3_LIKE: Names = {
     "dinov3_vit": ("DINOv3ViTLayer", "DINOv3ViTAttention", "DINOv3ViTMLP", "DINOv3ViTEncoder"),
@@ -156,6 +157,7 @@ AIM_LIKE: Names = {
     "aimv2": ("Aimv2EncoderLayer", "Aimv2Attention", "Aimv2MLP", "Aimv2Encoder"),
     "ovis2": ("Ovis2VisionEncoderLayer", "Ovis2VisionAttention", "Ovis2MLP", "Ovis2VisionEncoder"),
 }
+SAPIENS2_LIKE: Names = {"sapiens2": ("Sapiens2Layer", "Sapiens2Attention", "", "Sapiens2Encoder")}
 MLCD_LIKE: Names = {"mlcd": ("MLCDEncoderLayer", "MLCDAttention", "MLCDMLP", "MLCDEncoder")}
 PIXTRAL_LIKE: Names = {"pixtral": ("PixtralAttentionLayer", "PixtralAttention", "PixtralMLP", "PixtralTransformer")}
 LLAMA4_LIKE: Names = {  # its encoder returns what lies between

@@ -27,7 +27,7 @@ from ...nn.rotary_layers import (
 )
 from ...nn.stand_in import standing_in
 from ..family import Described
-from ..folding import AttentionParts
+from ..folding import AttentionParts, repeated_heads
 from ..rules import plain
 from .transformers_layers import CLIP_HEADS, HEADS, attention_of, layer_of, needs_maps
 
@@ -46,6 +46,21 @@ def _alone(kind: type[Any] = TransformersRotaryAttention) -> Any:
 DINO3_ATTENTION = attention_of(ROTARY_HEADS, rotary_layout="half", alone=_alone())
 DINO3_LAYER = layer_of(
     *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")), block=RotaryLayer
+)
+
+
+def _sapiens2_attention(attn: Any) -> AttentionParts:
+    groups = attn.num_key_value_groups  # heads that share their keys and values
+    shared = (repeated_heads(part, groups, attn.head_dim) for part in (attn.k_proj, attn.v_proj))
+    found: AttentionParts = DINO3_ATTENTION.parts(attn)
+    return replace(found, qkv=(attn.q_proj, *shared), q_norm=plain(attn.q_norm), k_norm=plain(attn.k_norm))
+
+
+SAPIENS2_ATTENTION = replace(
+    DINO3_ATTENTION,
+    parts=_sapiens2_attention,
+    holds=(*DINO3_ATTENTION.holds, "num_key_value_groups", "q_norm", "k_norm"),
+    may_hold=(*DINO3_ATTENTION.may_hold, "num_key_value_heads"),
 )
 MLCD_ATTENTION = attention_of(CLIP_HEADS, rotary_layout="half", alone=_alone(MLCDAttention))
 MLCD_LAYER = layer_of("self_attn", ("layer_norm1", "layer_norm2"), block=MLCDLayer, may_hold=("embed_dim",))
