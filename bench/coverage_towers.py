@@ -71,6 +71,11 @@ PACKED_ROWS = {
         **{"hidden_size": _wide(1280), "out_hidden_size": None},
     ),
     "Kimi K2.5": _tower("kimi_k25.Kimi_K25VisionModel", "Kimi_K25VisionConfig", _maps, **LAYERS),
+    "PaddleOCR-VL": _tower(
+        *("paddleocr_vl.PaddleOCRVisionModel", "PaddleOCRVisionConfig"),
+        lambda _: ((seeded(1, 92, 3, 14, 14), GRIDS), {}),
+        **{**LAYERS, "image_size": 84, "patch_size": 14},
+    ),
     "VideoLLaMA 3": _tower(
         *("video_llama_3.VideoLlama3VisionModel", "VideoLlama3VisionConfig"),
         lambda _: ((seeded(92, 3 * 14**2), GRIDS, torch.tensor([1, 2, 2])), {}),
