@@ -122,12 +122,13 @@ def main() -> int:
         failed += [] if result.passed else [name]
         lines.append(line(name, row, result))
         print(lines[-1], flush=True)
+    made = len(lines)
     if options.write:
         lines = [*rows_of(TARGET.read_text(), set(map(name_of, lines))), *lines]
         lines.sort(key=lambda row: list(ROWS).index(name_of(row)))
     if options.write or not (options.words or options.small):
         TARGET.write_text(page(lines))
-    print("wrong:", ", ".join(failed)) if failed else print(f"{len(lines)} rows, all equal")
+    print("wrong:", ", ".join(failed)) if failed else print(f"{made} rows made, all equal")
     return 1 if failed else 0
 
 
