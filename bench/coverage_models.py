@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Inputs = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]  # (published size) → arguments of a forward
 # "whole": every block in both halves; "ffn": one half of each, the other is skipped with a reason; "nothing"
 WHOLE, FFN, NOTHING = "whole", "ffn", "nothing"
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
@@ -34,7 +35,7 @@ class Row:
 
     library: str
     build: Callable[[bool], nn.Module]
-    inputs: Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
+    inputs: Inputs
     fuses: str = WHOLE
     skipped: tuple[str, ...] = ()
 
@@ -59,7 +60,8 @@ def _images(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _images_and_noise(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _images(published)[0], {"noise": seeded(2, (_side(published) // _patch(published)) ** 2)}
+    noise = seeded(2, (_side(published) // _patch(published)) ** 2).argsort(-1).float()  # in order in bfloat16 too
+    return _images(published)[0], {"noise": noise}
 
 
 def _maps(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,7 +100,7 @@ def hf(
     *,
     swin: bool = False,
     without: tuple[str, ...] = (),
-    inputs: Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]] = _images,
+    inputs: Inputs = _images,
     fuses: str = WHOLE,
     skipped: tuple[str, ...] = (),
     **settings: Any,
@@ -129,6 +131,20 @@ def hf(
     return Row("transformers", build, inputs, fuses, skipped)
 
 
+def made(
+    model: str, config: str, inputs: Inputs, fuses: str = WHOLE, skipped: tuple[str, ...] = (), **settings: Any
+) -> Row:
+    """A model of transformers by the settings of its configuration, which are given whole."""
+
+    def build(published: bool) -> nn.Module:
+        import transformers
+
+        values = {k: v(published) if callable(v) else v for k, v in settings.items()}
+        return _class(transformers, model)(_class(transformers, config)(**values)).eval()
+
+    return Row("transformers", build, inputs, fuses, skipped)
+
+
 def _class(transformers: Any, name: str) -> Any:
     """A class of transformers, which exports not all of them at its top."""
     if hasattr(transformers, name):
@@ -148,7 +164,7 @@ ROPE, RELATIVE, COSINE, POOLED, UNKNOWN = "rotary", "relative position", "cosine
 TRANSFORMERS = {
     "ViT": hf("ViTModel"),
     "DeiT": hf("DeiTModel"),
-    "ViTMAE": hf("ViTMAEModel", mask_ratio=0.0, inputs=_images_and_noise),
+    "ViTMAE": hf("ViTMAEModel", mask_ratio=0.25, inputs=_images_and_noise),
     "ViT-MSN": hf("ViTMSNModel"),
     "I-JEPA": hf("IJepaModel"),
     "DINOv2": hf("Dinov2Model", **MLP_RATIO),
@@ -338,6 +354,24 @@ def _open_clip(quick_gelu: bool) -> Callable[[bool], nn.Module]:
     return build
 
 
+def _open_clip_eva(trunk: str) -> Callable[[bool], nn.Module]:
+    """A CLIP whose image tower is an EVA of timm's, as open_clip's configurations have it, two blocks deep."""
+
+    def build(published: bool) -> nn.Module:
+        import timm
+        from open_clip.model import CustomTextCLIP
+
+        width, heads = (768, 12) if published else (64, 4)
+        vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None}
+        text = {"context_length": TOKENS, "vocab_size": 99, "width": width, "heads": heads, "layers": 2}
+        model: Any = CustomTextCLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+        small = {} if published else {"embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+        model.visual.trunk = timm.create_model(trunk, depth=2, num_classes=32, global_pool="token", **small)
+        return model.eval()
+
+    return build
+
+
 def _image_and_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_images(published)[0][0], _text(published)[0][0]), {}
 
@@ -369,6 +403,10 @@ OTHERS = {
     "torchvision swin_v2": Row("torchvision", _torchvision_swin("V2"), _maps, FFN, (COSINE,)),
     "open_clip CLIP": Row("open_clip", _open_clip(False), _image_and_text),
     "open_clip CLIP, quick GELU": Row("open_clip", _open_clip(True), _image_and_text),
+    "open_clip EVA01-g": Row("open_clip", _open_clip_eva("eva_giant_patch14_clip_224"), _image_and_text),
+    "open_clip EVA02-B": Row(
+        "open_clip", _open_clip_eva("eva02_base_patch16_clip_224"), _image_and_text, FFN, ("between attention and its",)
+    ),
     "torch.nn.TransformerEncoder": Row("torch", _torch_encoder(True), _tokens(True)),
     "torch.nn.TransformerEncoder, sequence first": Row("torch", _torch_encoder(False), _tokens(False)),
 }

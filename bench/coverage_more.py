@@ -5,7 +5,6 @@ Towers of videos, audio and vision-language models, and encoders of which nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,22 +15,21 @@ from coverage_models import (
     NOTHING,
     OTHERS,
     RELATIVE,
-    ROPE,
     TEXT,
     TRANSFORMERS,
-    WHOLE,
+    Inputs,
     Row,
-    _class,
     _images,
     _patch,
     _side,
     _text,
     hf,
+    made,
     seeded,
 )
+from coverage_towers import TOWERS
 from torch import nn
 
-Inputs = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
 REDUCED, CONVOLUTION, CROSS, GATED = "smaller map", "convolution", "cross-attention", "gated"
 FLOAT_RATIO = {"without": ("intermediate_size",), "mlp_ratio": 2.0}
 STAGES = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
@@ -82,24 +80,6 @@ def _image_beside_text(published: bool) -> tuple[tuple[Any, ...], dict[str, Any]
     tokens = _text(published)[0][0]
     pixels = seeded(2, 3, _side(published), _side(published))
     return (tokens,), {"pixel_values": pixels, "pixel_mask": torch.ones(2, _side(published), _side(published))}
-
-
-def _flat_patches(patch: int, count: int = 16) -> Inputs:
-    return lambda _: ((seeded(count, 3 * 2 * patch * patch), torch.tensor([[1, 4, 4]])), {})
-
-
-def made(
-    model: str, config: str, inputs: Inputs, fuses: str = WHOLE, skipped: tuple[str, ...] = (), **settings: Any
-) -> Row:
-    """A model of transformers by the settings of its configuration, which are given whole."""
-
-    def build(published: bool) -> nn.Module:
-        import transformers
-
-        values = {k: v(published) if callable(v) else v for k, v in settings.items()}
-        return _class(transformers, model)(_class(transformers, config)(**values)).eval()
-
-    return Row("transformers", build, inputs, fuses, skipped)
 
 
 WHOLE_ROWS = {
@@ -221,21 +201,6 @@ WHOLE_ROWS = {
 
 SAM_SIZES = {"without": ("intermediate_size",), "mlp_dim": 96, "window_size": 2, "global_attn_indexes": [1]}
 FFN_ROWS = {
-    "V-JEPA 2": hf(
-        "VJEPA2Model",
-        inputs=_video,
-        without=("intermediate_size", "image_size"),
-        mlp_ratio=2,
-        crop_size=_side,
-        frames_per_clip=4,
-        pred_hidden_size=24,
-        pred_num_attention_heads=3,
-        pred_num_hidden_layers=2,
-        pred_num_mask_tokens=2,
-        pred_mlp_ratio=2,
-        fuses=FFN,
-        skipped=(ROPE,),
-    ),
     "Hiera": made(
         *("HieraModel", "HieraConfig", _side_64(), FFN, ("queries are pooled",)),
         embed_dim=24,
@@ -250,14 +215,6 @@ FFN_ROWS = {
         num_query_pool=3,
     ),
     "TimeSformer": hf("TimesformerModel", inputs=_video, num_frames=4, fuses=FFN, skipped=("in time and in space",)),
-    "InternVL, QK-norm": hf(
-        *("InternVLVisionModel", "InternVLVisionConfig"),
-        image_size=_pairs,
-        patch_size=_patch_pair,
-        use_qk_norm=True,
-        fuses=FFN,
-        skipped=("normalises queries and keys",),
-    ),
     "GroupViT": made(
         *(
             "GroupViTVisionModel",
@@ -275,65 +232,9 @@ FFN_ROWS = {
         image_size=32,
         patch_size=8,
     ),
-    "MLCD": hf("MLCDVisionModel", "MLCDVisionConfig", num_attention_heads=4, fuses=FFN, skipped=(ROPE,)),
     "MGP-STR": hf("MgpstrModel", image_size=_pairs, fuses=FFN, skipped=("attention maps",), **MLP_RATIO),
-    "Llama 4 vision": hf(
-        *("Llama4VisionModel", "Llama4VisionConfig"),
-        without=("num_channels",),
-        intermediate_size=lambda published: 4 * (768 if published else 48),
-        vision_output_dim=48,
-        projector_input_dim=48,
-        projector_output_dim=48,
-        fuses=FFN,
-        skipped=(ROPE, "no operator"),
-    ),
-    "Qwen2.5-VL": made(
-        "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
-        *("qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig", _flat_patches(14), FFN, (ROPE,)),
-        **{"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64},
-        fullatt_block_indexes=[1],
-    ),
-    "Pixtral": hf(
-        *("PixtralVisionModel", "PixtralVisionConfig"),
-        inputs=lambda p: ((seeded(1, 3, _side(p), _side(p)),), {"image_sizes": torch.tensor([[_side(p)] * 2])}),
-        fuses=FFN,
-        skipped=(ROPE,),
-    ),
-    "Qwen2-VL": made(
-        "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
-        *("qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig", _flat_patches(14), FFN, (ROPE,)),
-        **{"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
-    ),
-    "Qwen3-VL": made(
-        *("Qwen3VLVisionModel", "qwen3_vl.configuration_qwen3_vl.Qwen3VLVisionConfig", _flat_patches(16), FFN, (ROPE,)),
-        depth=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        out_hidden_size=64,
-        num_position_embeddings=16,
-        deepstack_visual_indexes=[0],
-    ),
-    "Phi-4 vision": hf(
-        *("Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig"),
-        crop_size=_side,
-        fuses=FFN,
-        skipped=("causal where no mask",),
-    ),
     "SAM-HQ": hf(
         *("SamHQVisionModel", "SamHQVisionConfig"), **SAM_SIZES, output_channels=16, fuses=FFN, skipped=(RELATIVE,)
-    ),
-    "SAM 3": hf(
-        *("Sam3ViTModel", "Sam3ViTConfig"),
-        inputs=_side_64(1, 56),
-        num_attention_heads=4,
-        image_size=56,
-        patch_size=14,
-        window_size=2,
-        global_attn_indexes=[1],
-        pretrain_image_size=28,
-        fuses=FFN,
-        skipped=(ROPE,),
     ),
     "Florence-2 (DaViT)": made(
         "florence2.modeling_florence2.Florence2VisionBackbone",
@@ -394,4 +295,4 @@ def _oneformer(published: bool) -> nn.Module:
 WHOLE_ROWS["OneFormer (Swin backbone)"] = Row(
     "transformers", _oneformer, lambda _: ((seeded(1, 3, 64, 64), torch.arange(3, 10)[None]), {})
 )
-ROWS: dict[str, Row] = {**TRANSFORMERS, **WHOLE_ROWS, **FFN_ROWS, **NOTHING_ROWS, **OTHERS}
+ROWS: dict[str, Row] = {**TRANSFORMERS, **WHOLE_ROWS, **TOWERS, **FFN_ROWS, **NOTHING_ROWS, **OTHERS}

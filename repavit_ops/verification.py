@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn.given import copied, is_compiled, other_device, require_weights, unwrapped
+from .nn.given import cast_real, copied, is_compiled, other_device, require_weights, unwrapped
 from .reference_int8 import LEAST_COSINE
 
 OUTPUT = "output"
@@ -171,7 +171,7 @@ def verify(
     exact = copied(reference, "compare")
     exact = (exact if other_device(exact) is None else exact.to("cpu")).double()
     truth = _record(exact, arguments, names)
-    rounded = copied(reference, "compare").to(device=device, dtype=dtype)
+    rounded = cast_real(copied(reference, "compare").to(device), dtype)
     eager = _record(rounded, arguments, names)
     if ours.keys() != truth.keys():
         differing = ", ".join(sorted(ours.keys() ^ truth.keys()))

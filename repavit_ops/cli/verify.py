@@ -115,13 +115,14 @@ def _candidate(
 ) -> tuple[nn.Module, FusionReport | None]:
     """The candidate in the form that is asked for, and what fused where."""
     from ..fusing import fuse, fusion_report, reparameterize
+    from ..nn.given import cast_real
 
     if form is Form.fused:
         model = fuse(model, dtype=dtype, quantize=quantize)
         return model, fusion_report(model)
     if form is Form.merged:
         model = reparameterize(model)
-    return (model if dtype is None else model.to(dtype)), None
+    return (model if dtype is None else cast_real(model, dtype)), None
 
 
 def junit_xml(report: VerificationReport, name: str) -> str:

@@ -186,6 +186,17 @@ def rms_norm(norm: Any, eps: float) -> nn.RMSNorm:
     return made
 
 
+def repeated_heads(shared: nn.Module, times: int, width: int) -> nn.Module:
+    """A projection whose heads are ``width`` wide as one with each of them that often: K or V that heads share."""
+    if type(shared) is not nn.Linear or times == 1:
+        return shared
+
+    def repeated(t: Tensor) -> Tensor:
+        return t.unflatten(0, (-1, width)).repeat_interleave(times, dim=0).flatten(0, 1)
+
+    return linear(repeated(shared.weight), None if shared.bias is None else repeated(shared.bias))
+
+
 def halves_of(packed: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The two projections that one Linear holds, one above the other; itself twice where it is no plain Linear."""
     if type(packed) is not nn.Linear:

@@ -24,7 +24,7 @@ from ..nn import (
     TokenBatchNorm,
     recorders,
 )
-from ..nn.given import copied, other_device, reason_against_weights, require_weights, unwrapped
+from ..nn.given import cast_real, copied, other_device, reason_against_weights, require_weights, unwrapped
 from ..nn.mode import require_eval
 from ..nn.packed_weights import PackedWeights
 from ..nn.stand_in import stand_in_class
@@ -340,7 +340,7 @@ def _swap(
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the model, first taking folded shortcuts out of merged matrices where that loses less to rounding."""
     if not any(isinstance(module, PackedWeights) for module in model.modules()):
-        model.to(dtype)
+        cast_real(model, dtype)
     elif isinstance(model, PackedWeights):
         if getattr(model, model.packed_names[0]).dtype == dtype:
             return  # moving it would pack it again

@@ -6,7 +6,8 @@ operator call (:mod:`repavit_ops.stack.looped_blocks`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,18 @@ from .patch_projection import PatchProjection
 from .recorders import recording
 from .rep_attention import RepAttention
 
+Tables = tuple[Tensor, Tensor]  # cos and sin, each broadcastable to [B, h, tokens, width]
+
+
+class Batches(NamedTuple):
+    """The tokens of a call as batches that go through all blocks by themselves, each with the tables that turn it.
+
+    ``joined`` makes of the results what callers get.
+    """
+
+    calls: list[tuple[Tensor, Tables | None]]
+    joined: Callable[[list[Tensor]], Any]
+
 
 class SignatureBlock(Block):
     """Base: a block whose callers pass more than x, or want more than x back."""
@@ -25,13 +38,19 @@ class SignatureBlock(Block):
         """The tokens of a call whose other arguments change nothing; None if they do."""
         raise TypeError(f"{type(self).__name__} must define enter()")
 
-    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> Tables | None:
         """Tables (cos, sin) that turn q and k in a call that :meth:`enter` let in; None for none."""
         return None
 
     def leave(self, y: Tensor, x: Tensor) -> Any:
         """What callers get for the result y, having passed x."""
         return y
+
+    def batches(self, x: Tensor, *args: Any, **kwargs: Any) -> Batches | None:
+        """The tokens of a call as they go through all blocks; None where other arguments keep them from it."""
+        if (tokens := self.enter(x, *args, **kwargs)) is None:
+            return None
+        return Batches([(tokens, self.rotary(x, *args, **kwargs))], lambda results: self.leave(results[0], x))
 
 
 class EagerAttention:
@@ -82,7 +101,7 @@ class RotaryBlock(SignatureBlock):
     ) -> Tensor | None:
         return x if attn_mask is None and not is_causal else None
 
-    def rotary(self, x: Tensor, rope: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, x: Tensor, rope: Tensor | None = None, **_: Any) -> Tables | None:
         return rotary_tables(rope)
 
 
@@ -99,7 +118,7 @@ class RotaryAttention(nn.Module):
         return self.attention(x, additive_mask(x, attn_mask, is_causal), rotary_tables(rope))
 
 
-def rotary_tables(rope: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def rotary_tables(rope: Tensor | None) -> Tables | None:
     """timm's sines and cosines in one as (cos, sin)."""
     if rope is None:
         return None
@@ -146,7 +165,7 @@ class RotaryLayer(TransformersLayer):
 
     rotates = True
 
-    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, x: Tensor, *args: Any, **kwargs: Any) -> Tables | None:
         return kwargs.get("position_embeddings")
 
 
@@ -183,7 +202,8 @@ class TransformersRotaryAttention(TransformersAttention):
 
 def refuse_maps(module: nn.Module, asked: dict[str, Any]) -> None:
     """Raise where a caller of a fused module wants attention maps that it would have returned before."""
-    if vars(module)["gives_maps"]() and (asked.get("output_attentions") or recording("attentions")):
+    gives_maps: Any = module.gives_maps
+    if gives_maps() and (asked.get("output_attentions") or recording("attentions")):
         raise RuntimeError(
             f"output_attentions: {type(module).__name__} is fused and has no attention maps; ask the model for them "
             "before fusing, or fuse it as loaded with attn_implementation='eager': its attention then stays"
@@ -203,10 +223,18 @@ def attend(
     if (bias := asked.get("position_bias")) is not None:
         mask = bias if mask is None else mask + bias
     if rotates:
-        out: Tensor = attention(x, mask, asked.get("position_embeddings"))
+        out: Tensor = attention(x, mask, tables_for(x, asked.get("position_embeddings")))
     else:
         out = attention(x) if mask is None else attention(x, mask)
     return out
+
+
+def tables_for(x: Tensor, tables: Tables | None) -> Tables | None:
+    """Tables that turn tokens like x: those of transformers are float32 beside float64 tokens too."""
+    if tables is None or x.dtype is not torch.float64:
+        return tables
+    cos, sin = tables
+    return cos.double(), sin.double()
 
 
 class TransformersBeitLayer(TransformersLayer):

@@ -114,6 +114,11 @@ def copied(model: nn.Module, verb: str) -> nn.Module:
         ) from error
 
 
+def cast_real(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its real tensors cast. ``model.to(dtype)`` casts complex ones too, to their real part."""
+    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
 def tell_unfused(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, missing: list[str], unexpected: list[str]
 ) -> None:

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.plain_call import why_not_plain
 from ..nn.recorders import recording
@@ -59,18 +59,21 @@ class LoopedBlocks(BlockRuns, nn.ModuleList):
     def _all(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What calling one block after the other gives."""
         blocks: Any = list(self._modules.values())
-        entered = blocks[0].enter(x, *args, **kwargs)
-        route = None
-        rotary = None if entered is None else blocks[0].rotary(x, *args, **kwargs)
-        wanted = torch.is_grad_enabled() and rotary is not None and any(t.requires_grad for t in rotary)
-        if entered is not None and not wanted and not recording() and why_not_plain(self, entered) is None:
-            route = self._route(entered)
-        if route is not None:
-            return blocks[-1].leave(route.run(entered, rotary), x)
+        batches = blocks[0].batches(x, *args, **kwargs)
+        if batches is not None and not recording() and not any(self._why_one_by_one(*call) for call in batches.calls):
+            routes = [route for tokens, _ in batches.calls if (route := self._route(tokens)) is not None]
+            if len(routes) == len(batches.calls):
+                return batches.joined([route.run(*call) for route, call in zip(routes, batches.calls, strict=True)])
         result = x
         for block in blocks:
             result = block(result[0] if isinstance(result, tuple) else result, *args, **kwargs)
         return result
+
+    def _why_one_by_one(self, tokens: Tensor, rotary: tuple[Tensor, Tensor] | None) -> str | None:
+        """What of a call needs every block called by itself, in one line."""
+        if torch.is_grad_enabled() and rotary is not None and any(t.requires_grad for t in rotary):
+            return "gradients of the rotary tables are wanted"
+        return why_not_plain(self, tokens)
 
 
 class LoopOwner(nn.Module):

@@ -20,7 +20,17 @@ from ...nn.foreign_block import (
 )
 from ...nn.foreign_signatures import RotaryAttention, RotaryBlock
 from ..family import Described, Family, WindowBlock
-from ..folding import AttentionParts, FFNParts, GatedFFNParts, WindowParts, halves_of, layer_norm, linear, rms_norm
+from ..folding import (
+    AttentionParts,
+    FFNParts,
+    GatedFFNParts,
+    WindowParts,
+    halves_of,
+    layer_norm,
+    linear,
+    repeated_heads,
+    rms_norm,
+)
 from ..patches import MergingParts
 from ..rules import plain
 
@@ -52,7 +62,9 @@ def _rotary_attention(attn: Any) -> AttentionParts:
     """AttentionRope and EVA's: one projection or three; EVA holds the biases of the one apart."""
     qkv: Any
     if attn.qkv is None:
-        qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
+        groups = getattr(attn, "num_kv_groups", 1)  # heads that share their keys and values
+        shared = (repeated_heads(part, groups, attn.head_dim) for part in (attn.k_proj, attn.v_proj))
+        qkv = (attn.q_proj, *shared)
     elif getattr(attn, "q_bias", None) is not None and type(attn.qkv) is nn.Linear:
         qkv = linear(attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
     else:
@@ -78,7 +90,6 @@ ROTARY_ATTENTION = Described(
         *("rotate_half", "attn_dim", "kv_dim", "num_kv_heads", "num_kv_groups"),
     ),
     refuses=BEHIND,
-    unless=lambda attn: None if getattr(attn, "num_kv_groups", 1) == 1 else "several heads share their keys and values",
     alone=lambda fused, _: RotaryAttention(fused),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...nn.foreign_block import ChannelScale, ForwardingBlock
+from ...nn.foreign_block import ChannelScale
 from ...nn.foreign_signatures import (
     Always,
     EagerAttention,
@@ -16,11 +16,10 @@ from ...nn.foreign_signatures import (
     MaskFormerSwinLayer,
     OpenBranch,
     RfDetrLayer,
-    RotaryLayer,
+    SignatureBlock,
     TransformersAttention,
     TransformersBeitLayer,
     TransformersLayer,
-    TransformersRotaryAttention,
     TransformersSwinLayer,
     TransformersSwinTuple,
     VitPoseLayer,
@@ -54,14 +53,16 @@ def _attention(names: dict[str, str], rotary_layout: str | None = None) -> Calla
     return parts
 
 
-def _described_attention(
-    names: dict[str, str], *more: str, rotary_layout: str | None = None, **options: Any
+def attention_of(
+    names: dict[str, str], *more: str, rotary_layout: str | None = None, causal: bool = True, **options: Any
 ) -> Described:
+    """An attention of q_proj, k_proj, v_proj and these names. ``causal``: it holds ``is_causal``, whatever it says."""
+    held = ("q_proj", "k_proj", "v_proj", *names.values(), "head_dim", "config")
     return Described(
         _attention(names, rotary_layout),
-        holds=("q_proj", "k_proj", "v_proj", *names.values(), "head_dim", "config", "is_causal"),
+        holds=(*held, "is_causal") if causal else held,
         may_hold=(*DROPS, "embed_dim", "num_key_value_groups", *more),
-        **{"unless": _needs_maps, "alone": _alone, **options},
+        **{"unless": needs_maps, "alone": _alone, **options},
     )
 
 
@@ -69,16 +70,12 @@ def _alone(fused: Any, attn: Any) -> nn.Module:
     return standing_in(TransformersAttention(fused, EagerAttention(attn.config)), attn)
 
 
-def _alone_rotating(fused: Any, attn: Any) -> nn.Module:
-    return standing_in(TransformersRotaryAttention(fused, EagerAttention(attn.config)), attn)
-
-
 def _alone_with_maps(fused: Any, attn: Any) -> nn.Module:
     """Of an attention that returns its maps whatever its config says."""
     return standing_in(TransformersAttention(fused, Always()), attn)
 
 
-def _needs_maps(attn: Any) -> str | None:
+def needs_maps(attn: Any) -> str | None:
     implementation = attn.config._attn_implementation
     if implementation in ("sdpa", None):
         return None
@@ -95,20 +92,19 @@ def _packed_attention(attn: Any) -> AttentionParts:
 PACKED = ("qkv", "projection", "num_heads", "head_dim", "scale", "embed_dim", "config")
 BLIP_ATTENTION = Described(_packed_attention, holds=PACKED, may_hold=DROPS, alone=_alone_with_maps)
 BLIP2_ATTENTION = Described(
-    _packed_attention, holds=PACKED, may_hold=(*DROPS, "is_causal"), unless=_needs_maps, alone=_alone
+    _packed_attention, holds=PACKED, may_hold=(*DROPS, "is_causal"), unless=needs_maps, alone=_alone
 )
-ATTENTION = _described_attention(HEADS)
-CLIP_ATTENTION = _described_attention(CLIP_HEADS)
-DINO3_ATTENTION = _described_attention(
-    {"num_heads": "num_heads", "scale": "scaling", "proj": "o_proj"}, rotary_layout="half", alone=_alone_rotating
-)
-EAGER_ATTENTION = _described_attention(  # of models that have no other than eager: fused, its maps are refused if asked
+ATTENTION = attention_of(HEADS)
+CLIP_ATTENTION = attention_of(CLIP_HEADS)
+EAGER_ATTENTION = attention_of(  # of models that have no other than eager: fused, its maps are refused if asked
     CLIP_HEADS, unless=lambda attn: None, alone=_alone_with_maps
 )
-NORMED_HEADS = _described_attention(  # InternVL's and Janus'
+# such a norm divides the q of a token by one number in all heads, its k by another: the operator has no place for them
+ACROSS_HEADS = "its QK-norm is over the channels of all heads together; only one over each head can be fused"
+NORMED_HEADS = attention_of(  # InternVL's and Janus'
     {"num_heads": "num_heads", "scale": "scale", "proj": "projection_layer"},
     "projection_dropout",
-    refuses=dict.fromkeys(("q_norm", "k_norm"), "it normalises queries and keys"),
+    refuses=dict.fromkeys(("q_norm", "k_norm"), ACROSS_HEADS),
 )
 
 
@@ -131,11 +127,11 @@ GATED_MLP = Described(
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _layer(
+def layer_of(
     attn: str,
     norms: tuple[str, str],
     *after: tuple[str, ...],
-    block: type[TransformersLayer] = TransformersLayer,
+    block: type[SignatureBlock] = TransformersLayer,
     always_maps: bool = False,
     ffn: str = "mlp",
     **options: Any,
@@ -146,7 +142,7 @@ def _layer(
     """
     first, second = after or ((), ())
 
-    def parts(layer: Any) -> TransformersLayer:
+    def parts(layer: Any) -> SignatureBlock:
         attention = getattr(layer, attn)
         config = getattr(attention, "config", None)
         closed = block(
@@ -169,39 +165,31 @@ def _scale(after: Any) -> nn.Module:
     return ChannelScale(after) if isinstance(after, nn.Parameter) else nn.Identity()
 
 
-VIT_LAYER = _layer("attention", ("layernorm_before", "layernorm_after"), ("dropout",), ("dropout",))
-DINO_LAYER = _layer("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
-DINO3_LAYER = _layer(
-    *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")), block=RotaryLayer
-)
-PIXIO_LAYER = _layer(
+VIT_LAYER = layer_of("attention", ("layernorm_before", "layernorm_after"), ("dropout",), ("dropout",))
+DINO_LAYER = layer_of("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
+PIXIO_LAYER = layer_of(
     *("attention", ("layernorm_before", "layernorm_after"), ("dropout", "drop_path"), ("dropout", "drop_path"))
 )
-INTERNVL_LAYER = _layer(
+INTERNVL_LAYER = layer_of(
     *("attention", ("layernorm_before", "layernorm_after"), ("lambda_1",), ("dropout", "lambda_2")),
     may_hold=("chunk_size_feed_forward", "seq_len_dim"),
 )
-LW_DETR_LAYER = _layer(
+LW_DETR_LAYER = layer_of(
     *("attention", ("layernorm_before", "layernorm_after"), ("gamma_1",), ("gamma_2",)),
     block=LwDetrLayer,
     ffn="intermediate",
     may_hold=("window", "num_windows"),
 )
-RF_DETR_LAYER = _layer(
+RF_DETR_LAYER = layer_of(
     *("attention", ("norm1", "norm2"), ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
     block=RfDetrLayer,
     may_hold=("num_windows", "global_attention"),
 )
-CLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim", "config"))
-EAGER_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
-BLIP_LAYER = _layer("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
+CLIP_LAYER = layer_of("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim", "config"))
+EAGER_LAYER = layer_of("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
+BLIP_LAYER = layer_of("self_attn", ("layer_norm1", "layer_norm2"), may_hold=("embed_dim",), always_maps=True)
 
-AIM_LAYER = _layer("attention", ("rms_norm1", "rms_norm2"), ffn="ffn")
-PACKED_SEQUENCE_BLOCK = Described(
-    lambda block: ForwardingBlock(OpenBranch(block.norm1, block.attn), OpenBranch(block.norm2, block.mlp)),
-    holds=("norm1", "attn", "norm2", "mlp"),
-    keeps_class=True,
-)
+AIM_LAYER = layer_of("attention", ("rms_norm1", "rms_norm2"), ffn="ffn")
 
 # --- Swin -------------------------------------------------------------------------------------------------------------
 
@@ -229,7 +217,7 @@ SWIN_LAYER = Described(
     holds=("attention", "layernorm_before", "layernorm_after", "mlp", "dropout", "drop_path"),
     may_hold=("window_size", "shift_size", "input_resolution"),
     keeps_class=True,
-    unless=lambda layer: _needs_maps(layer.attention),
+    unless=lambda layer: needs_maps(layer.attention),
 )
 
 
@@ -315,7 +303,7 @@ OLDER_LAYER = Described(
     _older_layer,
     holds=("attention", "intermediate", "output", "layernorm_before", "layernorm_after"),
     may_hold=("chunk_size_feed_forward", "seq_len_dim"),
-    unless=lambda layer: _needs_maps(layer.attention.attention),
+    unless=lambda layer: needs_maps(layer.attention.attention),
     keeps_class=True,
 )
 
@@ -329,7 +317,7 @@ def _vitpose_layer(layer: Any) -> WholeBlock:
 def _why_not_vitpose(layer: Any) -> str | None:
     if layer.num_experts != 1:
         return f"its FFN is a mixture of {layer.num_experts} experts"
-    return _needs_maps(layer.attention.attention)
+    return needs_maps(layer.attention.attention)
 
 
 VITPOSE_LAYER = Described(
@@ -398,7 +386,7 @@ MLLAMA_LAYER = Described(
     _mllama_layer,
     holds=("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "is_gated", "hidden_size"),
     may_hold=("num_attention_heads", "intermediate_size", "gate_attn", "gate_ffn"),
-    unless=lambda layer: _needs_maps(layer.self_attn),
+    unless=lambda layer: needs_maps(layer.self_attn),
     keeps_class=True,
 )
 

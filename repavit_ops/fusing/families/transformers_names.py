@@ -78,6 +78,7 @@ LW_DETR_LIKE: Names = {"lw_detr": ("LwDetrViTLayer", "LwDetrViTAttention", "LwDe
 FC, ACT, LINEAR = ("fc1", "activation_fn", "fc2"), ("fc1", "act", "fc2"), ("linear_fc1", "act_fn", "linear_fc2")
 ONLY_FFN = {
     "cohere_compass.modeling_cohere_compass.CohereCompassVisionMLP": LINEAR,
+    "ernie4_5_vl_moe.modeling_ernie4_5_vl_moe.Ernie4_5VLVisionMLP": ACT,
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": ("up_proj", "act_fn", "down_proj"),
     "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3MLP": ("up_proj", "act_fn", "down_proj"),
     "florence2.modeling_florence2.Florence2VisionMLP": FC,
@@ -101,6 +102,7 @@ ONLY_FFN = {
     "qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionMLP": LINEAR,
     "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionMLP": LINEAR,
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionMLP": LINEAR,
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionMLP": LINEAR,
     "sam.modeling_sam.SamMLPBlock": ("lin1", "act", "lin2"),
     "sam3.modeling_sam3.Sam3MLP": FC,
     "sam_hq.modeling_sam_hq.SamHQMLPBlock": ("lin1", "act", "lin2"),
@@ -118,6 +120,7 @@ GATED_MLPS = (
     "dinov2.modeling_dinov2.Dinov2SwiGLUFFN",
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN",
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP",
+    "dots3_note.modeling_dots3_note.Dots3NoteVisionMLP",
     "eomt.modeling_eomt.EomtSwiGLUFFN",
     "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3GatedMLP",
     "glm4v.modeling_glm4v.Glm4VisionMlp",
@@ -135,11 +138,16 @@ GATED_MLPS = (
 )
 RMS_NORMS = (
     "aimv2.modeling_aimv2.Aimv2RMSNorm",
+    "dots3_note.modeling_dots3_note.Dots3NoteRMSNorm",
     "glm4v.modeling_glm4v.Glm4vRMSNorm",
     "glm4v_moe.modeling_glm4v_moe.Glm4vMoeRMSNorm",
+    "glm5_next.modeling_glm5_next.Glm5NextRMSNorm",
     "glm_ocr.modeling_glm_ocr.GlmOcrRMSNorm",
     "ovis2.modeling_ovis2.Ovis2RMSNorm",
+    "pixtral.modeling_pixtral.PixtralRMSNorm",
+    "qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniRMSNorm",
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+    "sapiens2.modeling_sapiens2.Sapiens2RMSNorm",
 )
 DINO3_LIKE: Names = {
     "dinov3_vit": ("DINOv3ViTLayer", "DINOv3ViTAttention", "DINOv3ViTMLP", "DINOv3ViTEncoder"),
@@ -149,15 +157,52 @@ AIM_LIKE: Names = {
     "aimv2": ("Aimv2EncoderLayer", "Aimv2Attention", "Aimv2MLP", "Aimv2Encoder"),
     "ovis2": ("Ovis2VisionEncoderLayer", "Ovis2VisionAttention", "Ovis2MLP", "Ovis2VisionEncoder"),
 }
-# blocks of images of many sizes in one sequence: attention, which is told where each ends, stays
-PACKED_SEQUENCES = (
-    "glm4v.modeling_glm4v.Glm4vVisionBlock",
-    "glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionBlock",
-    "glm_ocr.modeling_glm_ocr.GlmOcrVisionBlock",
-    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock",
-    "qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock",
-    "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock",
-)
+SAPIENS2_LIKE: Names = {"sapiens2": ("Sapiens2Layer", "Sapiens2Attention", "", "Sapiens2Encoder")}
+MLCD_LIKE: Names = {"mlcd": ("MLCDEncoderLayer", "MLCDAttention", "MLCDMLP", "MLCDEncoder")}
+PIXTRAL_LIKE: Names = {"pixtral": ("PixtralAttentionLayer", "PixtralAttention", "PixtralMLP", "PixtralTransformer")}
+LLAMA4_LIKE: Names = {  # its encoder returns what lies between
+    "llama4": ("Llama4VisionEncoderLayer", "Llama4VisionAttention", "Llama4VisionMLP", "")
+}
+SAM3_LIKE: Names = {"sam3": ("", "Sam3ViTRoPEAttention", "Sam3MLP", "")}
+PHI4_LIKE: Names = {
+    "phi4_multimodal": (
+        *("Phi4MultimodalVisionEncoderLayer", "Phi4MultimodalVisionAttention"),
+        *("Phi4MultimodalVisionMLP", ""),  # masked in every call
+    )
+}
+VJEPA2_LIKE: Names = {"vjepa2": ("VJEPA2Layer", "VJEPA2RopeAttention", "VJEPA2MLP", "VJEPA2Encoder")}
+# blocks of images of many sizes in one sequence; no encoder where its blocks are told of different sequences, or where
+# it looks at what lies between
+PACKED_LIKE: Names = {
+    "cohere_compass": ("CohereCompassVisionBlock", "CohereCompassVisionAttention", "", ""),
+    "dots3_note": ("Dots3NoteVisionBlock", "Dots3NoteVisionAttention", "", "Dots3NoteVisionModel"),
+    "ernie4_5_vl_moe": (
+        *("Ernie4_5_VLMoeVisionBlock", "Ernie4_5_VLMoeVisionAttention"),
+        *("", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
+    ),
+    "glm4v": ("Glm4vVisionBlock", "Glm4vVisionAttention", "", "Glm4vVisionModel"),
+    "glm4v_moe": ("Glm4vMoeVisionBlock", "Glm4vMoeVisionAttention", "", "Glm4vMoeVisionModel"),
+    "glm5_next": ("Glm5NextVisionBlock", "Glm5NextVisionAttention", "", "Glm5NextVisionModel"),
+    "glm_ocr": ("GlmOcrVisionBlock", "GlmOcrVisionAttention", "", "GlmOcrVisionModel"),
+    "qwen2_5_vl": ("Qwen2_5_VLVisionBlock", "Qwen2_5_VLVisionAttention", "", ""),
+    "qwen2_vl": ("Qwen2VLVisionBlock", "VisionAttention", "", "Qwen2VisionTransformerPretrainedModel"),
+    "qwen3_5": ("Qwen3_5VisionBlock", "Qwen3_5VisionAttention", "", "Qwen3_5VisionModel"),
+    "qwen3_5_moe": ("Qwen3_5MoeVisionBlock", "Qwen3_5MoeVisionAttention", "", "Qwen3_5MoeVisionModel"),
+    "qwen3_omni_moe": ("Qwen3OmniMoeVisionBlock", "Qwen3OmniMoeVisionAttention", "", ""),
+    "qwen3_vl": ("Qwen3VLVisionBlock", "Qwen3VLVisionAttention", "", ""),
+    "qwen3_vl_moe": ("Qwen3VLMoeVisionBlock", "Qwen3VLMoeVisionAttention", "", ""),
+    "qwen4_exp": ("Qwen4ExpVisionBlock", "Qwen4ExpVisionAttention", "", "Qwen4ExpVisionModel"),
+}
+OMNI_LIKE: Names = {"qwen2_5_omni": ("Qwen2_5OmniVisionBlock", "Qwen2_5OmniVisionAttention", "", "")}
+KIMI_LIKE: Names = {
+    "kimi_k25": ("Kimi_K25VisionEncoderLayer", "Kimi_K25VisionAttention", "Kimi_K25VisionMLP", "Kimi_K25VisionModel"),
+    "muse_glimmer": ("MuseGlimmerVisionEncoderLayer", "MuseGlimmerVisionAttention", "MuseGlimmerVisionMLP", ""),
+    "muse_spark": ("MuseSparkVisionEncoderLayer", "MuseSparkVisionAttention", "MuseSparkVisionMLP", ""),
+}
+VIDEO_LLAMA_LIKE: Names = {
+    "paddleocr_vl": ("PaddleOCRVisionEncoderLayer", "PaddleOCRVisionAttention", "", "PaddleOCRVisionEncoder"),
+    "video_llama_3": ("VideoLlama3VisionEncoderLayer", "VideoLlama3VisionAttention", "", "VideoLlama3VisionEncoder"),
+}
 # layers whose FFN is spread over modules, or stands in the layer itself
 APART = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 FFNS_APART = {
@@ -185,16 +230,15 @@ REFUSED = {
     "groupvit.modeling_groupvit.GroupViTAssignAttention": CROSS,
     "groupvit.modeling_groupvit.GroupViTMixerMLP": "it mixes tokens, not channels",
     "hiera.modeling_hiera.HieraMaskUnitAttention": "its queries are pooled, and it attends within mask units",
+    "llama4.modeling_llama4.Llama4VisionMLP2": "a GELU follows its second projection, which gives another width",
     "mgp_str.modeling_mgp_str.MgpstrAttention": "it always returns its attention maps",
     "mobilevit.modeling_mobilevit.MobileViTSelfAttention": "its layer has SiLU in the FFN, and its parts are apart",
-    "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionAttention": "it is causal where no mask is given",
     "pvt.modeling_pvt.PvtEfficientSelfAttention": REDUCED,
     "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention": REDUCED,
     "sam.modeling_sam.SamVisionAttention": RELATIVE,
     "sam.modeling_sam.SamVisionSdpaAttention": RELATIVE,
     "sam2.modeling_sam2.Sam2FeedForward": "the same class serves as heads of several layers",
     "sam2.modeling_sam2.Sam2MultiScaleAttention": POOLED,
-    "sam3.modeling_sam3.Sam3ViTRoPEAttention": TURNED,
     "sam_hq.modeling_sam_hq.SamHQVisionAttention": RELATIVE,
     "sam_hq.modeling_sam_hq.SamHQVisionSdpaAttention": RELATIVE,
     "segformer.modeling_segformer.SegformerAttention": REDUCED,
@@ -204,5 +248,4 @@ REFUSED = {
     "timesformer.modeling_timesformer.TimesformerSelfAttention": "its layer attends in time and in space by turns",
     "vitdet.modeling_vitdet.VitDetAttention": RELATIVE,
     "vjepa2.modeling_vjepa2.VJEPA2PoolerCrossAttention": CROSS,
-    "vjepa2.modeling_vjepa2.VJEPA2RopeAttention": TURNED,
 }
