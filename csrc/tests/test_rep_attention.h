@@ -19,6 +19,7 @@ struct AttentionCase {
   int64_t prefix = 0, turned = 0;  // tokens and channels of a head that rotation leaves alone, and that it turns
   bool interleaved = false;
   bool int8 = false;
+  double sign = 1.0;  // of the scale; 0 is none
 
   repavit::Norm norm() const {
     return !normalize ? repavit::kNoNorm : tokens % 3 == 0 ? repavit::kRmsNorm : repavit::kLayerNorm;
@@ -36,6 +37,7 @@ struct AttentionCase {
                                    {padding, " padding"}, {interleaved, " interleaved"}, {int8, " int8"}}) {
       if (on) text += flag;
     }
+    if (sign != 1.0) text += sign < 0.0 ? " scale < 0" : " scale = 0";
     return text;
   }
 };
@@ -50,7 +52,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   reference::Attention truth{};
   truth.batch = t.batch, truth.tokens = t.tokens, truth.channels = t.channels, truth.channels_out = t.channels_out;
   truth.heads = t.heads, truth.d_qk = t.d_qk, truth.d_v = t.d_v;
-  truth.scale = 1.0 / std::sqrt(static_cast<double>(t.d_qk));
+  truth.scale = t.sign / std::sqrt(static_cast<double>(t.d_qk));
   truth.norm_eps = 1e-6, truth.norm = t.norm(), truth.residual = t.residual;
 
   std::vector<double> unused;
@@ -220,6 +222,13 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
   }
   test_attention_case<T>(kernels, dtype, {1, 523, 8, 8, 1, 4, 3, 0, true, true, true, false, true, nullptr, false},
                          level);  // online softmax
+  for (const double sign : {0.0, -1.0}) {  // what masks keys beyond the last must not count on the sign
+    for (const int64_t tokens : {5, 50}) {
+      AttentionCase odd{2, tokens, 24, 24, 2, 9, 16, 0, true, true, false, false, false, nullptr, false};
+      odd.sign = sign;
+      test_attention_case<T>(kernels, dtype, odd, level);
+    }
+  }
 
   const repavit::WindowGrid grids[] = {
       {{8, 12}, {4, 4}, {2, 2}, false, nullptr, nullptr}, {{10, 13}, {4, 4}, {2, 1}, false, nullptr, nullptr},
