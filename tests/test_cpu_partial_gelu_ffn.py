@@ -11,7 +11,8 @@ import torch
 from op_helpers import DTYPES, cast
 from test_partial_gelu_ffn import operands
 
-from repavit_ops import backends
+from repavit_ops import backends, nn
+from repavit_ops.stack import FusedStack
 
 OP = torch.ops.repavit_ops
 REASON = backends.why_unavailable("cpp")
@@ -128,3 +129,27 @@ def test_an_unknown_level_is_refused_at_the_first_use_and_not_at_import():
     done = run_at("sse9", "import torch, repavit_ops.library; torch.ops.repavit_ops.cpu_isa()")
     assert done.returncode != 0
     assert "REPAVIT_CPU_ISA: got 'sse9', wanted one of scalar, avx2, avx512, avx512_bf16, amx" in done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 5, 50, 97])
+@pytest.mark.parametrize("kind", ["plain", "merged", "gated"])
+def test_few_rows_of_large_weights_are_shared_by_columns_bit_for_bit(kind, rows):
+    """From two threads on each has a part of the columns; what a row gets does not show it, in a stack neither."""
+    if kind == "gated":
+        ffn = nn.GatedFFN(300, 500, norm_eps=1e-6, residual=True)
+    else:
+        ffn = nn.PartialGELUFFN(300, 500, merged=kind == "merged", norm_eps=1e-6, residual=True)
+    attention = nn.RepAttention(300, 6, norm_eps=1e-6, residual=True)
+    ffn, attention = (m.eval().requires_grad_(False) for m in (ffn, attention))
+    stack = FusedStack.replacing(torch.nn.Sequential(attention, ffn, attention, ffn))
+    x = torch.randn(1, rows, 300, generator=torch.Generator().manual_seed(rows))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted, wanted_of_stack = ffn(x), stack(x)
+        for threads in (2, 3, 4, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(ffn(x), wanted)
+            assert torch.equal(stack(x), wanted_of_stack)
+    finally:
+        torch.set_num_threads(before)

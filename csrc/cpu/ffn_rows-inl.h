@@ -4,6 +4,8 @@
 //    block, from L3, which costs a few GB/s per core.
 // 2. The second product is one accumulation over [H | z] (w_out stands on w_merged in each panel): no pass over y.
 // 3. Blocks are independent: one fork/join per call, no barrier between the products.
+// 4. Where blocks would be of few rows, whose products do not outlast the reading of the weights, threads share larger
+//    blocks and each has a part of the columns: three forks, z, H and y, and every weight is read by fewer of them.
 #pragma once
 
 #include "arena.h"
@@ -25,6 +27,32 @@ REPAVIT_INLINE typename SimdOf<T>::V load_bias(const T* bias, ptrdiff_t col, int
   return n > 0 ? S::load(bias + col, n) : S::zero();
 }
 
+// Into how many parts the columns of an FFN go, a divisor of its owners: until blocks have kEnoughRows, where the weights
+// are more than a core keeps, and every part has a panel.
+template <class Layout>
+ptrdiff_t column_parts(const Layout& layout, ptrdiff_t rows, ptrdiff_t owners) {
+  constexpr ptrdiff_t kEnoughRows = 48;
+  constexpr int64_t kManyBytes = 1 << 20;
+  if (owners == 1 || layout.bytes() < kManyBytes) return 1;
+  const ptrdiff_t panels = least(layout.in_panels, layout.out_panels);
+  for (ptrdiff_t parts = 1; parts <= least(owners, panels); ++parts) {
+    if (owners % parts == 0 && rows * parts >= owners * kEnoughRows) return parts;
+  }
+  return owners <= panels ? owners : 1;
+}
+
+// Whether H is wanted in whole rows before the second product.
+inline bool needs_whole_rows(const PartialGeluFfnArgs&) { return false; }
+inline bool needs_whole_rows(const GatedFfnArgs& args) { return args.inner_norm; }
+
+// Panels [first, last) of a product's columns.
+struct PanelRange {
+  ptrdiff_t first, last;
+};
+inline PanelRange panels_of(ptrdiff_t panels, ptrdiff_t parts, ptrdiff_t part) {
+  return {panels * part / parts, panels * (part + 1) / parts};
+}
+
 // One call, as every thread sees it.
 template <class T, FfnKind kKind, class Args>
 struct FfnPlan {
@@ -34,6 +62,7 @@ struct FfnPlan {
   const T* panels;
   ptrdiff_t blocks;         // row blocks, of nearly equal height
   ptrdiff_t block_rows;     // height of the tallest
+  ptrdiff_t parts = 1;      // of the columns; more than one: threads share z and H
   ptrdiff_t h_stride;       // of H [block_rows, m] in scratch
   ptrdiff_t z_stride;       // of z [block_rows, C] in scratch
 
@@ -45,8 +74,10 @@ struct FfnPlan {
     const double work = 2.0 * static_cast<double>(args.rows) * static_cast<double>(args.channels) * depth;
     const ptrdiff_t owners = useful_threads(work, threads);
     const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(layout);
+    parts = needs_whole_rows(args) ? 1 : column_parts(layout, rows, owners);
     const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);
-    blocks = owners * rounds < rows ? owners * rounds : rows;
+    const ptrdiff_t wanted = parts > 1 ? owners / parts : owners * rounds;
+    blocks = wanted < rows ? wanted : rows;
     block_rows = (rows + blocks - 1) / blocks;
     h_stride = scratch_stride<Operand<T>>(layout.active);
     z_stride = scratch_stride<Operand<T>>(layout.channels);
@@ -88,24 +119,74 @@ Rows<T> block_input(const Plan& plan, const T* x, ptrdiff_t rows, Operand<T>* sc
   return {scratch, plan.z_stride, columns};
 }
 
-// One block of rows, whose H `hidden(plan, z, rows, h)` writes, in whole panels of columns.
-template <class T, class Plan, class Hidden>
-void ffn_block(const Plan& plan, ptrdiff_t block, char* scratch, const Hidden& hidden) {
+// Some panels of the second product, of rows from `row` on.
+template <class T, class Plan>
+void ffn_output(const Plan& plan, ptrdiff_t row, ptrdiff_t rows, const Rows<T> (&segments)[2], PanelRange panels) {
   const FfnArgs& args = plan.args;
   const auto& layout = plan.layout;
+  const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride), col = panels.first * kPanelColumns;
+  const ptrdiff_t columns = least(layout.channels - col, (panels.last - panels.first) * kPanelColumns);
+  const T *x = static_cast<const T*>(args.x), *bias = static_cast<const T*>(args.bias);
+  const BiasResidual<T> epilogue{static_cast<T*>(args.y) + row * layout.channels + col, layout.channels,
+                                 bias != nullptr ? bias + col : nullptr,
+                                 args.residual ? x + row * x_stride + col : nullptr, x_stride};
+  gemm(segments, layout.has_merged ? 2 : 1, rows, plan.panels + layout.out_offset + panels.first * layout.out_stride,
+       layout.out_stride, columns, epilogue);
+}
+
+// One block of rows, whose H `hidden(plan, z, rows, h, panels)` writes, in whole panels of columns.
+template <class T, class Plan, class Hidden>
+void ffn_block(const Plan& plan, ptrdiff_t block, char* scratch, const Hidden& hidden) {
+  const auto& layout = plan.layout;
   const ptrdiff_t begin = plan.block_begin(block), rows = plan.block_begin(block + 1) - begin;
-  const ptrdiff_t x_stride = static_cast<ptrdiff_t>(args.x_stride);
-  const T* x = static_cast<const T*>(args.x) + begin * x_stride;
+  const T* x = static_cast<const T*>(plan.args.x) + begin * static_cast<ptrdiff_t>(plan.args.x_stride);
 
   Operand<T>* h = reinterpret_cast<Operand<T>*>(scratch);
   const Rows<T> z = block_input(plan, x, rows, reinterpret_cast<Operand<T>*>(scratch + plan.h_bytes()));
-  hidden(plan, z, rows, h);
+  hidden(plan, z, rows, h, PanelRange{0, layout.in_panels});
+  const ptrdiff_t panels = whole_panels(layout.channels) / kPanelColumns;  // out_panels is 0 where they are empty
+  ffn_output<T>(plan, begin, rows, {{h, plan.h_stride, layout.active}, z}, {0, panels});
+}
 
-  const Rows<T> segments[2] = {{h, plan.h_stride, layout.active}, z};
-  const BiasResidual<T> epilogue{static_cast<T*>(args.y) + begin * layout.channels, layout.channels,
-                                 static_cast<const T*>(args.bias), args.residual ? x : nullptr, x_stride};
-  gemm(segments, layout.has_merged ? 2 : 1, rows, plan.panels + layout.out_offset, layout.out_stride, layout.channels,
-       epilogue);
+// A whole call whose threads share z and H of a block of rows, and have a part of its columns each.
+template <class T, class Plan, class Hidden>
+void ffn_by_columns(const Plan& plan, const Pool& pool, const Hidden& hidden) {
+  struct Phase {
+    const Plan& plan;
+    const Hidden& hidden;
+    Operand<T>*h, *z;  // of all rows
+    int step;
+
+    void run(ptrdiff_t item) const {
+      const auto& layout = plan.layout;
+      const FfnArgs& args = plan.args;
+      const ptrdiff_t total = static_cast<ptrdiff_t>(args.rows);
+      if (step == 0) {
+        const ptrdiff_t items = plan.blocks * plan.parts, first = total * item / items, last = total * (item + 1) / items;
+        const T* x = static_cast<const T*>(args.x) + first * static_cast<ptrdiff_t>(args.x_stride);
+        block_input(plan, x, last - first, z + first * plan.z_stride);
+        return;
+      }
+      const ptrdiff_t block = item / plan.parts, part = item % plan.parts;
+      const ptrdiff_t begin = plan.block_begin(block), rows = plan.block_begin(block + 1) - begin;
+      const Rows<T> left{z + begin * plan.z_stride, plan.z_stride, layout.channels};
+      Operand<T>* const own = h + begin * plan.h_stride;
+      if (step == 1) return hidden(plan, left, rows, own, panels_of(layout.in_panels, plan.parts, part));
+      ffn_output<T>(plan, begin, rows, {{own, plan.h_stride, layout.active}, left},
+                    panels_of(layout.out_panels, plan.parts, part));
+    }
+  };
+  const size_t rows = static_cast<size_t>(plan.args.rows), element = sizeof(Operand<T>);
+  const size_t h_elements = rows * static_cast<size_t>(plan.h_stride);
+  auto* const memory = static_cast<Operand<T>*>(
+      shared_arena(element * (h_elements + rows * static_cast<size_t>(plan.z_stride))));
+  const auto body = [](void* raw, int64_t begin, int64_t end) {
+    const Phase& phase = *static_cast<const Phase*>(raw);
+    for (int64_t item = begin; item < end; ++item) phase.run(static_cast<ptrdiff_t>(item));
+  };
+  for (Phase phase{plan, hidden, memory, memory + h_elements, 0}; phase.step < 3; ++phase.step) {
+    pool.run(plan.blocks * plan.parts, body, &phase);
+  }
 }
 
 // A whole call.
@@ -117,6 +198,7 @@ void ffn_call(const Args& args, const Pool& pool, const Hidden& hidden) {
     Plan plan;
     const Hidden& hidden;
   } context{{args, pool.threads}, hidden};
+  if (context.plan.parts > 1) return ffn_by_columns<T>(context.plan, pool, hidden);
   const auto body = [](void* raw, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(raw);
     char* scratch = static_cast<char*>(thread_arena(c.plan.h_bytes() + c.plan.z_bytes()));

@@ -44,6 +44,13 @@ struct Stack {
       gated_ffn<T>(ffn(of.gated, step, row, rows), pool);
     }
   }
+  // Whether threads would share the columns of a step's FFN rather than its rows alone.
+  bool splits_columns(int64_t step, int64_t rows, int threads) const {
+    const StackStep& of = args.steps[step];
+    if (attends(step) || (of.ffn.packed != nullptr ? of.ffn.int8 : of.gated.int8)) return false;
+    return of.ffn.packed != nullptr ? parts<FfnKind::kPlain>(ffn(of.ffn, step, 0, rows), threads) > 1
+                                    : parts<FfnKind::kGated>(ffn(of.gated, step, 0, rows), threads) > 1;
+  }
   // Elements of a step's weights.
   double weights(int64_t step) const {
     const StackStep& of = args.steps[step];
@@ -53,6 +60,10 @@ struct Stack {
   }
 
  private:
+  template <FfnKind kKind, class Args>
+  static ptrdiff_t parts(const Args& args, int threads) {
+    return FfnPlan<T, kKind, Args>(args, threads).parts;
+  }
   static double attention_elements(const RepAttentionArgs& of) {
     const auto bytes = static_cast<double>(of.int8 ? AttentionLayout<int8_t>(of.shape).bytes() : AttentionLayout<T>(of.shape).bytes());
     return of.int8 ? bytes : bytes / sizeof(T);
@@ -208,9 +219,11 @@ void fused_blocks(const StackArgs& args, const Pool& pool) {
 
   const int64_t done = pool.threads * context.images_each, rest = args.batch - done;
   if (rest == 0) return;
-  bool windows = false;
-  for (int64_t i = 0; i < args.count; ++i) windows |= args.steps[i].attention.windows != nullptr;
-  if (windows) {
+  bool apart = false;  // steps whose threads share more than a fork from attention to attention lets them
+  for (int64_t i = 0; i < args.count; ++i) {
+    apart |= args.steps[i].attention.windows != nullptr || stack.splits_columns(i, rest * args.tokens, pool.threads);
+  }
+  if (apart) {
     step_by_step(stack, done, rest, pool);
   } else {
     row_by_row(stack, done, rest, pool);

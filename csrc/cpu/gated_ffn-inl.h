@@ -82,12 +82,18 @@ void gated_ffn(const GatedFfnArgs& args, const Pool& pool) {
   if constexpr (kHasInt8<T>) {
     if (args.int8) return gated_ffn_int8<T>(args, pool);
   }
-  ffn_call<T, FfnKind::kGated>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h) {
+  ffn_call<T, FfnKind::kGated>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h,
+                                              PanelRange panels) {
     const GatedFfnArgs& a = plan.args;
+    const auto& layout = plan.layout;
+    const ptrdiff_t first = panels.first * layout.kHiddenColumns, columns = (panels.last - panels.first) * kPanelColumns;
     const T *b_gate = static_cast<const T*>(a.b_gate), *b_up = static_cast<const T*>(a.b_up);
-    const ptrdiff_t active = plan.layout.active, stride = plan.h_stride;
+    if (b_gate != nullptr) b_gate += first;
+    if (b_up != nullptr) b_up += first;
+    h += first;
+    const ptrdiff_t active = layout.active - first, stride = plan.h_stride;
     const auto product = [&](const auto& to_scratch) {
-      gemm(&z, 1, rows, plan.panels, plan.layout.in_stride, gated_columns(plan.layout), to_scratch);
+      gemm(&z, 1, rows, plan.panels + panels.first * layout.in_stride, layout.in_stride, columns, to_scratch);
     };
     switch (a.activation) {
       case kGeluErf: product(GatedToScratch<T, kGeluErf>{h, stride, b_gate, b_up, active}); break;

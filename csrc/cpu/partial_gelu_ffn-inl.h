@@ -50,10 +50,16 @@ void partial_gelu_ffn(const PartialGeluFfnArgs& args, const Pool& pool) {
   if constexpr (kHasInt8<T>) {
     if (args.int8) return partial_gelu_ffn_int8<T>(args, pool);
   }
-  ffn_call<T, FfnKind::kPlain>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h) {
+  ffn_call<T, FfnKind::kPlain>(args, pool, [](const auto& plan, const Rows<T>& z, ptrdiff_t rows, Operand<T>* h,
+                                              PanelRange panels) {
+    const auto& layout = plan.layout;
+    const ptrdiff_t first = panels.first * kPanelColumns;
+    const ptrdiff_t columns = least(layout.active, panels.last * kPanelColumns) - first;
     const T* b_in = static_cast<const T*>(plan.args.b_in);
+    if (b_in != nullptr) b_in += first;
+    h += first;
     const auto product = [&](const auto& to_scratch) {
-      gemm(&z, 1, rows, plan.panels, plan.layout.in_stride, plan.layout.active, to_scratch);
+      gemm(&z, 1, rows, plan.panels + panels.first * layout.in_stride, layout.in_stride, columns, to_scratch);
     };
     switch (plan.args.activation) {
       case kGeluTanh: return product(GeluToScratch<T, kGeluTanh>{h, plan.h_stride, b_in});

@@ -28,6 +28,7 @@ struct FfnCase {
   repavit::Norm norm;
   repavit::Activation activation;
   bool int8 = false;
+  int threads = kThreaded.threads;
 
   std::string name(const char* level) const {
     std::string flags;
@@ -37,7 +38,7 @@ struct FfnCase {
     }
     return std::string(level) + " M=" + std::to_string(rows) + " C=" + std::to_string(channels) +
            " m=" + std::to_string(active) + " gap=" + std::to_string(gap) + flags + " norm " + std::to_string(norm) +
-           " activation " + std::to_string(activation);
+           " activation " + std::to_string(activation) + " threads " + std::to_string(threads);
   }
 };
 
@@ -61,6 +62,7 @@ struct FfnKernels {
 template <class T>
 void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const FfnCase& test, const char* level) {
   const std::string name = test.name(level);
+  const repavit::Pool pool{test.threads, kThreaded.run};
   const FfnKernels of(kernels, dtype, test.gated, test.int8);
   const auto size = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
   const int64_t rows = test.rows, c = test.channels, m = test.active, up = test.gated ? m : 0, stride = c + test.gap;
@@ -87,7 +89,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
   }
 
   Guarded<T> packed(static_cast<size_t>(of.bytes(c, m, test.merged)) / sizeof(T));
-  of.pack({c, m, w_in.data(), w_up.data(), w_out.data(), test.merged ? w_merged.data() : nullptr}, packed.data(), kThreaded);
+  of.pack({c, m, w_in.data(), w_up.data(), w_out.data(), test.merged ? w_merged.data() : nullptr}, packed.data(), pool);
   expect(packed.intact(), "packing wrote outside its buffer", name.c_str());
 
   Guarded<T> back_in(size(m, c)), back_up(size(up, c)), back_out(size(c, m)), back_merged(test.merged ? size(c, c) : 0);
@@ -113,7 +115,7 @@ void test_ffn_case(const repavit::Kernels& kernels, repavit::DType dtype, const 
     plain.b_in = args.b_gate;
     kernels.partial_gelu_ffn[dtype](plain, pool);
   };
-  run(y, kThreaded);
+  run(y, pool);
   expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
   run(again, kSerial);
   expect(std::memcmp(y.data(), again.data(), y.size() * sizeof(T)) == 0, "depends on the threads", name.c_str());
@@ -162,6 +164,12 @@ void test_ffns(const repavit::Kernels& kernels, repavit::DType dtype, const char
   for (const bool gated : {false, true}) {
     test_ffn_case<T>(kernels, dtype, {15, 1024, 40, 0, true, true, true, true, gated, false, repavit::kNoNorm,
                                       repavit::kGeluErf}, level);
+    // Few rows of large weights, whose threads share the columns: three of them all, four by twos.
+    for (const auto& [rows, threads] : {std::pair<int64_t, int>(5, 3), {100, 4}}) {
+      FfnCase few{rows, 523, 701, 2, true, gated, true, true, gated, false, repavit::kLayerNorm, repavit::kGeluTanh};
+      few.threads = threads;
+      test_ffn_case<T>(kernels, dtype, few, level);
+    }
     if (!gated && dtype != repavit::kFloat64) {  // several chunks of K, and several blocks of rows
       test_ffn_case<T>(kernels, dtype, {9, 1100, 1040, 0, true, true, true, true, false, false, repavit::kNoNorm,
                                         repavit::kGeluErf, true}, level);

@@ -118,6 +118,10 @@ MUTANTS = (
     ("attend", "const int n = «static_cast<int>(depth - k)») sum", "0"),
     ("pack_keys", "begin < end && «end == head.tokens») copy", "true"),
     ("exp", "f = x - («shifted - magic»);", "shifted - magic - S::broadcast(1.0f)"),
+    ("ffn_rows", "bias != nullptr ? «bias + col» : nullptr", "bias"),
+    ("ffn_rows", "first = total * item / items, last = «total * (item + 1) / items»;", "total * item / items + 1"),
+    ("partial_gelu_ffn", "if (b_in != nullptr) b_in += «first»;", "0"),
+    ("gated_ffn", "const ptrdiff_t active = «layout.active - first», stride", "layout.active"),
 )
 
 
