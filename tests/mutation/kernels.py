@@ -56,7 +56,7 @@ MUTANTS = (
     ("layernorm", "if («!(row.variance <= __DBL_MAX__ / 4)»)", "false"),
     ("layernorm", "first + S::broadcast(static_cast<E>(«total * share»))", "0.0"),
     ("ffn_rows", "«layout.has_merged ? 2 : 1»", "1"),
-    ("ffn_rows", "«args.residual» ? x : nullptr", "false"),
+    ("ffn_rows", "«args.residual» ? x + row", "false"),
     ("ffn_rows", "if (n >= S::kLanes) return S::load(«bias + col»);", "bias"),
     ("ffn_pack", "w = «c / kRun % 2 == 0» ? w_in", "c / kRun % 2 != 0"),
     ("gated_ffn", "const ptrdiff_t at = «(col + i * S::kLanes) / 2»;", "(col / 2)"),
@@ -121,7 +121,7 @@ MUTANTS = (
     ("ffn_rows", "bias != nullptr ? «bias + col» : nullptr", "bias"),
     ("ffn_rows", "first = total * item / items, last = «total * (item + 1) / items»;", "total * item / items + 1"),
     ("partial_gelu_ffn", "if (b_in != nullptr) b_in += «first»;", "0"),
-    ("gated_ffn", "const ptrdiff_t active = «layout.active - first», stride", "layout.active"),
+    ("gated_ffn", "if (b_up != nullptr) b_up += «first»;", "0"),
 )
 
 
