@@ -4,8 +4,8 @@ What a change costs or gains a whole model, in one run: a process for each check
 hand, of which one at a time is asked to time its model. OTHER is another checkout whose kernels are built in place
 (``python setup.py build_ext --inplace``). Where a process has its memory is worth half a percent, so both are started
 anew several times: printed is the mean over the starts of this one's time over the other's, and its standard error.
-``--models windows:56x96 core:197x384`` times attention alone: shifted windows of 7 x 7 over a map of 56 x 56 with 96
-channels, or 197 tokens with 384.
+``--models windows:56x96 core:197x384 ffn:50x768x3072`` times operators alone: attention in shifted windows of 7 x 7 on
+a map of 56 x 56 with 96 channels, or of 197 tokens with 384; the FFN of 50 tokens of 768 channels with 3072 hidden.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ import repavit_ops, repavit_ops.library
 name, form, batch, dtype, threads, seconds = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
-if ":" in name:
+if name.startswith("ffn:"):
+    tokens, channels, hidden = map(int, name.split(":")[1].split("x"))
+    with torch.no_grad():
+        ffn = repavit_ops.nn.PartialGELUFFN(channels, hidden, merged=False, norm_eps=1e-6, residual=True)
+        fused = ffn.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    x = torch.randn(batch, tokens, channels).to(getattr(torch, dtype))
+elif ":" in name:
     kind, size = name.split(":")
     tokens, channels = map(int, size.split("x"))
     width = 32 if kind == "windows" else 64

@@ -11,11 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from cli_helpers import run_command
 from model_helpers import images, tiny_vit
-from typer.testing import CliRunner
 
 from repavit_ops import backends, fuse, info, load_checkpoint, load_packed, reparameterize, save_checkpoint
-from repavit_ops.cli import app
 from repavit_ops.cli.verify import junit_xml
 from repavit_ops.verification import Comparison, VerificationReport
 
@@ -26,13 +25,7 @@ OK, FAILED, USAGE = 0, 1, 2
 def call(monkeypatch):
     """Run the command; returns (exit status, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return run_command
 
 
 @pytest.fixture

@@ -12,16 +12,15 @@ import warnings
 
 import pytest
 import torch
+from cli_helpers import run_command
 from model_helpers import Recorder, images, randomise, tiny_swin, tiny_vit
 from op_helpers import assert_follows_rule
 from torch import nn
-from typer.testing import CliRunner
 
 import repavit_ops
 from repavit_ops import backends, cpu_tuning, info
 from repavit_ops.benchmarking import cpu_tuner
 from repavit_ops.benchmarking.harness import Timing
-from repavit_ops.cli import app
 from repavit_ops.cpu_tuning import Measured, Operation
 from repavit_ops.nn import (
     Block,
@@ -68,12 +67,7 @@ def call(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(cpu_tuner, "microseconds", lambda seconds: preferring("pytorch"))
 
-    def run(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return run_command
 
 
 @pytest.fixture
