@@ -5,7 +5,8 @@ hand, of which one at a time is asked to time its model. OTHER is another checko
 (``python setup.py build_ext --inplace``). Where a process has its memory is worth half a percent, so both are started
 anew several times: printed is the mean over the starts of this one's time over the other's, and its standard error.
 ``--models windows:56x96 core:197x384 ffn:50x768x3072`` times operators alone: attention in shifted windows of 7 x 7 on
-a map of 56 x 56 with 96 channels, or of 197 tokens with 384; the FFN of 50 tokens of 768 channels with 3072 hidden.
+a map of 56 x 56 with 96 channels, or of 197 tokens with 384; the FFN of 50 tokens of 768 channels with 3072 hidden;
+``attention:50x768`` the whole attention block of 50 tokens of 768 channels in heads of 64.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ if name.startswith("ffn:"):
     with torch.no_grad():
         ffn = repavit_ops.nn.PartialGELUFFN(channels, hidden, merged=False, norm_eps=1e-6, residual=True)
         fused = ffn.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    x = torch.randn(batch, tokens, channels).to(getattr(torch, dtype))
+elif name.startswith("attention:"):
+    tokens, channels = map(int, name.split(":")[1].split("x"))
+    with torch.no_grad():
+        block = repavit_ops.nn.RepAttention(channels, channels // 64, norm_eps=1e-6, residual=True)
+        fused = block.to(getattr(torch, dtype)).eval().requires_grad_(False)
     x = torch.randn(batch, tokens, channels).to(getattr(torch, dtype))
 elif ":" in name:
     kind, size = name.split(":")

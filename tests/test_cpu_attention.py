@@ -14,7 +14,7 @@ from test_rep_attention import operands
 from test_window_rep_attention import SHAPES as WINDOW_SHAPES
 from test_window_rep_attention import operands as window_operands
 
-from repavit_ops import backends, ops, reference
+from repavit_ops import backends, nn, ops, reference
 
 OP = torch.ops.repavit_ops
 REASON = backends.why_unavailable("cpp")
@@ -175,3 +175,17 @@ def test_rows_of_an_online_softmax_may_be_masked_block_by_block():
     expected = F.scaled_dot_product_attention(q, k[:, 600:], v[:, 600:], scale=0.25)
     expected[:, 3] = 0.0
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 50, 97])
+@pytest.mark.parametrize("heads", [6, 4])
+def test_few_rows_of_large_weights_are_shared_by_heads_bit_for_bit(tokens, heads, threads):
+    """From two threads on each has a part of the heads and of the columns; what a row gets does not show it."""
+    block = nn.RepAttention(324, heads, d_qk=64, d_v=48, norm_eps=1e-6, residual=True).eval().requires_grad_(False)
+    threads(1)
+    xs = [randn(batch, tokens, 324).float() for batch in (1, 3)]
+    wanted = [block(x) for x in xs]
+    for count in (2, 3, 4, 7):
+        threads(count)
+        for x, y in zip(xs, wanted, strict=True):
+            assert torch.equal(block(x), y)

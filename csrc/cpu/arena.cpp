@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -52,6 +53,9 @@ void* reserve(Arena& arena, size_t bytes) {
     held += capacity;
     advise_huge_pages(arena.memory.get(), capacity);
   }
+#if defined(REPAVIT_POISON_SCRATCH)  // the driver: NaN to whoever counts on content
+  if (bytes > 0) std::memset(arena.memory.get(), 0xff, bytes);
+#endif
   return arena.memory.get();
 }
 

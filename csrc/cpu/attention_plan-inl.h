@@ -3,7 +3,8 @@
 // A sequence is what attends to itself: an image or a window. An item is a sequence with all its heads or, without
 // weights, which all heads would share, with one of them. As long as there are enough items, a thread takes them whole,
 // with nothing shared ("whole"). The remaining few are split by rows ("split"): first every block of rows adds its keys
-// and values to shared panels, then every block attends and projects.
+// and values to shared panels, then every block attends and projects. Where blocks would be of few rows, whose products do
+// not outlast the reading of the weights, blocks are larger, and threads have a part of the heads and columns each.
 #pragma once
 
 #include "arena.h"
@@ -39,10 +40,13 @@ struct AttentionPlan {
   ptrdiff_t whole, split;         // items done whole, and by rows
   ptrdiff_t group;                // whole items done together
   ptrdiff_t blocks;               // blocks of rows of a split item
+  ptrdiff_t parts = 1;            // of its heads, and of the projection's columns; more than one: threads share z and o
   ptrdiff_t z_stride, qkv_stride, q_stride, o_stride;
 
-  // Shared by the threads: a row of zeros, and per split item and head q and panels.
+  // Shared by the threads: a row of zeros, z and o of split items, and per split item and head q and panels.
   A* zeros = nullptr;
+  E* z = nullptr;
+  E* o = nullptr;
   E* q = nullptr;
   E* keys = nullptr;
   E* values = nullptr;
@@ -101,6 +105,9 @@ struct AttentionPlan {
     keys = carver.take<E>(count * key_elements());
     values = carver.take<E>(count * value_elements());
     q = in_place() ? nullptr : carver.take<E>(count * length * q_stride);
+    if (parts == 1) return;
+    z = carver.take<E>(split * length * z_stride);
+    o = carver.take<E>(split * length * o_stride);
   }
 
   void fill_zero_table() const {
@@ -125,7 +132,9 @@ struct AttentionPlan {
     group = projects() ? least((windowed() ? kWindowRows : kImageRows) / length, each) : 1;
     while (group > 1 && each < kManyPerThread && each % group != 0) --group;
     if (group < 1) group = 1;
-    blocks = row_blocks<E>(length, split, owners);
+    const auto fits = [&](ptrdiff_t n) { return n == 1 || (layout.heads % n == 0 && n <= layout.proj_panels); };
+    if (split > 0 && panels != nullptr) parts = column_parts(layout.bytes(), split * length, owners, fits);
+    blocks = row_blocks<E>(length, split, owners / parts);
   }
 };
 

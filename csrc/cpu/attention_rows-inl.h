@@ -338,24 +338,51 @@ void quantize_values(const AttentionPlan<T>& plan, ptrdiff_t rows, AttentionScra
   });
 }
 
+// What the projection's columns from `col` on become of the rows at hand.
+template <class T>
+ProjectionToTokens<T> to_tokens(const AttentionPlan<T>& plan, const Tokens<T>& at, ptrdiff_t col) {
+  TokenRows<T> y = at.y;
+  TokenRows<const T> residual = at.x;
+  y.data += col;
+  residual.data = plan.args.residual ? residual.data + col : nullptr;
+  const T* bias = static_cast<const T*>(plan.args.b_proj);
+  return {y, residual, bias != nullptr ? bias + col : nullptr};
+}
+
+// Some panels of the projection of o.
+template <class T>
+void project_panels(const AttentionPlan<T>& plan, const Tokens<T>& at, PanelRange panels, AttentionScratch<T>& s) {
+  const AttentionLayout<T>& layout = plan.layout;
+  const ptrdiff_t col = panels.first * kPanelColumns;
+  const ptrdiff_t columns = least(layout.channels_out - col, (panels.last - panels.first) * kPanelColumns);
+  const Rows<T> rows{s.o, plan.o_stride, layout.heads * layout.d_v};
+  const T* weights = plan.panels + layout.proj_offset + panels.first * layout.proj_stride;
+  gemm(&rows, 1, at.count, weights, layout.proj_stride, columns, to_tokens(plan, at, col));
+}
+
+// A last group of k of rows of o is whole.
+template <class T>
+void finish_groups(const AttentionPlan<T>& plan, Operand<T>* o, ptrdiff_t rows) {
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    for (ptrdiff_t k = plan.layout.heads * plan.layout.d_v; k % kInterleave<T> != 0; ++k) o[r * plan.o_stride + k] = {};
+  }
+}
+
 template <class T>
 void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, AttentionScratch<T>& s) {
   if (!plan.projects()) return;
   const AttentionLayout<T>& layout = plan.layout;
-  const ptrdiff_t depth = layout.heads * layout.d_v;
-  TokenRows<const T> residual = at.x;
-  if (!plan.args.residual) residual.data = nullptr;
-  const ProjectionToTokens<T> epilogue{at.y, residual, static_cast<const T*>(plan.args.b_proj)};
   if constexpr (kHasInt8<T>) {
-    if (plan.int8_panels != nullptr) quantize_values(plan, at.count, s);
+    if (plan.int8_panels != nullptr) {
+      quantize_values(plan, at.count, s);
+      const auto& int8 = plan.int8_layout;
+      int8_product(plan, s, at.count, layout.heads * layout.d_v, int8.proj_offset, int8.proj_stride, layout.channels_out,
+                   to_tokens(plan, at, 0));
+      return;
+    }
   }
-  const auto& int8 = plan.int8_layout;
-  if (int8_product(plan, s, at.count, depth, int8.proj_offset, int8.proj_stride, layout.channels_out, epilogue)) return;
-  for (ptrdiff_t r = 0; r < at.count; ++r) {
-    for (ptrdiff_t k = depth; k % kInterleave<T> != 0; ++k) s.o[r * plan.o_stride + k] = Operand<T>{};
-  }
-  const Rows<T> rows{s.o, plan.o_stride, depth};
-  gemm(&rows, 1, at.count, plan.panels + layout.proj_offset, layout.proj_stride, layout.channels_out, epilogue);
+  finish_groups(plan, s.o, at.count);
+  project_panels(plan, at, {0, layout.proj_panels}, s);
 }
 
 }  // namespace REPAVIT_ISA

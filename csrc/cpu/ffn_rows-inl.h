@@ -27,31 +27,9 @@ REPAVIT_INLINE typename SimdOf<T>::V load_bias(const T* bias, ptrdiff_t col, int
   return n > 0 ? S::load(bias + col, n) : S::zero();
 }
 
-// Into how many parts the columns of an FFN go, a divisor of its owners: until blocks have kEnoughRows, where the weights
-// are more than a core keeps, and every part has a panel.
-template <class Layout>
-ptrdiff_t column_parts(const Layout& layout, ptrdiff_t rows, ptrdiff_t owners) {
-  constexpr ptrdiff_t kEnoughRows = 48;
-  constexpr int64_t kManyBytes = 1 << 20;
-  if (owners == 1 || layout.bytes() < kManyBytes) return 1;
-  const ptrdiff_t panels = least(layout.in_panels, layout.out_panels);
-  for (ptrdiff_t parts = 1; parts <= least(owners, panels); ++parts) {
-    if (owners % parts == 0 && rows * parts >= owners * kEnoughRows) return parts;
-  }
-  return owners <= panels ? owners : 1;
-}
-
 // Whether H is wanted in whole rows before the second product.
 inline bool needs_whole_rows(const PartialGeluFfnArgs&) { return false; }
 inline bool needs_whole_rows(const GatedFfnArgs& args) { return args.inner_norm; }
-
-// Panels [first, last) of a product's columns.
-struct PanelRange {
-  ptrdiff_t first, last;
-};
-inline PanelRange panels_of(ptrdiff_t panels, ptrdiff_t parts, ptrdiff_t part) {
-  return {panels * part / parts, panels * (part + 1) / parts};
-}
 
 // One call, as every thread sees it.
 template <class T, FfnKind kKind, class Args>
@@ -74,7 +52,9 @@ struct FfnPlan {
     const double work = 2.0 * static_cast<double>(args.rows) * static_cast<double>(args.channels) * depth;
     const ptrdiff_t owners = useful_threads(work, threads);
     const ptrdiff_t rows = static_cast<ptrdiff_t>(args.rows), limit = most_rows(layout);
-    parts = needs_whole_rows(args) ? 1 : column_parts(layout, rows, owners);
+    const ptrdiff_t panels_each = least(layout.in_panels, layout.out_panels);
+    const auto fits = [&](ptrdiff_t n) { return n == 1 || (n <= panels_each && !needs_whole_rows(args)); };
+    parts = column_parts(layout.bytes(), rows, owners, fits);
     const ptrdiff_t rounds = (rows + owners * limit - 1) / (owners * limit);
     const ptrdiff_t wanted = parts > 1 ? owners / parts : owners * rounds;
     blocks = wanted < rows ? wanted : rows;

@@ -44,10 +44,15 @@ struct Stack {
       gated_ffn<T>(ffn(of.gated, step, row, rows), pool);
     }
   }
-  // Whether threads would share the columns of a step's FFN rather than its rows alone.
-  bool splits_columns(int64_t step, int64_t rows, int threads) const {
+  // Whether threads would share the columns of a step's products rather than their rows alone.
+  bool splits_columns(int64_t step, int64_t image, int64_t images, int threads) const {
     const StackStep& of = args.steps[step];
-    if (attends(step) || (of.ffn.packed != nullptr ? of.ffn.int8 : of.gated.int8)) return false;
+    if (attends(step)) {
+      const RepAttentionArgs one = attention(step, image, images);
+      return AttentionPlan<T>(one, threads).parts > 1;
+    }
+    if (of.ffn.packed != nullptr ? of.ffn.int8 : of.gated.int8) return false;
+    const int64_t rows = images * args.tokens;
     return of.ffn.packed != nullptr ? parts<FfnKind::kPlain>(ffn(of.ffn, step, 0, rows), threads) > 1
                                     : parts<FfnKind::kGated>(ffn(of.gated, step, 0, rows), threads) > 1;
   }
@@ -221,7 +226,7 @@ void fused_blocks(const StackArgs& args, const Pool& pool) {
   if (rest == 0) return;
   bool apart = false;  // steps whose threads share more than a fork from attention to attention lets them
   for (int64_t i = 0; i < args.count; ++i) {
-    apart |= args.steps[i].attention.windows != nullptr || stack.splits_columns(i, rest * args.tokens, pool.threads);
+    apart |= args.steps[i].attention.windows != nullptr || stack.splits_columns(i, done, rest, pool.threads);
   }
   if (apart) {
     step_by_step(stack, done, rest, pool);

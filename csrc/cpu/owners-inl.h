@@ -31,5 +31,30 @@ ptrdiff_t row_begin(ptrdiff_t rows, ptrdiff_t blocks, ptrdiff_t block) {
   return block == blocks ? rows : rows * block / blocks / kInterleave<E> * kInterleave<E>;
 }
 
+// Into how many parts of a product's columns, a divisor of `owners`, threads that share blocks of rows divide them: until
+// blocks are of enough rows for the products to outlast the reading of `bytes` of weights, where those are more than a core
+// keeps. `fits(parts)` says whether the columns go into so many.
+template <class Fits>
+ptrdiff_t column_parts(int64_t bytes, ptrdiff_t rows, ptrdiff_t owners, const Fits& fits) {
+  constexpr ptrdiff_t kEnoughRows = 48;
+  constexpr int64_t kManyBytes = 1 << 20;
+  if (bytes < kManyBytes) return 1;
+  ptrdiff_t best = 1;
+  for (ptrdiff_t parts = 1; parts <= owners; ++parts) {
+    if (owners % parts != 0 || !fits(parts)) continue;
+    best = parts;
+    if (rows * parts >= owners * kEnoughRows) break;
+  }
+  return best;
+}
+
+// Panels [first, last) of a product's columns.
+struct PanelRange {
+  ptrdiff_t first, last;
+};
+inline PanelRange panels_of(ptrdiff_t panels, ptrdiff_t parts, ptrdiff_t part) {
+  return {panels * part / parts, panels * (part + 1) / parts};
+}
+
 }  // namespace REPAVIT_ISA
 }  // namespace repavit

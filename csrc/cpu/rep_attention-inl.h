@@ -3,7 +3,8 @@
 // 1. One head at a time goes from its product through packing to its attention, so that q, k and v are still in cache.
 // 2. LayerNorm gathers the rows of a sequence into scratch and the projection's epilogue scatters them back: windows need
 //    no other copy.
-// 3. Threads own sequences, or blocks of rows of one (attention_plan-inl.h); forks follow each other, nothing waits.
+// 3. Threads own sequences, or blocks of rows of one, or parts of its heads and columns (attention_plan-inl.h); forks follow
+//    each other, nothing waits.
 // 4. Without weights q, k and v come from outer memory and o goes there: while one head attends, the lines of the next are
 //    asked for.
 #pragma once
@@ -73,14 +74,17 @@ void attend_heads(const AttentionPlan<T>& plan, ptrdiff_t begin, ptrdiff_t end, 
   }
 }
 
-// One block of rows of the split item `index`: its keys and values join the shared panels.
+// Heads [first, last) of an item.
+struct HeadRange {
+  ptrdiff_t first, last;
+};
+
+// One block of rows of the split item `index`: its keys and values of some heads join the shared panels. z is in scratch.
 template <class T>
-void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
-  const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
-  const ptrdiff_t item = plan.whole + index;
-  const Tokens<T> at = locate(plan, plan.sequence_of(item), begin, end - begin, s.tokens);
-  if (plan.projects()) gather_input(plan, at, s);
-  for (ptrdiff_t i = 0; i < plan.heads; ++i) {
+void prepare_heads(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, HeadRange heads, const Tokens<T>& at,
+                   AttentionScratch<T>& s) {
+  const ptrdiff_t begin = plan.block_begin(block), end = begin + at.count, item = plan.whole + index;
+  for (ptrdiff_t i = heads.first; i < heads.last; ++i) {
     const auto rows = head_rows(plan, plan.first_head(item) + i, at, s, s.qkv);
     pack_keys(rows.k, begin, end, plan.shared_panels(index, i));
     pack_values(rows.v, begin, end, plan.shared_panels(index, i));
@@ -92,14 +96,13 @@ void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t bloc
   }
 }
 
-// One block of rows of the split item `index`, once all its panels are there.
+// One block of rows of the split item `index` attends by some heads, once all their panels are there. o is in scratch.
 template <class T>
-void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
+void attend_split_heads(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, HeadRange heads,
+                        const Tokens<T>& at, AttentionScratch<T>& s) {
   using E = typename AttentionPlan<T>::E;
-  const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
-  const ptrdiff_t item = plan.whole + index, sequence = plan.sequence_of(item);
-  const Tokens<T> at = locate(plan, sequence, begin, end - begin, s.tokens);
-  for (ptrdiff_t i = 0; i < plan.heads; ++i) {
+  const ptrdiff_t begin = plan.block_begin(block), item = plan.whole + index, sequence = plan.sequence_of(item);
+  for (ptrdiff_t i = heads.first; i < heads.last; ++i) {
     const ptrdiff_t head = plan.first_head(item) + i;
     TokenRows<const E> q;
     if (const E* shared = plan.shared_q(index, i)) {
@@ -107,10 +110,55 @@ void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block
     } else {
       q = head_rows(plan, head, at, s, static_cast<E*>(nullptr)).q;
     }
-    attend_rows(plan, head, plan.shared_panels(index, i), q, end - begin,
-                score_bias(plan, sequence, head, s).from(begin), at, 0, s);
+    attend_rows(plan, head, plan.shared_panels(index, i), q, at.count, score_bias(plan, sequence, head, s).from(begin), at,
+                0, s);
   }
+}
+
+// The rows of a block of the split item `index`.
+template <class T>
+Tokens<T> locate_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
+  const ptrdiff_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
+  return locate(plan, plan.sequence_of(plan.whole + index), begin, end - begin, s.tokens);
+}
+
+// What the owner of a block of rows does before all blocks' keys and values are there, and then.
+template <class T>
+void prepare_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
+  const Tokens<T> at = locate_block(plan, index, block, s);
+  if (plan.projects()) gather_input(plan, at, s);
+  prepare_heads(plan, index, block, {0, plan.heads}, at, s);
+}
+template <class T>
+void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block, AttentionScratch<T>& s) {
+  const Tokens<T> at = locate_block(plan, index, block, s);
+  attend_split_heads(plan, index, block, {0, plan.heads}, at, s);
   project_output(plan, at, s);
+}
+
+// The same in four steps, of which each wants what others did in the one before: z of some rows, then a part of the heads
+// and of the columns.
+enum class SharedStep { kInput, kPrepare, kAttend, kProject };
+
+template <class T>
+void shared_step(const AttentionPlan<T>& plan, SharedStep step, ptrdiff_t index, ptrdiff_t block, ptrdiff_t part,
+                 AttentionScratch<T>& s) {
+  const ptrdiff_t sequence = plan.sequence_of(plan.whole + index);
+  if (step == SharedStep::kInput) {
+    const ptrdiff_t pieces = plan.blocks * plan.parts, piece = block * plan.parts + part;
+    const ptrdiff_t begin = plan.length * piece / pieces, end = plan.length * (piece + 1) / pieces;
+    s.z = plan.z + (index * plan.length + begin) * plan.z_stride;
+    gather_input(plan, locate(plan, sequence, begin, end - begin, s.tokens), s);
+    return finish_groups(plan, plan.o + (index * plan.length + begin) * plan.o_stride, end - begin);
+  }
+  const Tokens<T> at = locate_block(plan, index, block, s);
+  const ptrdiff_t row = index * plan.length + plan.block_begin(block), each = plan.heads / plan.parts;
+  const HeadRange heads{part * each, (part + 1) * each};
+  s.z = plan.z + row * plan.z_stride;
+  s.o = plan.o + row * plan.o_stride;
+  if (step == SharedStep::kPrepare) prepare_heads(plan, index, block, heads, at, s);
+  if (step == SharedStep::kAttend) attend_split_heads(plan, index, block, heads, at, s);
+  if (step == SharedStep::kProject) project_panels(plan, at, panels_of(plan.layout.proj_panels, plan.parts, part), s);
 }
 
 // Runs `step(plan, begin, end, scratch)` for ranges of `count`; a thread asks for its scratch once.
@@ -150,10 +198,34 @@ void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
   const auto finish = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
     for (ptrdiff_t i = begin; i < end; ++i) attend_block(p, i / p.blocks, i % p.blocks, s);
   };
+  const auto shared = [](SharedStep first, SharedStep last) {
+    return [=](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+      for (ptrdiff_t i = begin; i < end; ++i) {
+        const ptrdiff_t block = i / p.parts;
+        for (int step = static_cast<int>(first); step <= static_cast<int>(last); ++step) {
+          shared_step(p, static_cast<SharedStep>(step), block / p.blocks, block % p.blocks, i % p.parts, s);
+        }
+      }
+    };
+  };
   const ptrdiff_t blocks = plan.split * plan.blocks;
   for_ranges(plan, pool, (plan.whole + plan.group - 1) / plan.group, plan.group * plan.length, whole);
-  for_ranges(plan, pool, blocks, plan.length, prepare);
-  for_ranges(plan, pool, blocks, plan.length, finish);
+  if (plan.parts == 1) {
+    for_ranges(plan, pool, blocks, plan.length, prepare);
+    for_ranges(plan, pool, blocks, plan.length, finish);
+    return;
+  }
+  const auto run = [&](SharedStep first, SharedStep last) {
+    for_ranges(plan, pool, blocks * plan.parts, plan.length, shared(first, last));
+  };
+  run(SharedStep::kInput, SharedStep::kInput);
+  if (plan.blocks == 1) {  // then a head's keys and values have one owner
+    run(SharedStep::kPrepare, SharedStep::kAttend);
+  } else {
+    run(SharedStep::kPrepare, SharedStep::kPrepare);
+    run(SharedStep::kAttend, SharedStep::kAttend);
+  }
+  run(SharedStep::kProject, SharedStep::kProject);
 }
 
 }  // namespace REPAVIT_ISA

@@ -88,7 +88,7 @@ done
 for job in $jobs; do wait "$job"; done
 objects=$(for level in $levels; do echo "$out/isa_$level.o"; done)
 # shellcheck disable=SC2086
-$cxx $flags $vnni -DREPAVIT_BUILT_LEVELS=$built tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
+$cxx $flags $vnni -DREPAVIT_BUILT_LEVELS=$built -DREPAVIT_POISON_SCRATCH tests/main.cpp cpu/dispatch.cpp cpu/arena.cpp $objects -o "$out/driver"
 shift $(( $# > 0 ? 1 : 0 ))
 if [ -n "$launch$emulated" ]; then
   # shellcheck disable=SC2086

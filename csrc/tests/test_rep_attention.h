@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "driver.h"
 #include "reference_attention.h"
@@ -20,6 +21,7 @@ struct AttentionCase {
   bool interleaved = false;
   bool int8 = false;
   double sign = 1.0;  // of the scale; 0 is none
+  int threads = kThreaded.threads;
 
   repavit::Norm norm() const {
     return !normalize ? repavit::kNoNorm : tokens % 3 == 0 ? repavit::kRmsNorm : repavit::kLayerNorm;
@@ -38,6 +40,7 @@ struct AttentionCase {
       if (on) text += flag;
     }
     if (sign != 1.0) text += sign < 0.0 ? " scale < 0" : " scale = 0";
+    if (threads != kThreaded.threads) text += " threads=" + std::to_string(threads);
     return text;
   }
 };
@@ -116,7 +119,7 @@ void test_attention_case(const repavit::Kernels& kernels, repavit::DType dtype, 
   args.qk.cos = table > 0 ? cos.data() : nullptr, args.qk.sin = sin.data();
   args.qk.cos_strides[1] = args.qk.sin_strides[1] = args.qk.tokens * t.turned;
   args.qk.cos_strides[2] = args.qk.sin_strides[2] = t.turned;
-  kernels.rep_attention[dtype](args, kThreaded);
+  kernels.rep_attention[dtype](args, {t.threads, kThreaded.run});
   expect(y.intact() && packed.intact(), "wrote outside the output", name.c_str());
   args.y = again.data();
   kernels.rep_attention[dtype](args, kSerial);
@@ -236,6 +239,18 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
       {{9, 7}, {3, 5}, {1, 0}, false, nullptr, nullptr},  {{7, 7}, {7, 7}, {0, 0}, false, nullptr, nullptr},
       {{4, 3}, {1, 1}, {0, 0}, false, nullptr, nullptr},  {{10, 13}, {9, 9}, {4, 3}, false, nullptr, nullptr},
   };
+  // Few rows of large weights, whose threads share heads and columns: three of them all, four by twos; one window is an
+  // image of few rows.
+  for (const auto& [tokens, threads, windows] : {std::tuple<int64_t, int, const repavit::WindowGrid*>(
+           5, 3, nullptr), {50, 4, nullptr}, {15, 3, &grids[3]}, {49, 4, &grids[5]}}) {
+    AttentionCase few{1, tokens, 523, 530, 6, 34, 56, 2, true, true, false, true, false, windows, windows != nullptr};
+    few.threads = threads;
+    if (windows == nullptr) few.bias = true, few.qk_norm = repavit::kRmsNorm, few.prefix = 1, few.turned = 32;
+    test_attention_case<T>(kernels, dtype, few, level);
+    AttentionCase odd{1, tokens, 811, 811, 3, 60, 57, 0, true, false, false, true, true, windows, false};
+    odd.threads = threads;  // the last group of k of o is not whole
+    if (threads == 3) test_attention_case<T>(kernels, dtype, odd, level);
+  }
   for (const repavit::WindowGrid& grid : grids) {
     for (const int64_t batch : {1, 3}) {
       next();

@@ -122,6 +122,13 @@ MUTANTS = (
     ("ffn_rows", "first = total * item / items, last = «total * (item + 1) / items»;", "total * item / items + 1"),
     ("partial_gelu_ffn", "if (b_in != nullptr) b_in += «first»;", "0"),
     ("gated_ffn", "if (b_up != nullptr) b_up += «first»;", "0"),
+    ("attention_rows", "y.data += «col»;", "0"),
+    ("attention_rows", "plan.args.residual ? «residual.data + col» : nullptr;", "residual.data"),
+    ("attention_rows", "bias != nullptr ? «bias + col» : nullptr", "bias"),
+    ("rep_attention", "heads{part * each, «(part + 1) * each»}", "part * each"),
+    ("rep_attention", "s.z = plan.z + «row» * plan.z_stride;", "0"),
+    ("rep_attention", "s.o = plan.o + «row» * plan.o_stride;", "0"),
+    ("rep_attention", "end = «plan.length * (piece + 1) / pieces»;", "plan.length * piece / pieces"),
 )
 
 
