@@ -122,6 +122,8 @@ MUTANTS = (
     ("ffn_rows", "first = total * item / items, last = «total * (item + 1) / items»;", "total * item / items + 1"),
     ("partial_gelu_ffn", "if (b_in != nullptr) b_in += «first»;", "0"),
     ("gated_ffn", "if (b_up != nullptr) b_up += «first»;", "0"),
+    ("attention_rows", "if («!plan.args.inner_norm || plan.int8_panels != nullptr») return;", "true"),
+    ("attention_rows", "«plan.args.inner_norm» ? kLayerNorm : kNoNorm", "false"),
 )
 
 
