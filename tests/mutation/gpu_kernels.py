@@ -64,6 +64,7 @@ MUTANTS = (
     ("attention", "        min(group, «sequences - sequence»),", "group", WINDOWS),
     ("attention", "if bias is None and «not scale > 0»:", "scale < 0", ATTENTION),
     ("attention", "padding = None if height % wh == 0 «and» width", "or", WINDOWS),
+    ("rep_attention", "w_proj, b_proj, norm_eps=«inner_norm_eps»,", "None", ATTENTION),
     ("window_rep_attention", "pad_kv = b_qkv[«num_heads * d_qk» :]", "0", WINDOWS),
     ("quantize_rows", "inside = (k + tl.arange(0, BK) < «K»)[None, :]", "PADDED", INT8),
     ("quantize_rows", "wrong += tl.sum(tl.where(inside, «v * 0.0», 0.0), 1)", "0.0", INT8),
