@@ -243,6 +243,7 @@ BAD = {
     "bool_mask": (lambda t, s: ((*t, torch.ones(5, 5, dtype=torch.bool)), s), "attn_bias: got a bool mask"),
     "bias_shape": (lambda t, s: ((*t, torch.zeros(4, 5).double()), s), "attn_bias: got shape"),
     "dtype": (lambda t, s: ((t[0].float(), *t[1:]), s), "w_qkv: got torch.float64, but x is torch.float32"),
+    "inner_norm_eps": (lambda t, s: (t, {**s, "inner_norm_eps": float("nan")}), "inner_norm_eps: got nan, wanted None"),
 }
 
 
