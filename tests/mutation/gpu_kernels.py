@@ -28,7 +28,7 @@ MUTANTS = (
     ("tile", "count = tl.minimum(«K - k», BK)", "BK", LINEAR),
     ("tile", "share = «count / (k + count)»", "count / K", LINEAR),
     ("tile", "delta * delta * («k» * share)", "count", LINEAR),
-    ("tile", "rstd = 1.0 / tl.sqrt_rn(«squares / K + eps»)", "squares / K", LINEAR),
+    ("tile", "* (k * share)\n    rstd = 1.0 / tl.sqrt_rn(«squares / K + eps»)", "squares / K", LINEAR),
     ("tile", "scale = tl.where(within, scale, «SHRINK»)", "1.0", LINEAR),
     ("tile", "return «mean + rest», 1.0", "mean", LINEAR),
     ("tile", "squares / K - «rest * rest»", "0.0", LINEAR),
