@@ -404,9 +404,8 @@ OTHERS = {
     "open_clip CLIP": Row("open_clip", _open_clip(False), _image_and_text),
     "open_clip CLIP, quick GELU": Row("open_clip", _open_clip(True), _image_and_text),
     "open_clip EVA01-g": Row("open_clip", _open_clip_eva("eva_giant_patch14_clip_224"), _image_and_text),
-    "open_clip EVA02-B": Row(
-        "open_clip", _open_clip_eva("eva02_base_patch16_clip_224"), _image_and_text, FFN, ("between attention and its",)
-    ),
+    "open_clip EVA02-B": Row("open_clip", _open_clip_eva("eva02_base_patch16_clip_224"), _image_and_text),
+    "open_clip EVA02-L": Row("open_clip", _open_clip_eva("eva02_large_patch14_clip_224"), _image_and_text),
     "torch.nn.TransformerEncoder": Row("torch", _torch_encoder(True), _tokens(True)),
     "torch.nn.TransformerEncoder, sequence first": Row("torch", _torch_encoder(False), _tokens(False)),
 }

@@ -309,6 +309,9 @@ void set_extras(const AttentionExtras& e, const Tensor& x, std::vector<Tensor>& 
   set_attn_bias(e.attn_bias, x, copies, args);
   args.qk.interleaved = e.interleaved;
   set_rotary(e.rotary_cos, e.rotary_sin, x, copies, args);
+  check_norm("inner_norm_eps", e.inner_norm_eps);
+  args.inner_norm_eps = e.inner_norm_eps.value_or(0.0);
+  args.inner_norm = e.inner_norm_eps.has_value();
   check_norm("qk_norm_eps", e.qk_norm_eps);
   const bool normed = e.qk_norm_eps.has_value();
   STD_TORCH_CHECK(e.q_norm.has_value() == normed && e.k_norm.has_value() == normed,
@@ -336,7 +339,7 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
                      const MaybeTensor& packed, int64_t num_heads, double scale, int64_t d_qk,
                      std::optional<double> norm_eps, bool residual, std::string norm,
                      std::optional<double> qk_norm_eps, std::string qk_norm, std::string rotary_layout,
-                     std::string quantize) {
+                     std::optional<double> inner_norm_eps, std::string quantize) {
   STD_TORCH_CHECK(x.dim() == 3, "x: got shape ", shape_of(x), ", wanted [B, T, C]");
   STD_TORCH_CHECK(d_qk >= 1, "d_qk: got ", d_qk, ", wanted at least 1");
   const repavit::AttentionShape shape = attention_shape(w_qkv, w_proj, num_heads, d_qk);
@@ -347,7 +350,7 @@ Tensor rep_attention(const Tensor& x, const Tensor& w_qkv, const MaybeTensor& b_
                  reading, copies);
   args.scale = scale;
   set_extras({attn_bias, rotary_cos, rotary_sin, q_norm, k_norm, qk_norm_eps, norm_args({}, qk_norm).kind,
-              is_interleaved(rotary_layout)}, x, copies, args);
+              is_interleaved(rotary_layout), inner_norm_eps}, x, copies, args);
   return run(args, x, shape.channels_out);
 }
 

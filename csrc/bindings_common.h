@@ -180,12 +180,13 @@ repavit::RepAttentionArgs block_args(const Tensor& x, const Tensor& w_qkv, const
                                      const Tensor& w_proj, const MaybeTensor& b_proj, const MaybeTensor& packed,
                                      const repavit::AttentionShape& shape, const NormArgs& norm, bool residual, bool int8,
                                      Reading& reading, std::vector<Tensor>& copies);
-// What may join an attention that has no windows; `qk_norm_eps` none: no QK-norm.
+// What may join an attention that has no windows; an eps of none: no such norm.
 struct AttentionExtras {
   const MaybeTensor &attn_bias, &rotary_cos, &rotary_sin, &q_norm, &k_norm;
   std::optional<double> qk_norm_eps;
   repavit::Norm qk_norm;
   bool interleaved;
+  std::optional<double> inner_norm_eps;
 };
 void set_rotary(const MaybeTensor& cos, const MaybeTensor& sin, const Tensor& x, std::vector<Tensor>& copies,
                 repavit::RepAttentionArgs& args);

@@ -16,7 +16,7 @@ using namespace repavit_bindings;
 
 // One step of the plan. Fields, and how many tensors a step has, as repavit_ops/stack_plan.py has them.
 struct Step {
-  static constexpr size_t kTensors = 10, kIntegers = 11, kScalars = 3;
+  static constexpr size_t kTensors = 10, kIntegers = 11, kScalars = 4;
   enum Kind : int64_t { kFfn, kGatedFfn, kAttention, kWindowAttention, kPatches, kTokens, kHead };
   const MaybeTensor* tensors;
   const int64_t* integers;
@@ -46,8 +46,8 @@ struct Step {
   std::optional<double> inner_norm_eps() const { return eps(scalars[2]); }
   AttentionExtras extras() const {
     STD_TORCH_CHECK(integers[5] == 0 || integers[5] == 1, "plan: got a QK-norm of form ", integers[5], ", wanted 0 or 1");
-    return {tensors[5], tensors[6], tensors[7], tensors[8], tensors[9], eps(scalars[2]),
-            integers[5] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, integers[6] != 0};
+    return {tensors[5], tensors[6], tensors[7], tensors[8], tensors[9], eps(scalars[3]),
+            integers[5] == 1 ? repavit::kRmsNorm : repavit::kLayerNorm, integers[6] != 0, inner_norm_eps()};
   }
   NormArgs norm() const {
     STD_TORCH_CHECK(integers[9] == 0 || integers[9] == 1, "plan: got a norm of form ", integers[9], ", wanted 0 or 1");

@@ -1,6 +1,6 @@
 """The attention block in three launches: q k v, attention, projection with the shortcut (linear.py, attention.py).
 
-QK-norm and rotary embedding are a fourth (query_key_rows.py).
+QK-norm and rotary embedding are a fourth (query_key_rows.py); a norm in front of the projection is that of any product.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    inner_norm_eps: float | None = None,
     quantize: str = "none",
 ) -> Tensor:
     """Launcher of :func:`repavit_ops.ops.rep_attention`, same arguments."""
@@ -53,4 +54,4 @@ def rep_attention(
             layout=rotary_layout,
         )
     attended = attention(qkv, attn_bias, num_heads, d_qk, scale)
-    return project(attended, w_proj, b_proj, residual=x if residual else None)
+    return project(attended, w_proj, b_proj, norm_eps=inner_norm_eps, residual=x if residual else None)

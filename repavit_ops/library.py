@@ -89,7 +89,7 @@ OPERATORS = (
         "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? q_norm=None, Tensor? k_norm=None, "
         "Tensor? packed=None, *, int num_heads, float scale, int d_qk, float? norm_eps=None, bool residual=False, "
         "str norm='layer', float? qk_norm_eps=None, str qk_norm='layer', str rotary_layout='half', "
-        "str quantize='none'",
+        "float? inner_norm_eps=None, str quantize='none'",
         reference.rep_attention,
         _projected_shape,
     ),

@@ -157,6 +157,7 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    inner_norm_eps: float | None = None,
     quantize: str = "none",
 ) -> Tensor:
     """Reference of :func:`repavit_ops.ops.rep_attention`, differentiable by plain autograd unless quantized."""
@@ -178,7 +179,7 @@ def rep_attention(
             turned.append(rows.transpose(1, 2).reshape(b, t, num_heads * d_qk))
         qkv = torch.cat((*turned, v), dim=-1)
     o = attention_core(qkv, attn_bias, num_heads, d_qk, scale)
-    y = linear(o, w_proj, b_proj)
+    y = linear(normed(o, inner_norm_eps), w_proj, b_proj)
     if residual:
         y = y + x
     return (y if quantize == "none" else y.to(given.dtype)).contiguous()

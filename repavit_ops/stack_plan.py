@@ -14,7 +14,7 @@ behind them. Every step has the same number of each, absent tensors None:
     integers  0 kind   1 residual   2 form of activation | roll first | channels last | as map   3 num_heads | first
               4 d_qk | count   5-6 window | patch | form of qk_norm, rotary layout   7-8 shift   9 form of norm
               10 form of quantize
-    scalars   0 scale   1 norm_eps, -1 for no norm   2 inner_norm_eps | qk_norm_eps, -1 for no such norm
+    scalars   0 scale   1 norm_eps   2 inner_norm_eps   3 qk_norm_eps; -1 for no such norm
 
 csrc/bindings_fused_blocks.cpp reads the same table.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
-TENSORS, INTEGERS, SCALARS = 10, 11, 3
+TENSORS, INTEGERS, SCALARS = 10, 11, 4
 IN_BLOCKS = ("partial_gelu_ffn", "gated_ffn", "rep_attention", "window_rep_attention")  # these keep x's shape
 KINDS = (*IN_BLOCKS, "patch_projection", "token_embedding", "pooled_head")
 ROTARY = 6  # where a rep_attention has its tables
@@ -47,7 +47,7 @@ Plan = tuple[list[Tensor | None], list[int], list[float]]
 class Step:
     """One step: the operator's name, its tensors after x without ``packed``, and its keyword arguments.
 
-    Names of norms and layouts, and a second eps, may be left out where they are the operator's defaults.
+    Names of norms and layouts, and every eps but the first, may be left out where they are the operator's defaults.
     ``pytorch`` are the batches at which a module's step is none of the call's but PyTorch's (cpu_tuning.py).
     """
 
@@ -60,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class _Form:
-    """Where a kind of step keeps what: how many tensors, which is ``packed``, which integers are which argument."""
+    """Where a kind of step keeps what: how many tensors, which is ``packed``, which numbers are which argument."""
 
     tensors: int
     packed: int | None
@@ -69,7 +69,7 @@ class _Form:
     pairs: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     scaled: bool = False
-    second_eps: str | None = None
+    other_eps: dict[int, str] = field(default_factory=dict)
 
 
 # Arguments whose values are names, and which there are; a plan has the index of one.
@@ -85,7 +85,11 @@ NAMED = {
 _FORMS = {
     "partial_gelu_ffn": _Form(6, 5, flags={1: "residual"}, names={2: "approximate", 9: "norm", 10: "quantize"}),
     "gated_ffn": _Form(
-        8, 7, flags={1: "residual"}, names={2: "activation", 9: "norm", 10: "quantize"}, second_eps="inner_norm_eps"
+        8,
+        7,
+        flags={1: "residual"},
+        names={2: "activation", 9: "norm", 10: "quantize"},
+        other_eps={2: "inner_norm_eps"},
     ),
     "rep_attention": _Form(
         10,
@@ -94,7 +98,7 @@ _FORMS = {
         numbers={3: "num_heads", 4: "d_qk"},
         names={5: "qk_norm", 6: "rotary_layout", 9: "norm", 10: "quantize"},
         scaled=True,
-        second_eps="qk_norm_eps",
+        other_eps={2: "inner_norm_eps", 3: "qk_norm_eps"},
     ),
     "window_rep_attention": _Form(
         7,
@@ -132,8 +136,10 @@ def encode(steps: Iterable[Step]) -> Plan:
         for i, name in form.names.items():
             integers[i] = NAMED[name].index(static.get(name, NAMED[name][0]))
         plan += integers
-        eps = (static["norm_eps"], static.get(form.second_eps) if form.second_eps else None)
-        scalars += [static["scale"] if form.scaled else 1.0, *(NO_NORM if e is None else e for e in eps)]
+        numbers = [static["scale"] if form.scaled else 1.0, static["norm_eps"]] + [None] * (SCALARS - 2)
+        for i, name in form.other_eps.items():
+            numbers[i] = static.get(name)
+        scalars += [NO_NORM if number is None else number for number in numbers]
     return weights, plan, scalars
 
 
@@ -151,16 +157,16 @@ def decode(weights: Sequence[Tensor | None], plan: Sequence[int], scalars: Seque
     """Inverse of :func:`encode`."""
     for n in range(len(plan) // INTEGERS):
         integers = plan[n * INTEGERS : (n + 1) * INTEGERS]
-        scale, eps, second = scalars[n * SCALARS : (n + 1) * SCALARS]
+        numbers = scalars[n * SCALARS : (n + 1) * SCALARS]
         operator = KINDS[integers[0]]
         form = _FORMS[operator]
         tensors = list(weights[n * TENSORS : n * TENSORS + form.tensors])
         packed = None if form.packed is None else tensors.pop(form.packed)
-        static: dict[str, Any] = {"norm_eps": None if eps < 0 else eps}
+        static: dict[str, Any] = {}
         if form.scaled:
-            static["scale"] = scale
-        if form.second_eps:
-            static[form.second_eps] = None if second < 0 else second
+            static["scale"] = numbers[0]
+        for i, name in ({1: "norm_eps"} | form.other_eps).items():
+            static[name] = None if numbers[i] < 0 else numbers[i]
         for i, name in form.flags.items():
             static[name] = bool(integers[i])
         for i, name in form.numbers.items():

@@ -210,6 +210,7 @@ def attention_calls(draw: Any, numbers: Numbers) -> Call:
         "d_qk": d_qk,
         "residual": residual,
         "rotary_layout": draw(st.sampled_from(("half", "interleaved"))),
+        "inner_norm_eps": draw(st.sampled_from((None, None, 1e-2))),
     }
     cos = sin = q_norm = k_norm = None
     if draw(st.booleans()):

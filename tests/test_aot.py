@@ -125,6 +125,17 @@ def test_int8_attention_multiplies_bytes(chip, rows, dtype):
 
 
 @few_chips
+@pytest.mark.parametrize("rows", [197, ROWS])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_a_norm_in_front_of_the_projection(chip, rows, dtype):
+    x, w_qkv, w_proj = (meta(*s, dtype=dtype) for s in ((rows // 197, 197, 192), (3 * 192, 192), (192, 192)))
+    static = {"num_heads": 3, "scale": 0.125, "d_qk": 64, "residual": True, "inner_norm_eps": 1e-6}
+    kernels = compiled(chip, lambda: rep_attention(x, w_qkv, None, w_proj, None, **static))
+    in_front = [] if rows == 197 else ["layer_norm_core_kernel"]
+    assert sorted(kernels) == sorted(["linear_kernel", "attention_kernel", *in_front])
+
+
+@few_chips
 def test_queries_and_keys_are_turned_in_one_launch(chip):
     tables = {"cos": meta(196, 64, dtype=FP32), "sin": meta(196, 64, dtype=FP32)}
     affines = {"q_norm": meta(2, 64), "k_norm": meta(2, 64)}

@@ -25,9 +25,9 @@ from torch import nn
 
 from repavit_ops import fusing
 from repavit_ops.checkpoints import load_checkpoint, save_checkpoint
-from repavit_ops.checkpoints.description import describe
+from repavit_ops.checkpoints.description import build, describe
 from repavit_ops.models import JoinedVisionTransformer, LVViT, VisionTransformer
-from repavit_ops.nn import ChannelIdleFFN, PartialGELUFFN, set_join
+from repavit_ops.nn import ChannelIdleFFN, PartialGELUFFN, RepAttention, set_join
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_NAMES = ["vit_idle075", "vit_idle050", "swin_idle075"]
@@ -141,6 +141,15 @@ def test_native_layout_holds_every_model(name, fused, suffix, tmp_path):
     loaded = load_checkpoint(path)
     assert describe(loaded) == describe(model)
     assert_same_function(loaded, model)
+
+
+def test_a_described_fused_attention_is_built_with_all_that_it_does():
+    options = {"d_qk": 5, "d_v": 7, "dim_out": 9, "scale": 0.3, "norm_eps": 1e-5, "norm": "rms", "qk_norm_eps": 1e-4}
+    options |= {"qk_norm": "rms", "rotary_layout": "interleaved", "inner_norm_eps": 1e-3, "residual": False}
+    module = RepAttention(24, 3, **options, backend="reference")
+    again = build(describe(module))
+    assert again._static() == module._static()
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in module.named_parameters()}
 
 
 def test_a_bare_native_state_dict_loads_with_its_description():

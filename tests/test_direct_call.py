@@ -125,7 +125,7 @@ def spoiled(tensors):
 BAD_OPTIONS = {
     "partial_gelu_ffn": [{"approximate": "erf"}, {"norm": "batch"}],
     "gated_ffn": [{"activation": "erf"}, {"inner_norm_eps": -1.0}],
-    "rep_attention": [{"num_heads": 0}, {"num_heads": 3}, {"d_qk": 0}, {"d_qk": 5}],
+    "rep_attention": [{"num_heads": 0}, {"num_heads": 3}, {"d_qk": 0}, {"d_qk": 5}, {"inner_norm_eps": -1.0}],
     "window_rep_attention": [{"num_heads": 0}, {"window": [0, 4]}, {"shift": [4, 0]}, {"shift": [0, -1]}],
 }
 

@@ -29,7 +29,8 @@ def vit_blocks(dtype=torch.float32, dim=24, count=3):
     torch.manual_seed(0)
     blocks = [
         Block(
-            RepAttention(dim, 3, d_qk=5 + i, d_v=8, norm_eps=1e-5 if i else None, residual=True, bias=i != 1),
+            RepAttention(dim, 3, d_qk=5 + i, d_v=8, norm_eps=1e-5 if i else None, residual=True, bias=i != 1,
+                         inner_norm_eps=1e-3 if i == 2 else None),
             PartialGELUFFN(dim, 7 * i, merged=i != 2, norm_eps=[None, 1e-6, 1e-5][i % 3], residual=i == 2,
                            approximate=("none", "tanh", "quick")[i]),
         )

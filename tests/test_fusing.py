@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import images, randomise, relative, tiny_swin, tiny_vit
 from torch import nn
 
 import repavit_ops
 from repavit_ops import backends
+from repavit_ops.fusing.folding import AttentionParts, WindowParts, fold_attention, reason_against
 from repavit_ops.nn import (
     FFN,
     Attention,
@@ -126,6 +128,27 @@ def test_attention_bias_reaches_the_fused_block():
     model = randomise(Attention(24, 3)).double()
     x, bias = torch.randn(2, 7, 24, dtype=torch.float64), torch.randn(3, 7, 7, dtype=torch.float64)
     assert relative(repavit_ops.fuse(model)(x, bias), model(x, bias)) < 1e-10
+
+
+def parts_with_an_inner_norm(norm):
+    qkv, proj = randomise(nn.Linear(24, 72)).double(), randomise(nn.Linear(24, 24)).double()
+    return AttentionParts(qkv, proj, 3, 8, 0.3, inner_norm=randomise(norm(24)).double())
+
+
+def test_a_norm_in_front_of_the_projection_folds_exactly():
+    parts, x = parts_with_an_inner_norm(nn.LayerNorm), torch.randn(2, 7, 24, dtype=torch.float64)
+    q, k, v = parts.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    heads = F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
+    fused = fold_attention(parts, "reference")
+    assert relative(fused(x), parts.proj(parts.inner_norm(heads))) < 1e-12
+    assert fused.b_qkv[48:].any()  # the V bias does not pass a norm
+
+
+def test_norms_in_front_of_the_projection_that_no_operator_has():
+    parts = parts_with_an_inner_norm(nn.RMSNorm)
+    assert reason_against(parts) == "the norm behind its softmax is RMSNorm; only LayerNorm can be fused"
+    windows = WindowParts(parts_with_an_inner_norm(nn.LayerNorm), torch.zeros(3, 4, 4), (2, 2), (0, 0))
+    assert reason_against(windows).startswith("a norm stands between its windows and their projection")
 
 
 @pytest.mark.parametrize("verb", [repavit_ops.reparameterize, repavit_ops.fuse])

@@ -59,6 +59,13 @@ def test_every_option(batch, norm_eps, residual, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_norm_in_front_of_the_projection(batch, dtype):
+    tensors, static = on_gpu(batch, 197, 192, 3, 64, 64)
+    check(tensors, dtype, inner_norm_eps=1e-3, residual=True, **static)
+
+
+@every_dtype
 @pytest.mark.parametrize("shape", [(23, 23), (2, 23, 23), (1, 1, 1, 23), (3, 2, 23, 23), (3, 1, 23, 1), (1,)], ids=str)
 def test_bias_of_any_broadcastable_shape(shape, dtype):
     tensors, static = on_gpu(3, 23, 32, 2, 16, 16)

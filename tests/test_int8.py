@@ -81,18 +81,21 @@ def attention_operands(batch: int, tokens: int, c: int, heads: int, d: int) -> t
     )
 
 
+@pytest.mark.parametrize("inner_norm_eps", [None, 1e-2], ids=["", "inner_norm"])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize(
     "sizes", [(2, 197, 192, 3, 64), (1, 50, 70, 2, 33), (4, 17, 48, 3, 16), (1, 1, 8, 1, 8)], ids=str
 )
-def test_attention_is_the_whole_number_formula(sizes, dtype):
+def test_attention_is_the_whole_number_formula(sizes, dtype, inner_norm_eps):
     _, tokens, _, heads, d = sizes
     static = {"num_heads": heads, "scale": d**-0.5, "d_qk": d, "norm_eps": 1e-6, "residual": True, "quantize": "int8"}
+    static |= {"inner_norm_eps": inner_norm_eps}
     tensors = cast(attention_operands(*sizes), dtype)
     bias = randn(heads, tokens, tokens, seed=9).to(dtype)
     ours = ops.rep_attention(*tensors, attn_bias=bias, **static)
-    # o is rounded once more on some machines before it is quantized, as q, k and v are
-    assert_same_numbers(ours, reference.rep_attention(*tensors, bias, **static), 0.9 if dtype == torch.float32 else 0.6)
+    # o is rounded once more on some machines before it is quantized, as q, k and v are; its norm makes that larger
+    share = 0.9 if dtype == torch.float32 and inner_norm_eps is None else 0.6
+    assert_same_numbers(ours, reference.rep_attention(*tensors, bias, **static), share)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (2, 1)], ids=["", "shifted"])

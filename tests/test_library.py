@@ -25,6 +25,7 @@ def cases():
     angles = randn(4, 2, seed=5)
     turned = (*attention, bias, angles.cos(), angles.sin(), randn(2, 3, seed=6), randn(2, 3, seed=7))
     gated = {"activation": "silu", "norm": "rms", "inner_norm_eps": 1e-2, **both}
+    norms = {"qk_norm_eps": 1e-2, "inner_norm_eps": 1e-2}
     return {
         "partial_gelu_ffn": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), both),
         "partial_gelu_ffn_tanh": (reference.partial_gelu_ffn, ffn_operands(3, 8, 5), {"approximate": "tanh"}),
@@ -32,7 +33,7 @@ def cases():
         "partial_gelu_ffn_m_zero": (reference.partial_gelu_ffn, ffn_operands(3, 8, 0), {"residual": True}),
         "gated_ffn": (reference.gated_ffn, gated_operands(3, 8, 5), gated),
         "gated_ffn_gelu": (reference.gated_ffn, gated_operands(3, 8, 5), {"activation": "gelu"}),
-        "rep_attention_turned": (reference.rep_attention, turned, {**heads, "qk_norm_eps": 1e-2}),
+        "rep_attention_turned": (reference.rep_attention, turned, {**heads, **norms}),
         "rep_attention": (reference.rep_attention, (*attention, bias), {**heads, **both}),
         "window_rep_attention": (reference.window_rep_attention, window, {**windows, **both}),
         "window_rep_attention_roll_first": (reference.window_rep_attention, window, {**windows, "roll_first": True}),

@@ -85,6 +85,7 @@ TIMM = {
     "vit_small_patch14_dinov2": {"depth": 2, "img_size": 28},
     "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 24, "img_size": 56},
     "eva02_tiny_patch14_224": {"depth": 2, "img_size": 28},
+    "eva02_base_patch16_clip_224": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32},
     "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32},
 }
 

@@ -59,10 +59,26 @@ def test_matches_truth_at_every_shape(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5], ids=["no_norm", "norm"])
+@pytest.mark.parametrize("inner_norm_eps", [None, 1e-5], ids=["", "inner_norm"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-def test_every_option(dtype, norm_eps, residual):
+def test_every_option(dtype, norm_eps, inner_norm_eps, residual):
     tensors, static = operands(2, 29, 40, 2, 20, 20)
-    check_operator(op, reference.rep_attention, tensors, dtype, norm_eps=norm_eps, residual=residual, **static)
+    static |= {"norm_eps": norm_eps, "inner_norm_eps": inner_norm_eps, "residual": residual}
+    check_operator(op, reference.rep_attention, tensors, dtype, **static)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_an_inner_norm_at_every_shape(shape, dtype):
+    tensors, static = operands(*shape)
+    check_operator(op, reference.rep_attention, tensors, dtype, inner_norm_eps=1e-2, **static)
+
+
+def test_the_inner_norm_is_over_all_heads_of_a_token():
+    (x, w_qkv, b_qkv, w_proj, b_proj), static = operands(2, 21, 32, 4, 8, 6)
+    heads = ops.rep_attention(x, w_qkv, b_qkv, torch.eye(24, dtype=torch.float64), None, **static)
+    y = ops.rep_attention(x, w_qkv, b_qkv, w_proj, b_proj, inner_norm_eps=1e-3, **static)
+    torch.testing.assert_close(y, F.linear(F.layer_norm(heads, (24,), eps=1e-3), w_proj, b_proj))
 
 
 @pytest.mark.parametrize("absent", [(2,), (4,), (2, 4)], ids=str)
@@ -227,6 +243,7 @@ BAD = {
     "bool_mask": (lambda t, s: ((*t, torch.ones(5, 5, dtype=torch.bool)), s), "attn_bias: got a bool mask"),
     "bias_shape": (lambda t, s: ((*t, torch.zeros(4, 5).double()), s), "attn_bias: got shape"),
     "dtype": (lambda t, s: ((t[0].float(), *t[1:]), s), "w_qkv: got torch.float64, but x is torch.float32"),
+    "inner_norm_eps": (lambda t, s: (t, {**s, "inner_norm_eps": float("nan")}), "inner_norm_eps: got nan, wanted None"),
 }
 
 

@@ -23,6 +23,7 @@ from repavit_ops.reparam import (
     cast,
     drop_k_bias,
     fold_attention_output_scale,
+    fold_inner_affine,
     fold_input_affine,
     fold_output_affine,
     fold_scale,
@@ -98,6 +99,24 @@ def test_v_bias_moves_behind_the_softmax():
     moved = move_v_bias(weights)
     assert relative_error(attention(x, moved, mask), attention(x, weights, mask)) <= EXACT
     assert relative_error(attention(x, moved._replace(b_proj=weights.b_proj), mask), attention(x, weights, mask)) > 0.1
+
+
+def test_a_norm_in_front_of_the_projection_folds_and_lets_no_v_bias_pass():
+    draw = Draw(13)
+    weights, norm, x = random_weights(draw, d_v=5), draw.layernorm(HEADS * 5), draw.normal(2, T, C)
+
+    def heads(of):
+        return attention(x, of._replace(w_proj=torch.eye(HEADS * 5, dtype=torch.float64), b_proj=None))
+
+    def normed(of):
+        return F.linear(core(heads(of), norm.eps), of.w_proj, of.b_proj)
+
+    wanted = F.linear(norm(heads(weights)), weights.w_proj, weights.b_proj)
+    folded = fold_inner_affine(weights, affine_of(norm))
+    assert relative_error(normed(drop_k_bias(folded)), wanted) <= EXACT
+    assert relative_error(normed(move_v_bias(folded)), wanted) > 0.01
+    with pytest.raises(ValueError, match=rf"affine.scale: got shape \[{C + 1}\], wanted \[C={HEADS * 5}\]"):
+        fold_inner_affine(weights, affine_of(draw.layernorm(C + 1)))
 
 
 def test_folds_leave_their_input_alone():

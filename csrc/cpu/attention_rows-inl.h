@@ -325,14 +325,27 @@ void attend_rows(const AttentionPlan<T>& plan, ptrdiff_t head, const HeadPanels<
   }
 }
 
-// Rows of o quantized, in the place of z, which nobody wants any more.
+// Rows of o, once all heads are there, through the norm in front of the projection. int8 takes it on the way to its own
+// rows, which are of floats at every level.
+template <class T>
+void norm_values(const AttentionPlan<T>& plan, ptrdiff_t rows, AttentionScratch<T>& s) {
+  if (!plan.args.inner_norm || plan.int8_panels != nullptr) return;
+  const ptrdiff_t depth = plan.layout.heads * plan.layout.d_v;
+  for (ptrdiff_t r = 0; r < rows; ++r) {
+    Operand<T>* o = s.o + r * plan.o_stride;
+    layer_norm_row(o, o, depth, plan.args.inner_norm_eps);
+  }
+}
+
+// Rows of o quantized, behind their norm, in the place of z, which nobody wants any more.
 template <class T>
 void quantize_values(const AttentionPlan<T>& plan, ptrdiff_t rows, AttentionScratch<T>& s) {
   const ptrdiff_t depth = plan.layout.heads * plan.layout.d_v;
+  const Norm norm = plan.args.inner_norm ? kLayerNorm : kNoNorm;
   with_int8_operand([&](auto operand) {
     using O = decltype(operand);
     for (ptrdiff_t r = 0; r < rows; ++r) {
-      convert_row(s.o + r * plan.o_stride, s.quantized.row, depth);
+      norm_row(s.o + r * plan.o_stride, s.quantized.row, depth, norm, plan.args.inner_norm_eps);
       s.quantized.scales[r] = quantize_row(s.quantized.row, depth, s.quantized.template at<O>(r));
     }
   });
@@ -371,6 +384,7 @@ void finish_groups(const AttentionPlan<T>& plan, Operand<T>* o, ptrdiff_t rows) 
 template <class T>
 void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, AttentionScratch<T>& s) {
   if (!plan.projects()) return;
+  norm_values(plan, at.count, s);
   const AttentionLayout<T>& layout = plan.layout;
   if constexpr (kHasInt8<T>) {
     if (plan.int8_panels != nullptr) {

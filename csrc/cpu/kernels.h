@@ -264,7 +264,9 @@ struct QueryKeyArgs {
   bool interleaved;             // pairs are (0, 1), (2, 3), …; else (0, width / 2), (1, width / 2 + 1), …
 };
 
-// y = softmax(scale · q kᵀ + bias) v per head, projected [+ x], with q, k, v = z W_qkvᵀ + b_qkv and z = norm(x). Without packed weights only the attention itself: x holds q | k | v, y receives o.
+// y = o W_projᵀ [+ b_proj] [+ x] with o = softmax(scale · q kᵀ + bias) v per head, or its LayerNorm core over all heads,
+// q, k, v = z W_qkvᵀ + b_qkv and z = norm(x). Without packed weights only the attention itself: x holds q | k | v, y
+// receives o.
 struct RepAttentionArgs {
   int64_t batch, tokens;         // B, T; any may be 0
   AttentionShape shape;
@@ -280,7 +282,9 @@ struct RepAttentionArgs {
   void* y;                       // [B T, C_out] of T ([B T, h d_v] without weights), contiguous; wholly written
   double scale;
   double norm_eps;               // read unless norm is none
+  double inner_norm_eps;         // read when inner_norm
   Norm norm;
+  bool inner_norm;               // o = core(o, inner_norm_eps); never with windows, or without weights
   bool residual;                 // add x, in the accumulator's precision
   bool int8;                     // `packed` has panels of int8_t: z and o are quantized too, q, k and v are not
 };

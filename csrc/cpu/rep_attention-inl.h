@@ -136,20 +136,21 @@ void attend_block(const AttentionPlan<T>& plan, ptrdiff_t index, ptrdiff_t block
   project_output(plan, at, s);
 }
 
-// The same in four steps, of which each wants what others did in the one before: z of some rows, then a part of the heads
-// and of the columns.
-enum class SharedStep { kInput, kPrepare, kAttend, kProject };
+// The same in steps of which each wants what others did in the one before: z of some rows, a part of the heads, the norm of
+// some rows of o, a part of the columns.
+enum class SharedStep { kInput, kPrepare, kAttend, kNorm, kProject };
 
 template <class T>
 void shared_step(const AttentionPlan<T>& plan, SharedStep step, ptrdiff_t index, ptrdiff_t block, ptrdiff_t part,
                  AttentionScratch<T>& s) {
-  const ptrdiff_t sequence = plan.sequence_of(plan.whole + index);
-  if (step == SharedStep::kInput) {
+  if (step == SharedStep::kInput || step == SharedStep::kNorm) {
     const ptrdiff_t pieces = plan.blocks * plan.parts, piece = block * plan.parts + part;
     const ptrdiff_t begin = plan.length * piece / pieces, end = plan.length * (piece + 1) / pieces;
     s.z = plan.z + (index * plan.length + begin) * plan.z_stride;
-    gather_input(plan, locate(plan, sequence, begin, end - begin, s.tokens), s);
-    return finish_groups(plan, plan.o + (index * plan.length + begin) * plan.o_stride, end - begin);
+    s.o = plan.o + (index * plan.length + begin) * plan.o_stride;
+    if (step == SharedStep::kNorm) return norm_values(plan, end - begin, s);
+    gather_input(plan, locate(plan, plan.sequence_of(plan.whole + index), begin, end - begin, s.tokens), s);
+    return finish_groups(plan, s.o, end - begin);
   }
   const Tokens<T> at = locate_block(plan, index, block, s);
   const ptrdiff_t row = index * plan.length + plan.block_begin(block), each = plan.heads / plan.parts;
@@ -225,6 +226,7 @@ void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
     run(SharedStep::kPrepare, SharedStep::kPrepare);
     run(SharedStep::kAttend, SharedStep::kAttend);
   }
+  if (args.inner_norm) run(SharedStep::kNorm, SharedStep::kNorm);
   run(SharedStep::kProject, SharedStep::kProject);
 }
 

@@ -13,8 +13,8 @@ namespace reference {
 struct Attention {
   int64_t batch, tokens, channels, channels_out, heads, d_qk, d_v;
   std::vector<double> x, w_qkv, b_qkv, w_proj, b_proj, bias;  // bias [B, h, T, T]; empty biases: None
-  double scale = 1.0, norm_eps = 0.0;
-  bool residual = false;
+  double scale = 1.0, norm_eps = 0.0, inner_norm_eps = 0.0;
+  bool residual = false, inner_norm = false;
   repavit::Norm norm = repavit::kNoNorm;
   const repavit::WindowGrid* windows = nullptr;
   std::vector<double> rel_bias, padding;  // of the windows; empty padding: None
@@ -174,6 +174,10 @@ inline std::vector<double> rep_attention(const Attention& p) {
       });
     }
     if (p.w_proj.empty()) y.insert(y.end(), o.begin(), o.end());
+    for (int64_t t = 0; t < p.tokens && p.inner_norm; ++t) {
+      const std::vector<double> row = core(o.data() + t * width, width, p.inner_norm_eps);
+      std::copy(row.begin(), row.end(), o.begin() + t * width);
+    }
     std::vector<float> scales;
     for (int64_t t = 0; t < p.tokens && p.int8; ++t) {
       const Quantized whole = quantize({o.begin() + t * width, o.begin() + (t + 1) * width});

@@ -35,6 +35,7 @@ void test_stack_case(const repavit::Kernels& kernels, repavit::DType dtype, int6
     repavit::RepAttentionArgs& args = steps[i + ffn_first].attention;
     args.shape = shape, args.packed = attention.data();
     args.scale = i == 0 ? -0.3 : 0.3, args.norm_eps = 1e-6, args.norm = repavit::kLayerNorm, args.residual = true;
+    args.inner_norm = i == 2, args.inner_norm_eps = 1e-3;
   }
   for (const int i : {1, 3}) {
     repavit::PartialGeluFfnArgs& args = steps[i - ffn_first].ffn;

@@ -40,7 +40,7 @@ from ..nn.joined_branch_attention import BypassedAttention
 Arguments = dict[str, Any]
 BRANCH = ("residual", "skip_lam", "drop_path")  # attributes that are arguments of every ResidualBranch
 FUSED_ATTENTION = ("dim", "num_heads", "d_qk", "d_v", "scale", "norm_eps", "residual", "norm", "backend")
-TURNED = ("qk_norm_eps", "qk_norm", "rotary_layout")
+BEHIND = ("qk_norm_eps", "qk_norm", "rotary_layout", "inner_norm_eps")  # what stands behind its products
 
 
 class Kind(NamedTuple):
@@ -347,7 +347,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     RepAttention: Kind(
         _attributes(
             *FUSED_ATTENTION,
-            *TURNED,
+            *BEHIND,
             dim_out=lambda module: module.w_proj.shape[0],
         ),
         optional=("b_qkv", "b_proj"),

@@ -31,7 +31,7 @@ from ..reparam import Affine, AttentionWeights
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """``x + output_scale · proj(softmax(scale · q kᵀ + bias) v)`` with q, k, v = qkv(norm(x)); head-major rows.
+    """``x + output_scale · proj(inner_norm(softmax(scale · q kᵀ + bias) v))``, q, k, v = qkv(norm(x)); head-major rows.
 
     Without norm, output_scale and residual it is the attention alone.
 
@@ -53,6 +53,7 @@ class AttentionParts:
     q_norm: nn.Module = field(default_factory=nn.Identity)
     k_norm: nn.Module = field(default_factory=nn.Identity)
     rotary_layout: str | None = None  # None: no rotation
+    inner_norm: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def turns(self) -> bool:
@@ -109,6 +110,8 @@ def reason_against(parts: AttentionParts | WindowParts | AnyFFNParts) -> str | N
     """Why a sub-block of these parts cannot be fused, in one line; None if it can."""
     if isinstance(parts, WindowParts):
         parts = parts.attention
+        if type(parts.inner_norm) is not nn.Identity:
+            return "a norm stands between its windows and their projection; only attention without windows has one"
     linears = _linears(parts)
     for part in linears:
         if type(part) is not nn.Linear:
@@ -116,9 +119,10 @@ def reason_against(parts: AttentionParts | WindowParts | AnyFFNParts) -> str | N
     if type(parts.norm) not in (nn.Identity, *NORMS):
         name = type(parts.norm).__name__
         return f"its norm {name} has no fold (LayerNorm and RMSNorm have; BatchNorm folds in reparameterize)"
-    inner = parts.inner_norm if isinstance(parts, GatedFFNParts) else nn.Identity()
+    inner = nn.Identity() if isinstance(parts, FFNParts) else parts.inner_norm
     if type(inner) not in (nn.Identity, nn.LayerNorm):
-        return f"the norm behind its gate is {type(inner).__name__}; only LayerNorm can be fused"
+        behind = "gate" if isinstance(parts, GatedFFNParts) else "softmax"
+        return f"the norm behind its {behind} is {type(inner).__name__}; only LayerNorm can be fused"
     for norm in (parts.norm, inner):
         if isinstance(norm, NORMS) and len(norm.normalized_shape) != 1:
             return (
@@ -233,6 +237,7 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | Bi
     affine, norm = _norm_fold(parts.norm)
     weights = _folded(_weights_of(parts), affine, parts)
     _, qk_norm = _norm_fold(parts.q_norm)
+    _, inner_norm = _norm_fold(parts.inner_norm)
     fused = RepAttention(
         weights.w_qkv.shape[1],
         weights.num_heads,
@@ -244,6 +249,7 @@ def fold_attention(parts: AttentionParts, backend: Backend) -> RepAttention | Bi
         residual=parts.residual,
         **{name.replace("norm", "qk_norm"): value for name, value in qk_norm.items()},
         rotary_layout=parts.rotary_layout or "half",
+        inner_norm_eps=inner_norm.get("norm_eps"),
         backend=backend,
         device="meta",
     )
@@ -369,13 +375,17 @@ def _weights_of(parts: AttentionParts) -> AttentionWeights:
 def _folded(weights: AttentionWeights, affine: Affine | None, parts: AttentionParts) -> AttentionWeights:
     """All attention folds that are exact, in the one order in which they are.
 
-    Behind a rotation the K bias is another number for every key, and no scale passes a norm: there both stay.
+    Behind a rotation the K bias is another number for every key, and no scale passes a norm: there both stay. So does
+    the V bias in front of an inner norm.
     """
     if affine is not None:
         weights = reparam.fold_input_affine(weights, affine)
     if not parts.turns:
         weights = reparam.drop_k_bias(weights)
-    if not parts.keep_v_bias:
+    inner, inner_norm = _norm_fold(parts.inner_norm)
+    if inner is not None:
+        weights = reparam.fold_inner_affine(weights, inner)
+    if not parts.keep_v_bias and not inner_norm:
         weights = reparam.move_v_bias(weights)
     if type(parts.q_norm) is nn.Identity:
         weights = reparam.fold_scale(weights)

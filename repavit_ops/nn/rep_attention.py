@@ -18,10 +18,11 @@ from .symbolic import call_of, is_proxy
 
 
 class RepAttention(PackedWeights):
-    """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
+    """Attention block in one call: ``proj(o) [+ x]``, ``o = softmax(scale · q kᵀ + attn_bias) v``.
 
-    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core when ``norm_eps`` is given. The
-    folds of :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
+    q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core when ``norm_eps`` is given. o of
+    all heads is replaced by its own LayerNorm core when ``inner_norm_eps`` is given (EVA02's CLIP towers). The folds of
+    :mod:`repavit_ops.reparam.attention` leave nothing else: no norm affine, no scale, no LayerScale.
 
     Shapes:
         x          [B, T, dim]                     fp32 | bf16 | fp16 | fp64
@@ -45,6 +46,7 @@ class RepAttention(PackedWeights):
         qk_norm_eps: variance offset of QK-norm, a norm of each head's q and k; None for none.
         qk_norm: "layer" or "rms".
         rotary_layout: which channels the rotary embedding pairs: "half" or "interleaved".
+        inner_norm_eps: eps of the LayerNorm core of all heads' values, in front of the projection; None for no norm.
         quantize: "int8": the packed copy, z and o in whole numbers; the plain weights stay what they are.
         backend: "auto", "reference", "cpp" or "triton".
 
@@ -53,7 +55,8 @@ class RepAttention(PackedWeights):
     """
 
     operator = "rep_attention"
-    norm, qk_norm_eps, qk_norm, rotary_layout, quantize = "layer", None, "layer", "half", "none"  # of older pickles
+    # of older pickles
+    norm, qk_norm_eps, qk_norm, rotary_layout, inner_norm_eps, quantize = "layer", None, "layer", "half", None, "none"
     packed_names = ("w_qkv", "w_proj")
 
     def __init__(
@@ -72,6 +75,7 @@ class RepAttention(PackedWeights):
         qk_norm_eps: float | None = None,
         qk_norm: str = "layer",
         rotary_layout: str = "half",
+        inner_norm_eps: float | None = None,
         quantize: str = "none",
         backend: Backend = "auto",
         device: torch.device | str | None = None,
@@ -86,6 +90,8 @@ class RepAttention(PackedWeights):
         self.scale = self.d_qk**-0.5 if scale is None else scale
         self.norm_eps, self.residual, self.norm = norm_eps, residual, norm
         self.qk_norm_eps, self.qk_norm, self.rotary_layout = qk_norm_eps, qk_norm, rotary_layout
+        _check.norm(inner_norm_eps, name="inner_norm")
+        self.inner_norm_eps = inner_norm_eps
         _check.form_of_quantize(quantize)
         self.quantize = quantize
         self.backend = backend
@@ -166,12 +172,13 @@ class RepAttention(PackedWeights):
             "qk_norm_eps": self.qk_norm_eps,
             "qk_norm": self.qk_norm,
             "rotary_layout": self.rotary_layout,
+            "inner_norm_eps": self.inner_norm_eps,
             "quantize": self.quantize,
         }
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, d_qk={self.d_qk}, d_v={self.d_v}, scale={self.scale:.6g}, "
-            f"norm_eps={self.norm_eps}, residual={self.residual}, quantize={self.quantize!r}, "
-            f"backend={self.backend!r}"
+            f"norm_eps={self.norm_eps}, inner_norm_eps={self.inner_norm_eps}, residual={self.residual}, "
+            f"quantize={self.quantize!r}, backend={self.backend!r}"
         )

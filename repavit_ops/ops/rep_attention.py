@@ -33,15 +33,17 @@ def rep_attention(
     qk_norm_eps: float | None = None,
     qk_norm: str = "layer",
     rotary_layout: str = "half",
+    inner_norm_eps: float | None = None,
     quantize: str = "none",
     packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attention block in one call: ``proj(softmax(scale · q kᵀ + attn_bias) v) [+ x]``.
+    """Attention block in one call: ``proj(o) [+ x]``, ``o = softmax(scale · q kᵀ + attn_bias) v``.
 
     q, k, v come from z W_qkvᵀ + b_qkv, where z is x or its LayerNorm or RMSNorm core (no affine) when
-    ``norm_eps`` is given.
-    Norm affine, scale, K and V bias, LayerScale and 1/λ are folded into the weights beforehand
+    ``norm_eps`` is given. o of all heads is replaced by its own LayerNorm core when ``inner_norm_eps`` is given
+    (EVA02's CLIP towers).
+    Norm affines, scale, K and V bias, LayerScale and 1/λ are folded into the weights beforehand
     (:mod:`repavit_ops.reparam.attention`).
 
     Shapes:
@@ -75,6 +77,7 @@ def rep_attention(
         norm: "layer": ``(x - mean) / sqrt(var + norm_eps)``, or "rms": ``x / sqrt(mean(x²) + norm_eps)``.
         qk_norm: "layer" or "rms", as ``norm``.
         rotary_layout: pairs are (i, i + width / 2) of "half" (DINOv3), (2 i, 2 i + 1) of "interleaved" (EVA02).
+        inner_norm_eps: eps of the LayerNorm core over the h·d_v numbers of o; None for no norm.
         quantize: "int8": weights as whole numbers per output channel, z and o per token and call; q kᵀ, softmax and the
             product with v stay in floats (:mod:`repavit_ops.reference_int8`). Not differentiable, not for fp64.
         packed: the weights packed by :meth:`RepAttention.repack` for the C++ backend; others ignore it.
@@ -95,6 +98,7 @@ def rep_attention(
         "qk_norm_eps": qk_norm_eps,
         "qk_norm": qk_norm,
         "rotary_layout": rotary_layout,
+        "inner_norm_eps": inner_norm_eps,
         "quantize": quantize,
     }
     if (y := _direct.call(operator, backend, norm_eps, (*tensors, packed), **static)) is not None:
@@ -112,6 +116,7 @@ def rep_attention(
     _check.rotary(x, rotary_cos, rotary_sin, rotary_layout, num_heads, d_qk)
     _check.qk_norm(qk_norm_eps, qk_norm, q_norm, k_norm, d_qk)
     _check.norm(norm_eps, norm)
+    _check.norm(inner_norm_eps, name="inner_norm")
     _check.quantized(x, quantize, w_qkv, w_proj)
     _check.same_kind(
         x,

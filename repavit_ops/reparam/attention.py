@@ -1,6 +1,6 @@
 """Folds around softmax attention: what moves out of it without changing its output.
 
-    y = proj(softmax(scale · q kᵀ + attn_bias) v),    q | k | v = W_qkv norm(x) + b_qkv
+    y = proj([inner_norm] (softmax(scale · q kᵀ + attn_bias) v)),    q | k | v = W_qkv norm(x) + b_qkv
 
 Softmax ignores a constant added to a row of scores (so the K bias goes), its rows sum to 1 (so the V bias moves into
 the projection), and everything before q, k, v and after proj is affine (so norms and scales fold). The shortcut
@@ -117,6 +117,17 @@ def fold_input_affine(weights: AttentionWeights, affine: Affine) -> AttentionWei
     return weights._replace(w_qkv=w_qkv, b_qkv=b_qkv)
 
 
+def fold_inner_affine(weights: AttentionWeights, affine: Affine) -> AttentionWeights:
+    """inner norm → proj: ``W_proj diag(s)``, ``b_proj + W_proj t``; the norm's core stays with the caller.
+
+    Nothing linear passes that core: with one, `move_v_bias` is not exact. Shapes: affine maps [h·d_v].
+    """
+    weights = attention_weights(*weights)
+    affine = affine_as_float64(affine, "affine", weights.w_proj.shape[1])
+    w_proj, b_proj = fold_affine_into_input(weights.w_proj, weights.b_proj, affine)
+    return weights._replace(w_proj=w_proj, b_proj=b_proj)
+
+
 def drop_k_bias(weights: AttentionWeights) -> AttentionWeights:
     """Zero the K bias: ``q · b_k`` is the same for every key of a row, and softmax ignores it.
 
@@ -131,7 +142,7 @@ def drop_k_bias(weights: AttentionWeights) -> AttentionWeights:
 def move_v_bias(weights: AttentionWeights) -> AttentionWeights:
     """Move the V bias behind the softmax, whose rows sum to 1: ``b_proj += W_proj b_v``, ``b_v = 0``.
 
-    Exact unless a row is wholly masked (its output is 0, not b_v).
+    Exact unless a row is wholly masked (its output is 0, not b_v), or a norm stands in front of the projection.
     """
     weights = attention_weights(*weights)
     b_qkv = weights.b_qkv.clone()

@@ -127,7 +127,11 @@ def test_heads_too_wide_and_what_a_table_leaves_to_pytorch():
 
 
 @FLOATS
-@pytest.mark.parametrize("static", [{}, {"norm_eps": 1e-5, "residual": True}], ids=["plain", "norm_residual"])
+@pytest.mark.parametrize(
+    "static",
+    [{}, {"norm_eps": 1e-5, "residual": True}, {"inner_norm_eps": 1e-2, "residual": True}],
+    ids=["plain", "norm_residual", "inner_norm"],
+)
 @pytest.mark.parametrize("shape", [(2, 50, 32, 2, 16, 16), (3, 13, 23, 3, 7, 5), (0, 9, 16, 1, 16, 16)], ids=str)
 def test_operator(shape, static, dtype):
     tensors, heads = operands(*shape)

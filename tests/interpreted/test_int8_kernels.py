@@ -134,9 +134,11 @@ def test_empty_sizes(shape):
 
 
 @FLOATS
-def test_attention(dtype):
+@pytest.mark.parametrize("inner_norm_eps", [None, 1e-2], ids=["", "inner_norm"])
+def test_attention(inner_norm_eps, dtype):
     tensors = cast(attention_operands(2, 19, 24, 2, 12), dtype)
     static = {"num_heads": 2, "scale": 0.3, "d_qk": 12, "norm_eps": 1e-6, "residual": True, "quantize": "int8"}
+    static |= {"inner_norm_eps": inner_norm_eps}
     bias = randn(2, 19, 19, seed=9).to(dtype)
     ours = rep_attention(*tensors, bias, **static)
     assert_same_numbers(ours, reference.rep_attention(*tensors, bias, **static), 0.8 if dtype == torch.float32 else 0.5)

@@ -39,20 +39,30 @@ from ..rules import plain
 
 def _attention(attn: Any) -> AttentionParts:
     scale = attn.head_dim**-0.5 if attn.fused_attn else attn.scale  # what its forward takes
-    q_norm, k_norm = (plain(getattr(attn, name, nn.Identity())) for name in ("q_norm", "k_norm"))
-    heads = (attn.num_heads, attn.head_dim)
-    return AttentionParts(attn.qkv, attn.proj, *heads, scale, keep_v_bias=True, q_norm=q_norm, k_norm=k_norm)
+    return AttentionParts(
+        attn.qkv,
+        attn.proj,
+        attn.num_heads,
+        attn.head_dim,
+        scale,
+        keep_v_bias=True,
+        q_norm=_norm(attn, "q_norm"),
+        k_norm=_norm(attn, "k_norm"),
+        inner_norm=_norm(attn, "norm"),
+    )
 
 
-BEHIND = {
-    "norm": "a norm stands between attention and its projection",
-    "gate": "a gate multiplies the attention output",
-}
+def _norm(attn: Any, name: str) -> nn.Module:
+    """A norm that older classes have not; ``norm`` stands between the heads and their projection (``scale_norm``)."""
+    return plain(getattr(attn, name, nn.Identity()))
+
+
+BEHIND = {"gate": "a gate multiplies the attention output"}
 
 ATTENTION = Described(
     _attention,
     holds=("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale", "fused_attn"),
-    may_hold=("attn_dim", "q_norm", "k_norm"),
+    may_hold=("attn_dim", "q_norm", "k_norm", "norm"),
     refuses=BEHIND,
     alone=lambda fused, _: MaskedAttention(fused),
 )
@@ -76,9 +86,10 @@ def _rotary_attention(attn: Any) -> AttentionParts:
         attn.head_dim,
         attn.head_dim**-0.5 if attn.fused_attn else attn.scale,
         keep_v_bias=True,
-        q_norm=plain(attn.q_norm),
-        k_norm=plain(attn.k_norm),
+        q_norm=_norm(attn, "q_norm"),
+        k_norm=_norm(attn, "k_norm"),
         rotary_layout="half" if getattr(attn, "rotate_half", False) else "interleaved",
+        inner_norm=_norm(attn, "norm"),
     )
 
 
@@ -87,7 +98,7 @@ ROTARY_ATTENTION = Described(
     holds=("proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale", "fused_attn", "num_prefix_tokens"),
     may_hold=(
         *("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "q_norm", "k_norm"),
-        *("rotate_half", "attn_dim", "kv_dim", "num_kv_heads", "num_kv_groups"),
+        *("rotate_half", "attn_dim", "kv_dim", "num_kv_heads", "num_kv_groups", "norm"),
     ),
     refuses=BEHIND,
     alone=lambda fused, _: RotaryAttention(fused),
