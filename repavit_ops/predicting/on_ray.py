@@ -39,7 +39,7 @@ def computed(
     Raises:
         ImportError: Ray is not installed.
         RuntimeError: the machines have no room for ``actors`` predictors and one decoder; one of them cannot open an
-            image that this one can.
+            image that this one can; a task or an actor raised, with what it raised.
         ValueError: the predictor's model was given as a module, which other machines do not have; its file is not on
             all of them, or another one is.
     """
@@ -71,7 +71,7 @@ def computed(
     results.context.target_max_block_size = batch * blank(predictor.preprocessing).nbytes
     results.context.enable_progress_bars = False
     silent = {shard.number: shard for shard in shards}
-    for number, columns in _whole(_opened(results.iter_batches(batch_size=None, batch_format="numpy"))):
+    for number, columns in _whole(_opened(_told(results.iter_batches(batch_size=None, batch_format="numpy")))):
         silent.pop(number, None)
         yield number, columns
     nothing = torch.zeros((0, *blank(predictor.preprocessing).shape), dtype=torch.uint8)
@@ -126,6 +126,16 @@ class _Actor:
         pixels = torch.from_numpy(np.ascontiguousarray(batch.pop("pixels")))
         errors = [error or None for error in batch["error"]]
         return {**batch, **without_unreadable(self.predictor.predict(pixels), errors)}
+
+
+def _told(batches: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Batches; where one of Ray's own errors comes instead, what it ends with: the line that a task or actor raised."""
+    import ray
+
+    try:
+        yield from batches
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"ray: {str(error).strip().splitlines()[-1].strip()} (what is written stands)") from error
 
 
 def _opened(batches: Any) -> Iterator[dict[str, np.ndarray]]:
