@@ -105,7 +105,7 @@ def test_an_actor_lies_on_one_machine_and_a_cpu_is_left_to_decode(cpus, threads,
         nodes.actors_of(cpus, threads, room + 1)
 
 
-def test_a_model_that_a_node_does_not_have_or_has_another_of_is_said_before_any_work(three, tmp_path, monkeypatch):
+def test_a_model_that_a_node_does_not_have_or_has_another_of_is_said_before_any_work(three, tmp_path):
     named = HERE / "model.safetensors"
     repavit_ops.save_checkpoint(tiny_vit(), three.folder / named.name)
     predictor, settings = Predictor(named, threads=2), {"ray": three.address, "actors": 2}
@@ -119,11 +119,29 @@ def test_a_model_that_a_node_does_not_have_or_has_another_of_is_said_before_any_
     with pytest.raises(ValueError, match=r"not the same on \S+ \(node \w{8}\): another file, by its sha256"):
         predict(predictor, three.folder / "photos", tmp_path / "a", **settings)
     assert not list((tmp_path / "a").glob("part-*"))
-    monkeypatch.setattr(on_ray, "require_model", lambda *given: None)  # as of a machine that comes later
-    with pytest.raises(
-        RuntimeError, match=r"^ray: ValueError: model: got .* \(node \w{8}\) is not what it was: another"
-    ):
-        predict(predictor, three.folder / "photos", tmp_path / "a", **settings)
+
+
+def test_a_model_that_changes_once_it_was_looked_at_is_said_by_the_actors(three, tmp_path, monkeypatch):
+    """As by one on a machine that comes later; in one line, not in Ray's many."""
+    named, photos = three.folder / "another.safetensors", folder_of_photographs(tmp_path / "photos")
+    repavit_ops.save_checkpoint(tiny_vit(), named)
+    written = lambda *given: repavit_ops.save_checkpoint(tiny_vit(seed=1), named)  # noqa: E731
+    monkeypatch.setattr(on_ray, "require_model", written)
+    wanted = r"^ray: ValueError: model: got .* which on \S+ \(node \w{8}\) is not what it was: another file"
+    with pytest.raises(RuntimeError, match=wanted):
+        predict(Predictor(named, threads=2), photos, tmp_path / "out", ray=three.address, actors=2)
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_a_folder_of_transformers_is_looked_for_on_every_node(three):
+    (three.folder / "vit").mkdir()
+    (three.folder / "vit" / nodes.CONFIG).write_text("{}")
+    workers = [node for node in nodes.nodes() if node.cpus == 2]
+    with pytest.raises(ValueError, match=r"not the same on \S+ \(node \w{8}\): no folder with a config.json; copy it"):
+        nodes.require_model(workers, str(HERE / "vit"), None)
+    (three.other / "vit").mkdir()
+    (three.other / "vit" / nodes.CONFIG).write_text("{}")
+    nodes.require_model(workers, str(HERE / "vit"), None)
 
 
 def test_images_that_a_node_cannot_open_are_its_fault_and_no_unreadable_ones(three, model, tmp_path, monkeypatch):

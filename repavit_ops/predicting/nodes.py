@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..checkpoints.mapped_file import sha256_of
 
+CONFIG = "config.json"  # of a folder of transformers
 DECODER = 1  # CPUs that are left to decoding, at least
 
 
@@ -86,12 +87,12 @@ def why_another(path: str, digest: str | None) -> str | None:
     """Why a file or folder of this machine is not the one of the process that started the run; None if it is.
 
     Args:
-        path: of the file, or of a folder, of which only its being there is looked at.
+        path: of the file, or of a folder of transformers, of which only its being there is looked at.
         digest: its sha256 there; None of a folder.
     """
     try:
         if digest is None:
-            return None if os.path.isdir(path) else "no such folder"
+            return None if os.path.isfile(os.path.join(path, CONFIG)) else f"no folder with a {CONFIG}"
         return None if sha256_of(path) == digest else "another file, by its sha256"
     except OSError as error:
         return f"{type(error).__name__}: {error.strerror}"

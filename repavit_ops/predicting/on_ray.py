@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .decoding import Decoded, blank
-from .nodes import DECODER, actors_of, connect, nodes, require_model, this_node, why_another
+from .nodes import CONFIG, DECODER, actors_of, connect, nodes, require_model, this_node, why_another
 from .predictor import Predictor, without_unreadable
 from .preprocessing import Preprocessing
 from .sources import Shard
@@ -87,8 +87,8 @@ def _checked(predictor: Predictor, actors: int | None, digest: str | None) -> tu
     count = actors_of([node.cpus for node in machines], predictor.threads, actors)
     if gpus := sum(node.gpus for node in machines):
         warnings.warn(f"ray: predict computes on CPUs and leaves the cluster's {gpus} GPUs alone", stacklevel=2)
-    if not os.path.exists(predictor.name):
-        return count, predictor.name
+    if digest is None and not os.path.isfile(os.path.join(predictor.name, CONFIG)):
+        return count, predictor.name  # of timm or of the hub: each machine fetches it
     name = os.path.abspath(predictor.name)
     require_model([node for node in machines if node.cpus >= predictor.threads], name, digest)
     return count, name
