@@ -1,18 +1,21 @@
-"""The JSON lines of ``repavit-ops bench`` as tables of docs/measured.md:  python bench/bench_tables.py [--write]
+"""The JSON lines of bench/results as tables of docs/:  python bench/bench_tables.py [--write]
 
-Takes the files of bench/results that the page names, each between its own marks; without ``--write`` it prints.
+Takes the files that each page names (a name or a pattern, in order of their dates), each table between its own marks;
+without ``--write`` it prints what would change.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import cited_tables
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/measured.md"
 PLACE = re.compile(r"(<!-- bench_tables (\w+) (\S+) begin -->\n).*?(<!-- bench_tables end -->)", re.DOTALL)
 TITLES = {
     **{"eager": "eager", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "litert": "LiteRT"},
@@ -23,13 +26,24 @@ TABLE_NAMES = {"depth": "Depth of ViT-Tiny"}
 Row = dict[str, Any]
 
 
-def read(file: str) -> list[Row]:
-    return [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+def read(files: str) -> list[Row]:
+    """The rows of a file, or of all that match a pattern."""
+    paths = sorted(ROOT.glob(files))
+    if not paths:
+        raise FileNotFoundError(f"bench_tables: no file is called {files}")
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def pages() -> list[Path]:
+    """The pages that have such a table."""
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in every if PLACE.search(page.read_text())]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    """Markdown; columns of numbers to the right, the first and those of words alone to the left."""
+    numbers = [any(character.isdigit() for cells in rows for character in cells[at]) for at in range(1, len(head))]
+    lines = [head, ["---", *("---:" if right else "---" for right in numbers)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -89,23 +103,36 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def made(kind: str, rows: list[Row]) -> str:
+    """A table of some kind, as Markdown."""
+    if kind in cited_tables.KINDS:
+        head, *lines = cited_tables.KINDS[kind](rows)
+        return table(head, lines)
+    return KINDS[kind](rows)
+
+
 KINDS = {"models": beside_peers, "ops": beside_peers, "method": method}
 
 
 def filled(page: str) -> str:
     """The page with every table made anew from the file that it names."""
-    return PLACE.sub(lambda found: f"{found[1]}{KINDS[found[2]](read(found[3]))}\n{found[4]}", page)
+    return PLACE.sub(lambda found: f"{found[1]}{made(found[2], read(found[3]))}\n{found[4]}", page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/measured.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
     arguments = parser.parse_args()
-    page = filled(PAGE.read_text())
-    if arguments.write:
-        PAGE.write_text(page)
-    else:
-        print(page)
+    for page in pages():
+        before = page.read_text()
+        after = filled(before)
+        if arguments.write:
+            page.write_text(after)
+        else:
+            print(
+                *difflib.unified_diff(before.splitlines(), after.splitlines(), page.name, page.name, lineterm=""),
+                sep="\n",
+            )
 
 
 if __name__ == "__main__":

@@ -68,11 +68,16 @@ def main() -> None:
     names = list(limits(given))
     print(f"| predicted images/s | {' | '.join(names)} | all | bound by | of the GPUs |\n|{'---|' * (len(names) + 4)}")
     for name, cluster in cases.items() if given.machines > 1 else [next(iter(cases.items()))]:
-        found = limits(cluster)
-        bound = min(found, key=found.__getitem__)
-        share = found[bound] / (cluster.machines * cluster.gpus * cluster.gpu_rate)
-        numbers = " | ".join(f"{rate:,.0f}" for rate in found.values())
-        print(f"| {name} | {numbers} | {found[bound]:,.0f} | {bound} | {share:.0%} |")
+        print(line(name, cluster))
+
+
+def line(name: str, cluster: Cluster) -> str:
+    """A cluster's limits as a line of a table, with the least of them and what share of the GPUs' rate that is."""
+    found = limits(cluster)
+    bound = min(found, key=found.__getitem__)
+    share = found[bound] / (cluster.machines * cluster.gpus * cluster.gpu_rate)
+    numbers = " | ".join(f"{rate:,.0f}" for rate in found.values())
+    return f"| {name} | {numbers} | {found[bound]:,.0f} | {bound} | {share:.0%} |"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from repavit_ops.benchmarking import (
     phones,
     plots,
     report,
-    slab,
 )
 from repavit_ops.benchmarking.harness import Timing
 from repavit_ops.benchmarking.measuring import OURS, Case, Limits, Provider, measure
@@ -359,65 +358,6 @@ def test_bench_method_prints_tables_notes_and_json(tiny, tmp_path):
     assert all(row["batch"] == 1 and row["dtype"] == "float32" and "cpu" in row for row in rows)
     assert "one A6000 at batch 128" in done.output
     assert (tmp_path / "speed-against-parameters-dark.svg").exists()
-
-
-# --- SLAB -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained_slab(float64_default):
-    """A small one whose norms went from LayerNorm to RepBN over some steps."""
-    model = randomise(slab.SlabVisionTransformer(48, 2, 3, img_size=32, patch_size=8, num_classes=10)).train()
-    x = torch.randn(4, 3, 32, 32)
-    for step in range(4):
-        slab.set_progress(model, step / 3)
-        model(x)
-    return model.eval(), x
-
-
-def test_slab_merges_exactly_once_no_layernorm_is_left(trained_slab):
-    model, x = trained_slab
-    small = slab.merged(model)
-    assert not any(isinstance(module, slab.ProgressiveNorm) for module in small.modules())
-    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
-
-
-def test_slab_refuses_to_merge_before(trained_slab):
-    model, _ = trained_slab
-    slab.set_progress(model, 0.75)
-    with pytest.raises(ValueError, match=r"got λ = 0.25, wanted 0: call set_progress\(model, 1.0\) first"):
-        slab.merged(model)
-    with pytest.raises(RuntimeError, match="training mode"):
-        slab.merged(model.train())
-    with pytest.raises(ValueError, match=r"done: got 1.5, wanted a share of the training in \[0, 1\]"):
-        slab.set_progress(model, 1.5)
-
-
-def test_slabs_norm_goes_from_layernorm_to_repbn():
-    norm, x = randomise(slab.ProgressiveNorm(6)), torch.randn(2, 5, 6)
-    ends = norm.layer_norm(x), norm.rep_bn(x)
-    for done in (0.0, 0.25, 1.0):
-        slab.set_progress(norm, done)
-        torch.testing.assert_close(norm(x), (1 - done) * ends[0] + done * ends[1])
-    assert "share" in norm.state_dict()
-
-
-def test_slabs_attention_is_the_quadratic_one_in_another_order(float64_default):
-    attention, x = randomise(slab.SimplifiedLinearAttention(12, 2, 3)), torch.randn(2, 9, 12)
-    q, k, v = attention.qkv(x).view(2, 9, 3, 12).unbind(2)
-    q, k = q.relu().view(2, 9, 2, 6), (k + attention.position).relu().view(2, 9, 2, 6)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k)
-    scores = scores / (scores.sum(-1, keepdim=True) + slab.EPS)
-    mixed = torch.einsum("bhij,bjhd->bihd", scores, v.view(2, 9, 2, 6))
-    near = [attention.conv(h.transpose(1, 2).reshape(2, 6, 3, 3)).flatten(2) for h in v.split(6, -1)]
-    wanted = attention.proj(mixed.reshape(2, 9, 12) + torch.cat(near, 1).transpose(1, 2))
-    torch.testing.assert_close(attention(x), wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_slab_deit_base_has_the_papers_work_and_the_positions_of_its_code():
-    counted = method.size_of(papers.TABLES["3"][0])
-    assert round(counted.gmacs, 1) == 17.1
-    assert round(counted.mparams - 12 * 196 * 768 / 1e6, 1) == pytest.approx(86.6, abs=0.11)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

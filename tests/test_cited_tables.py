@@ -6,11 +6,15 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import bench_tables
+import cited_tables
 import cpu_table
 import pytest
+import scaling_model
+from scaling_model import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -137,11 +141,68 @@ def test_rotary_models_in_docs_rotary_and_gates():
             assert list(numbers(shown)) == sorted(round(found["ratios"][peer], 2) for found in runs), (start, peer)
 
 
-def test_what_bench_says_in_docs_measured():
-    """All of it, by the script that made it."""
-    page = (ROOT / "docs/measured.md").read_text()
-    assert bench_tables.PLACE.search(page) is not None
-    assert bench_tables.filled(page) == page
+@pytest.mark.parametrize("page", bench_tables.pages(), ids=lambda page: page.name)
+def test_what_stands_between_marks_is_what_the_script_makes(page):
+    assert bench_tables.filled(page.read_text()) == page.read_text()
+
+
+def test_every_kind_of_table_stands_somewhere():
+    kinds = {found[2] for page in bench_tables.pages() for found in bench_tables.PLACE.finditer(page.read_text())}
+    assert kinds == {*bench_tables.KINDS, *cited_tables.KINDS}
+
+
+def sentence(page: str, words: str) -> str:
+    """A paragraph of a page by its first words."""
+    text = (ROOT / page).read_text()
+    return text[text.index(f"\n{words}") + 1 :].split("\n\n", 1)[0].replace("\n", " ")
+
+
+def test_shares_of_the_peak_in_docs_cpu():
+    wanted = []
+    for name, dtype in (
+        ("2026-11-22-zen4-avx512-bf16.jsonl", "float32"),
+        ("2026-11-22-zen4-avx512-bf16.jsonl", "bfloat16"),
+        ("2026-11-22-zen4-avx2-level.jsonl", "float32"),
+    ):
+        measured = {case: found for (case, of), found in rows(name).items() if case.startswith("ffn ") and of == dtype}
+        shares = [found[-1]["share_of_peak"] for found in measured.values()]
+        wanted += [round(min(shares), 2), round(max(shares), 2)]
+    assert list(numbers(sentence("docs/cpu.md", "The FFN runs at"))) == wanted
+
+
+def test_shares_of_the_peak_in_docs_int8():
+    """Of sizes whose peak was the greater: what was looked for beside another's work came out too small."""
+    found = [line for (case, _), (line,) in rows("2026-11-27-zen3-int8.jsonl").items() if case.startswith("ffn")]
+    quiet = [line["share_of_peak"] for line in found if line["share_of_peak"] <= 1]
+    over = [line["ratios"]["float32"] for line in found]
+    text = sentence("docs/int8.md", "The FFN reaches")
+    assert f"{100 * min(quiet):.0f} to {100 * max(quiet):.0f} %" in text
+    assert f"{min(over):.1f} to {max(over):.1f} times the float32 FFN" in text
+    assert len(found) - len(quiet) == 1
+
+
+def test_upernet_in_examples_dense():
+    (found,) = (json.loads(line) for line in (RESULTS / "2026-11-28-zen3-dense.jsonl").read_text().splitlines())
+    ms = found["ms"]
+    merged, fused = ms["merged"] / ms["vanilla"], ms["fused"] / ms["vanilla"]
+    text = sentence("examples/dense/README.md", "UperNet around")
+    assert f"{ms['vanilla'] / 1e3:.1f} s vanilla, {ms['merged'] / 1e3:.1f} merged ({merged:.2f})" in text
+    assert f"{ms['fused'] / 1e3:.1f} fused ({fused:.2f};" in text
+
+
+def test_predictions_in_docs_scaling():
+    """The clusters whose names the page has, by the model that predicts them."""
+    many = Cluster(machines=64)
+    apart = replace(many, writers=64)
+    clusters = {
+        "1 x 8 GPUs": Cluster(machines=1),
+        "64 x 8 GPUs, one run": many,
+        "64 runs, a machine each": apart,
+        "and files on each machine": replace(apart, files_gbs=64 * many.files_gbs),
+    }
+    lines = "\n".join(scaling_model.line(name, cluster) for name, cluster in clusters.items())
+    assert f"|\n{lines}\n\n" in (ROOT / "docs/scaling.md").read_text()
+    assert len(table("docs/scaling.md", "predicted images/s")) == len(clusters)
 
 
 def test_every_file_of_results_that_a_page_cites_is_there():

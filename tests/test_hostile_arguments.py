@@ -1,103 +1,39 @@
 """Arguments that no model would pass: each raises an error that names it, or gives the right result at once.
 
-Integers of any size, tensors whose storage is gone, devices that are mixed, packed buffers that somebody altered.
+Integers of any size, tensors whose storage is gone, devices that are mixed.
 """
 
 from __future__ import annotations
 
 import itertools
-import struct
 
 import pytest
 import torch
+from case_helpers import (
+    D_QK,
+    D_V,
+    HEADS,
+    NAMES,
+    OP,
+    REASON,
+    case,
+    every_operator,
+    every_way,
+    one_step,
+    public,
+    refused,
+    registered,
+)
 from op_helpers import cast
-from test_gated_ffn import operands as gated_operands
-from test_partial_gelu_ffn import operands as ffn_operands
 from test_patch_projection import operands as patch_operands
-from test_rep_attention import op as attention
-from test_rep_attention import operands as attention_operands
-from test_window_rep_attention import op as windows
-from test_window_rep_attention import operands as window_operands
 
-from repavit_ops import backends, ops, stack_plan
+from repavit_ops import ops, stack_plan
 from repavit_ops.stack_plan import Step
 
-OP = torch.ops.repavit_ops
-REASON = backends.why_unavailable("cpp")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 HUGE = (-(2**63), -(2**62), -(2**32), -1, 2**31, 2**32, 2**62, 2**63 - 1)
 BEYOND = (2**63, 2**64, -(2**63) - 1)  # no int of a schema holds these
-
-HEADS, D_QK, D_V = 2, 3, 4
-NAMES = {
-    "partial_gelu_ffn": ("x", "w_in", "b_in", "w_out", "w_merged", "bias", "packed"),
-    "gated_ffn": ("x", "w_gate", "b_gate", "w_up", "b_up", "w_out", "w_merged", "bias", "packed"),
-    "rep_attention": (
-        *("x", "w_qkv", "b_qkv", "w_proj", "b_proj", "attn_bias", "rotary_cos", "rotary_sin", "q_norm", "k_norm"),
-        "packed",
-    ),
-    "window_rep_attention": ("x", "w_qkv", "b_qkv", "w_proj", "b_proj", "rel_bias", "pad_kv", "packed"),
-    "patch_projection": ("x", "weight", "bias", "packed"),
-}
-OPERATORS = tuple(NAMES)
-
-
-def case(name):
-    """Tensors of the schema, packed weights behind them, and keyword arguments; small and in float32."""
-    if name == "partial_gelu_ffn":
-        tensors = cast(ffn_operands(3, 8, 5), torch.float32)
-        return [*tensors, OP.partial_gelu_ffn_pack(tensors[1], tensors[3], tensors[4])], {}
-    if name == "rep_attention":
-        tensors, static = attention_operands(2, 5, 8, HEADS, D_QK, D_V)
-        turned = (torch.ones(4, 2), torch.zeros(4, 2), torch.ones(2, D_QK), torch.ones(2, D_QK))
-        tensors = cast((*tensors, torch.zeros(5, 5), *turned), torch.float32)
-        packed = OP.rep_attention_pack(tensors[1], tensors[3], num_heads=HEADS, d_qk=D_QK)
-        return [*tensors, packed], {**static, "qk_norm_eps": 1e-5}
-    if name == "gated_ffn":
-        tensors = cast(gated_operands(3, 8, 5), torch.float32)
-        return [*tensors, OP.gated_ffn_pack(tensors[1], tensors[3], tensors[5], tensors[6])], {"activation": "silu"}
-    if name == "window_rep_attention":
-        tensors, static = window_operands(2, 5, 6, 8, HEADS, D_V, [4, 4], [2, 2])
-        tensors = cast(tensors, torch.float32)
-        return [*tensors, OP.rep_attention_pack(tensors[1], tensors[3], num_heads=HEADS, d_qk=D_V)], static
-    tensors = cast(patch_operands(2, 3, 8, 12, (4, 4), 5, False), torch.float32)
-    return [*tensors, OP.patch_projection_pack(tensors[1])], {"patch": [4, 4], "channels_last": False}
-
-
-def registered(name, tensors, static):
-    return getattr(OP, name)(*tensors, **static)
-
-
-def public(name, tensors, static):
-    """The function of ``repavit_ops.ops``, or for ``fused_blocks`` of one step."""
-    *operands, packed = tensors
-    if name == "rep_attention":
-        return attention(*operands, packed=packed, **static)
-    if name == "window_rep_attention":
-        return windows(*operands, packed=packed, **static)
-    return getattr(ops, name)(*operands, packed=packed, **static)
-
-
-def one_step(name, tensors, static):
-    """The same operator as a step of fused_blocks."""
-    defaults = {"norm_eps": None, "residual": False, "approximate": "none", "roll_first": False}
-    x, *operands, packed = tensors
-    step = Step(name, tuple(operands), {**defaults, **static}, packed)
-    return ops.fused_blocks(x, [step])
-
-
-WAYS = {"registered": registered, "public": public, "one_step": one_step}
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-every_operator = pytest.mark.parametrize("name", OPERATORS)
-
-
-def refused(names, call, *args, **kwargs):
-    """The call raises ValueError or RuntimeError, and the message holds one of ``names``."""
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert any(name in message for name in ([names] if isinstance(names, str) else names)), message
 
 
 @every_way
@@ -480,120 +416,3 @@ def test_a_norm_has_a_variance_offset(name, norm_eps):
     tensors, static = case(name)
     refused("norm_eps", registered, name, tensors, {**static, "norm_eps": norm_eps})
     refused("norm_eps", public, name, tensors, {**static, "norm_eps": norm_eps})
-
-
-# ---- Packed buffers --------------------------------------------------------------------------------------------------
-
-FFN_FIELDS = {"dtype": (8, "i"), "merged": (12, "i"), "C": (16, "q"), "m": (24, "q"), "bytes": (32, "q")}
-FIELDS = {  # byte offset and struct code of each field of a header (csrc/cpu/kernels.h)
-    "partial_gelu_ffn": FFN_FIELDS,
-    "gated_ffn": FFN_FIELDS,
-    "rep_attention": {
-        "dtype": (8, "i"),
-        "heads": (12, "i"),
-        "C": (16, "q"),
-        "d_qk": (24, "q"),
-        "d_v": (32, "q"),
-        "C_out": (40, "q"),
-        "bytes": (48, "q"),
-    },
-    "patch_projection": {"dtype": (8, "i"), "N": (16, "q"), "K": (24, "q"), "bytes": (32, "q")},
-}
-PACKED_OF = {"window_rep_attention": "rep_attention"}
-
-
-def altered(packed, layout, **fields):
-    """The buffer with other numbers in its header."""
-    copy = packed.clone()
-    for field, value in fields.items():
-        offset, code = FIELDS[layout][field]
-        copy[offset : offset + struct.calcsize(code)] = torch.frombuffer(
-            bytearray(struct.pack(f"<{code}", value)), dtype=torch.uint8
-        )
-    return copy
-
-
-def headers(layout):
-    """Fields that no packed weights of ours have, one and two at a time."""
-    numbers = [-(2**63), -1, 0, 64, 4096, 2**31 - 1, 2**40, 2**62, 2**63 - 1]
-    sizes = [f for f, (_, code) in FIELDS[layout].items() if code == "q" and f != "bytes"]
-    for field, (_, code) in FIELDS[layout].items():
-        for value in numbers:
-            if code == "q" or -(2**31) <= value < 2**31:
-                yield {field: value}
-    for a, b in itertools.combinations(sizes, 2):
-        yield from ({a: value, b: value} for value in (4096, 2**31, 2**32, 2**62))
-
-
-@every_way
-@every_operator
-def test_an_altered_header_is_refused(name, way):
-    tensors, static = case(name)
-    layout = PACKED_OF.get(name, name)
-    for fields in headers(layout):
-        bad = altered(tensors[-1], layout, **fields)
-        if torch.equal(bad, tensors[-1]):
-            continue
-        refused("packed: ", way, name, [*tensors[:-1], bad], static)
-
-
-@pytest.mark.parametrize("layout", FIELDS)
-def test_unpack_believes_no_header(layout):
-    """It raises, or what it returns is not more than the buffer holds."""
-    (packed,) = case(layout)[0][-1:]
-    unpack = getattr(OP, f"{layout}_unpack")
-    for fields in headers(layout):
-        bad = altered(packed, layout, **fields)
-        try:
-            weights = unpack(bad)
-        except RuntimeError:
-            refused("packed: ", unpack, bad)
-            continue
-        assert sum(w.numel() * w.element_size() for w in weights) <= packed.numel() - 64, fields
-
-
-@pytest.mark.parametrize("layout", FIELDS)
-def test_64_bytes_are_no_weights(layout):
-    """A header alone that says how long it is, and how large the weights were that it does not hold."""
-    (packed,) = case(layout)[0][-1:]
-    sizes = {f: 4096 for f, (_, code) in FIELDS[layout].items() if code == "q" and f != "bytes"}
-    refused("packed: ", getattr(OP, f"{layout}_unpack"), altered(packed[:64], layout, bytes=64, **sizes))
-    refused("packed: ", getattr(OP, f"{layout}_unpack"), altered(packed[:64], layout, bytes=64))
-
-
-@every_way
-@every_operator
-def test_a_truncated_buffer_is_refused(name, way):
-    tensors, static = case(name)
-    layout, packed = PACKED_OF.get(name, name), tensors[-1]
-    for size in (0, 1, 63, 64, 65, packed.numel() // 2, packed.numel() - 4):
-        bad = packed[:size]
-        if size >= 64:
-            bad = altered(bad, layout, bytes=size)
-        refused("packed: ", way, name, [*tensors[:-1], bad], static)
-        refused("packed: ", getattr(OP, f"{layout}_unpack"), bad)
-
-
-def test_a_kept_plan_does_not_read_the_header_again():
-    """A header that changes behind a kept plan moves no pointer: what it says now must not matter."""
-    x, w_in, _, w_out, _, _ = cast(ffn_operands(3, 64, 5), torch.float32)
-    packed = OP.partial_gelu_ffn_pack(w_in, w_out, None)
-    static = {"norm_eps": None, "residual": False, "approximate": "none"}
-    step = Step("partial_gelu_ffn", (w_in, None, w_out, None, None), static, packed)
-    kept = OP.fused_blocks_keep(*stack_plan.encode([step]))
-    expected = OP.fused_blocks_kept(x, kept)
-    packed.copy_(altered(packed, "partial_gelu_ffn", merged=1))
-    assert torch.equal(OP.fused_blocks_kept(x, kept), expected)
-    OP.fused_blocks_drop(kept)
-
-
-@pytest.mark.parametrize("channels", [0, 3])
-@pytest.mark.parametrize("hidden", [0, 2])
-@pytest.mark.parametrize("merged", [True, False])
-def test_packed_weights_of_no_channels_or_none_hidden(channels, hidden, merged):
-    """Of no channels w_merged has no element, and a copy of it is one of nothing."""
-    x, w_in, w_out = torch.ones(4, channels), torch.ones(hidden, channels), torch.ones(channels, hidden)
-    w_merged = torch.ones(channels, channels) if merged else None
-    packed = OP.partial_gelu_ffn_pack(w_in, w_out, w_merged)
-    y = ops.partial_gelu_ffn(x, w_in, None, w_out, w_merged, None, packed=packed, backend="cpp")
-    torch.testing.assert_close(y, ops.partial_gelu_ffn(x, w_in, None, w_out, w_merged, None, backend="reference"))

@@ -89,7 +89,7 @@ KILLED = """
 import os, sys, time, types, torch
 sys.modules["torchvision._meta_registrations"] = types.ModuleType("stub")
 from repavit_ops.predicting import Predictor, on_ray, predict
-model, folder, out = sys.argv[1:]
+model, folder, out, address = sys.argv[1:]
 
 class Slow(on_ray._Actor):
     def __call__(self, batch):
@@ -98,7 +98,7 @@ class Slow(on_ray._Actor):
         return super().__call__(batch)
 
 on_ray._Actor = Slow
-predict(Predictor(model, top_k=3, threads=1), folder, out, batch=2, shard=2, ray="auto", actors=2)
+predict(Predictor(model, top_k=3, threads=1), folder, out, batch=2, shard=2, ray=address, actors=2)
 """
 
 
@@ -108,7 +108,8 @@ def test_a_killed_actor_costs_nothing_and_a_killed_driver_goes_on_with_each_imag
     settings = {"batch": 2, "shard": 2}
 
     def started():
-        command = [sys.executable, "-c", KILLED, str(model), str(folder), str(out)]
+        address = cluster.get_runtime_context().gcs_address  # "auto" is the latest cluster that anyone started
+        command = [sys.executable, "-c", KILLED, str(model), str(folder), str(out), address]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
@@ -135,9 +136,11 @@ def test_a_killed_actor_costs_nothing_and_a_killed_driver_goes_on_with_each_imag
 def test_a_cluster_that_is_too_small_is_said_and_not_waited_for(cluster, folder, tmp_path, predictor):
     file = tmp_path / "model.safetensors"
     repavit_ops.save_checkpoint(tiny_vit(), file)
-    with pytest.raises(RuntimeError, match="has 3 CPUs, wanted 4: 3 actors of 1 threads and 1 for decoding"):
+    with pytest.raises(
+        RuntimeError, match="has 1 x 3 CPUs, room for 2 actors of 1 threads beside 1 CPU for decoding, wanted 3"
+    ):
         predict(Predictor(file, threads=1), folder, tmp_path / "a", ray="auto", actors=3)
-    with pytest.raises(RuntimeError, match="has 3 CPUs, wanted 4: 1 actors of 3 threads"):
+    with pytest.raises(RuntimeError, match="has 1 x 3 CPUs, room for 0 actors of 3 threads"):
         predict(Predictor(file, threads=3), folder, tmp_path / "b", ray="auto")
     with pytest.raises(ValueError, match="wanted one of a file or name"):
         predict(predictor, folder, tmp_path / "c", ray="auto")

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from case_helpers import OPERATORS, case, public, registered
 from model_helpers import images, tiny_swin, tiny_vit
-from test_hostile_arguments import OPERATORS, case, public, registered
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 
 import repavit_ops

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..fusing import fuse, reparameterize
 from ..models import complexity, create_model
 from ..models.complexity import Complexity
-from . import slab
+from . import slab, slab_models
 from .measuring import OWN_SLACK, PEER_SLACK, Call, Case, Limits, Measured, Progress, Provider, measure
 from .models import float64_of, images_for, seeded_model
-from .papers import DEPLOYED, JOINED, OTHER, SLAB, TABLES, TRAINING, VANILLA, PaperRow
+from .papers import DEPLOYED, JOINED, OTHER, TABLES, TRAINING, VANILLA, PaperRow
 
 PLAIN, FUSED = "plain", "fused"
 QUICK = ("1", "4", "depth")  # tables
@@ -116,7 +116,7 @@ def paper_ratio(row: PaperRow, first: PaperRow) -> float | None:
 
 def is_built(row: PaperRow) -> bool:
     """Whether a row's model is built here."""
-    return row.form != OTHER or row.family == SLAB
+    return row.form != OTHER or row.family in slab_models.MODELS
 
 
 def kinds_of(row: PaperRow) -> tuple[str, ...]:
@@ -130,9 +130,9 @@ def size_of(row: PaperRow) -> Complexity | None:
     """Parameters and MACs, without weights; None for models that are not built here."""
     if not is_built(row):
         return None
-    if row.family == SLAB:
+    if row.family in slab_models.MODELS:
         with torch.device("meta"):
-            return slab.slab_complexity(slab.slab_deit_base("deployed"))
+            return slab_models.slab_complexity(slab_models.MODELS[row.family]("deployed"))
     if row.form == JOINED:
         return complexity(reparameterize(seeded_model(row.model)))
     options = row.options | ({"form": "deployed"} if row.form == DEPLOYED else {})
@@ -159,8 +159,8 @@ class _Forms:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        if self.row.family == SLAB:
-            return slab.seeded_slab()
+        if self.row.family in slab_models.MODELS:
+            return slab_models.seeded_slab(self.row.family)
         return seeded_model(self.row.model, **self.row.options)
 
     @functools.cached_property
@@ -180,7 +180,7 @@ class _Forms:
 
     def plain(self) -> Call:
         model = self.model
-        if isinstance(model, slab.SlabVisionTransformer):
+        if isinstance(model, slab_models.SlabModel):
             model = slab.merged(model)
         elif self.row.form not in (VANILLA, TRAINING):
             model = reparameterize(model)

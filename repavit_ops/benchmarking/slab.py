@@ -1,4 +1,4 @@
-"""SLAB (Guo et al., ICML 2024), the peer of RePaViT's Table 3: norms that merge, and attention that is linear.
+"""SLAB's parts (Guo et al., ICML 2024), the peer of RePaViT's Table 3: norms that merge, and attention that is linear.
 
 Training replaces LayerNorm step by step, ``λ LN(x) + (1 - λ) RepBN(x)`` with λ from 1 to 0 and
 ``RepBN(x) = BN(x) + η x``. At λ = 0 every norm is an affine map that folds into the linear layer behind it.
@@ -8,21 +8,22 @@ Attention has no softmax: ``relu(q) (relu(k + p)ᵀ v) / (relu(q) · Σ relu(k +
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reparam
-from ..models import complexity
-from ..models.complexity import Complexity
-from ..models.feed_forward import Form, check_form
-from ..models.patch_embed import PatchEmbed
-from .models import as_trained
+from ..nn import WindowAttention
 
 KERNEL = 5  # of the convolution over values
 EPS = 1e-6  # of attention's denominator
+
+Norm = Callable[[int], nn.Module]  # a norm over so many channels
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class RepBN(nn.Module):
@@ -115,13 +116,38 @@ class SimplifiedLinearAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 
-class SlabBlock(nn.Module):
+class TokenWindowAttention(WindowAttention):
+    """Swin's attention in windows, over the tokens of a square map: SLAB leaves it in the later stages.
+
+    Shapes:
+        x  [B, T, C] → the same; T = grid²
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid: int, window: int, shift: int) -> None:
+        super().__init__(dim, num_heads, window, shift)
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(1, (self.grid, self.grid))).flatten(1, 2)
+
+
+class Normed(nn.Module):
+    """A part with norms of its own, which it can fold into its linear layers."""
+
+    @abstractmethod
+    def fold_norms(self) -> None:
+        """Fold every norm, in place, and leave the identity."""
+
+
+class SlabBlock(Normed):
     """``x + attn(norm1(x))``, then ``x + fc2(gelu(fc1(norm2(x))))``; ``norm`` builds both norms."""
 
-    def __init__(self, dim: int, num_heads: int, grid: int, mlp_ratio: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, dim: int, attn: SimplifiedLinearAttention | TokenWindowAttention, mlp_ratio: int, norm: Norm
+    ) -> None:
         super().__init__()
         self.norm1 = norm(dim)
-        self.attn = SimplifiedLinearAttention(dim, num_heads, grid)
+        self.attn = attn
         self.norm2 = norm(dim)
         self.fc1, self.fc2 = nn.Linear(dim, mlp_ratio * dim), nn.Linear(mlp_ratio * dim, dim)
 
@@ -129,58 +155,32 @@ class SlabBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
-
-class SlabVisionTransformer(nn.Module):
-    """SLAB-DeiT: no class token, mean over the tokens. Deployed, it has no norms.
-
-    Shapes:
-        x  [B, 3, img_size, img_size] → [B, num_classes]
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        img_size: int = 224,
-        patch_size: int = 16,
-        mlp_ratio: int = 4,
-        num_classes: int = 1000,
-        form: Form = "training",
-    ) -> None:
-        super().__init__()
-        check_form(form, vanilla=False)
-        norm: Callable[[int], nn.Module] = ProgressiveNorm if form == "training" else nn.Identity
-        grid = img_size // patch_size
-        self.img_size = img_size
-        self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, embed_dim).normal_(0, 0.02))
-        self.blocks = nn.Sequential(*(SlabBlock(embed_dim, num_heads, grid, mlp_ratio, norm) for _ in range(depth)))
-        self.norm = norm(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed
-        return self.head(self.norm(self.blocks(x)).mean(dim=1))
+    def fold_norms(self) -> None:
+        self.norm1 = folded(self.norm1, self.attn.qkv)
+        self.norm2 = folded(self.norm2, self.fc1)
 
 
-def slab_deit_base(form: Form = "training") -> SlabVisionTransformer:
-    """SLAB-DeiT-Base, freshly initialised."""
-    return SlabVisionTransformer(768, 12, 12, form=form)
+def folded(norm: nn.Module, linear: nn.Linear) -> nn.Identity:
+    """What stands in a norm's place once it is in the linear layer behind it, which has a bias from then on."""
+    assert isinstance(norm, ProgressiveNorm)
+    w, b = reparam.fold_affine_into_input(linear.weight, linear.bias, norm.affine())
+    linear.weight.copy_(w)
+    linear.bias = nn.Parameter(b.to(linear.weight))
+    return nn.Identity()
 
 
-def seeded_slab() -> SlabVisionTransformer:
-    """SLAB-DeiT-Base in evaluation mode as after training, at λ = 0."""
-    torch.manual_seed(0)
-    model = slab_deit_base()
-    as_trained(model)
-    set_progress(model, 1.0)
-    return model
+def folded_back(norm: nn.Module, conv: nn.Conv2d) -> nn.Identity:
+    """The same of a norm behind a convolution."""
+    assert isinstance(norm, ProgressiveNorm)
+    w, b = reparam.fold_affine_into_output(conv.weight.flatten(1), conv.bias, norm.affine())
+    conv.weight.copy_(w.view_as(conv.weight))
+    conv.bias = nn.Parameter(b.to(conv.weight))
+    return nn.Identity()
 
 
 @torch.no_grad()
-def merged(model: SlabVisionTransformer) -> SlabVisionTransformer:
-    """A copy whose norms are folded into the layers behind them; the last one's mean over tokens commutes with it.
+def merged(model: Model) -> Model:
+    """A copy whose norms are folded into the layers beside them; the last one's mean over tokens commutes with it.
 
     Raises:
         ValueError: the model is not at λ = 0.
@@ -189,30 +189,7 @@ def merged(model: SlabVisionTransformer) -> SlabVisionTransformer:
     if model.training:
         raise RuntimeError("model: in training mode; call model.eval() first")
     model = copy.deepcopy(model)
-    for block in _blocks(model):
-        _fold(block.norm1, block.attn.qkv)
-        _fold(block.norm2, block.fc1)
-        block.norm1, block.norm2 = nn.Identity(), nn.Identity()
-    _fold(model.norm, model.head)
-    model.norm = nn.Identity()
+    for module in model.modules():
+        if isinstance(module, Normed):
+            module.fold_norms()
     return model
-
-
-def _blocks(model: SlabVisionTransformer) -> list[SlabBlock]:
-    return [block for block in model.blocks if isinstance(block, SlabBlock)]
-
-
-def _fold(norm: nn.Module, linear: nn.Linear) -> None:
-    assert isinstance(norm, ProgressiveNorm)
-    w, b = reparam.fold_affine_into_input(linear.weight, linear.bias, norm.affine())
-    linear.weight.copy_(w)
-    linear.bias.copy_(b)
-
-
-def slab_complexity(model: SlabVisionTransformer) -> Complexity:
-    """Parameters and MACs as the paper has them: with the products of linear attention."""
-    counted = complexity(model, model.img_size)
-    products = 0
-    for attn in (block.attn for block in _blocks(model)):
-        products += 2 * attn.grid**2 * attn.proj.in_features * attn.conv.in_channels
-    return Complexity(counted.params, counted.macs + products)

@@ -13,20 +13,21 @@ from .sources import Shard
 
 
 class Batch(NamedTuple):
-    """Decoded images of one shard; ``last`` of it if so."""
+    """Decoded images of one shard; ``last`` of it if so; ``unopened``: the file of each that could not be opened."""
 
     shard: int
     pixels: torch.Tensor
     paths: list[str]
     errors: list[str | None]
+    unopened: list[str]
     last: bool
 
 
 class Decoded(torch.utils.data.IterableDataset):
     """Batches of decoded images; of several workers each takes whole shards in turn."""
 
-    def __init__(self, shards: list[Shard], preprocessing: Preprocessing, batch: int) -> None:
-        self.shards, self.preprocessing, self.batch = shards, preprocessing, batch
+    def __init__(self, shards: list[Shard], preprocessing: Preprocessing, batch: int, folder: str = "") -> None:
+        self.shards, self.preprocessing, self.batch, self.folder = shards, preprocessing, batch, folder
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -38,15 +39,16 @@ class Decoded(torch.utils.data.IterableDataset):
         images: list[np.ndarray] = []
         paths: list[str] = []
         errors: list[str | None] = []
+        unopened: list[str] = []
 
         def batch(last: bool) -> Batch:
             stacked = np.stack(images) if images else np.zeros((0, *blank(self.preprocessing).shape), np.uint8)
-            return Batch(shard.number, torch.from_numpy(stacked), list(paths), list(errors), last)
+            return Batch(shard.number, torch.from_numpy(stacked), paths, errors, unopened, last)
 
-        for encoded in shard.images():
+        for encoded in shard.images(self.folder):
             if len(images) == self.batch:
                 yield batch(last=False)
-                images, paths, errors = [], [], []
+                images, paths, errors, unopened = [], [], [], []
             if encoded.error is None:
                 image, error = decoded(self.preprocessing, encoded.data)
             else:
@@ -54,6 +56,7 @@ class Decoded(torch.utils.data.IterableDataset):
             images.append(image)
             paths.append(encoded.path)
             errors.append(error)
+            unopened.append(encoded.unopened)
         yield batch(last=True)
 
 

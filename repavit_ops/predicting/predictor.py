@@ -41,7 +41,7 @@ class Predictor:
 
     Raises:
         ValueError: top_k or threads below 1; a model file that is none; features of a model that has none; both a
-            preprocessing and a processor.
+            preprocessing and a processor; Ray gave the task a GPU, which nothing here would use.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class Predictor:
                 raise ValueError(f"{name}: got {number}, wanted at least 1")
         if preprocessing is not None and processor is not None:
             raise ValueError("processor: got one beside preprocessing=, which says the same; give one of them")
+        if gpus := _given_by_ray("GPU"):
+            raise ValueError(
+                f"num_gpus: Ray gave this predictor {gpus:g} GPUs, and it computes on CPUs; leave num_gpus out, and "
+                "give num_cpus"
+            )
         self.arguments: dict[str, Any] = {"top_k": top_k, "features": features, "half": half, "dtype": dtype}
         self.arguments["quantize"] = self.quantize = quantize
         self.named = isinstance(model, str | Path)
@@ -139,16 +144,21 @@ def without_unreadable(columns: Columns, errors: Sequence[str | None]) -> Column
 
 def given_cpus() -> int:
     """CPUs that Ray gave the task that this runs in, else those that the process may run on."""
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        try:
-            assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
-        except AssertionError:  # this is no task, and was given nothing
-            assigned = 0
-        if assigned:
-            return max(1, int(assigned))
+    if assigned := _given_by_ray("CPU"):
+        return max(1, int(assigned))
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _given_by_ray(resource: str) -> float:
+    """How much of a resource Ray gave the task that this runs in; 0 where it is none."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return 0.0
+    try:
+        return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0))
+    except AssertionError:  # this is no task, and was given nothing
+        return 0.0
 
 
 def _halved(features: np.ndarray) -> np.ndarray:

@@ -78,25 +78,33 @@ def predict(
         progress: a bar with images a second and the time left, on stderr (tqdm).
         ray: compute on a Ray cluster: its address, or "auto" for the one that is running or else one here. Ray decodes
             and computes where it finds CPUs, ``workers`` does not count; this process writes.
-        actors: predictors on the cluster; default as many as leave a CPU for decoding.
+        actors: predictors on the cluster; default as many as there is room for, with a CPU left for decoding.
 
     Raises:
         ImportError: pyarrow or Pillow is not installed.
-        RuntimeError: another process writes there; the cluster has fewer CPUs than the actors and one decoder take.
+        RuntimeError: another process writes there; the cluster's machines have no room for the actors and one decoder;
+            one of them cannot open an image that this one can.
         OSError: the folder cannot be written or the disk is full: what was written before stands.
         Unreadable: strict, and an image cannot be read; the parts that were done stay.
-        ValueError: batch, shard or workers are out of range; the folder holds a run of other settings.
+        ValueError: batch, shard or workers are out of range; the folder holds a run of other settings; a machine of the
+            cluster does not have the model's file, or has another.
     """
     for name, number, least in (("batch", batch, 1), ("shard", shard, 1), ("workers", workers, 0)):
         if number < least:
             raise ValueError(f"{name}: got {number}, wanted at least {least}")
     _require_installed()
-    output = Output(Path(out), _settings(predictor, source, shard), lambda: shards_of(source, shard))
+    settings = _settings(predictor, source, shard)
+    output = Output(Path(out), settings, lambda: shards_of(source, shard))
     began, computed = time.perf_counter(), 0
     try:
         with _Bar(output, progress) as bar:
             waiting: dict[int, list[dict[str, Any]]] = {}
-            for rows in _computed(predictor, output.left(), batch, workers, ray, actors):
+            left = output.left()
+            if ray is None:
+                found = _computed_here(predictor, left, batch, workers)
+            else:
+                found = _computed_on_ray(predictor, left, batch, ray, actors, settings["model_sha256"])
+            for rows in found:
                 paths, errors = rows.columns["path"], rows.columns["error"]
                 if strict and any(errors):
                     row = next(row for row, error in enumerate(errors) if error)
@@ -113,15 +121,16 @@ def predict(
     return Summary(count, computed, time.perf_counter() - began, unreadable)
 
 
-def _computed(
-    predictor: Predictor, shards: list[Shard], batch: int, workers: int, ray: str | None, actors: int | None
+def _computed_on_ray(
+    predictor: Predictor, shards: list[Shard], batch: int, address: str, actors: int | None, digest: str | None
 ) -> Iterator[Rows]:
-    if ray is not None:
-        from .on_ray import computed
+    from .on_ray import computed
 
-        for shard, columns in computed(predictor, shards, batch, ray, actors):
-            yield Rows(shard, columns, last=True)
-        return
+    for shard, columns in computed(predictor, shards, batch, address, actors, digest):
+        yield Rows(shard, columns, last=True)
+
+
+def _computed_here(predictor: Predictor, shards: list[Shard], batch: int, workers: int) -> Iterator[Rows]:
     for got in _batches(shards, predictor.preprocessing, batch, workers):
         columns = without_unreadable(predictor.predict(got.pixels), got.errors)
         yield Rows(got.shard, {"path": got.paths, **columns, "error": got.errors}, got.last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ LISTS = (".txt", ".lst")
 ENCODED = ("image", "bytes", "jpg", "png")  # columns of encoded images, or of structs that hold them (Hugging Face)
 NAMED = ("path", "file", "filename", "url", "id", "key")  # columns that name an image
 AT_ONCE = 256  # rows of Parquet that are held
+UNOPENED = (FileNotFoundError, PermissionError)  # of the machine, rather than of what is in the file
 
 
 class Encoded(NamedTuple):
-    """An image as it came: its name, its bytes, or why there are none."""
+    """An image as it came: its name, its bytes, or why there are none; then the file that could not be opened too."""
 
     path: str
     data: bytes
     error: str | None = None
+    unopened: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,26 @@ class Shard:
     kind: str  # "files", "parquet", "tar"
     paths: tuple[str, ...]
 
-    def images(self) -> Iterator[Encoded]:
-        """The images, in order. What cannot be read comes with the reason, as does a shard that ends early."""
+    def images(self, folder: str = "") -> Iterator[Encoded]:
+        """The images, in order. What cannot be read comes with the reason, as does a shard that ends early.
+
+        Args:
+            folder: where relative paths begin; default the working directory.
+        """
         if self.kind == "files":
-            yield from map(_read, self.paths)
+            for path in self.paths:
+                yield _read(os.path.join(folder, path))._replace(path=path)
             return
         (path,) = self.paths
-        count = 0
+        file, count = os.path.join(folder, path), 0
         try:
-            for image in _tar(path) if self.kind == "tar" else _parquet(path):
+            for image in _tar(file, path) if self.kind == "tar" else _parquet(file, path):
                 yield image
                 count += 1
         except Exception as error:  # a damaged shard; what came before it stands
             reason = str(error).splitlines()[0] if str(error) else ""
-            yield Encoded(path, b"", f"damaged behind {count} images: {type(error).__name__}: {reason}")
+            unopened = file if isinstance(error, UNOPENED) else ""
+            yield Encoded(path, b"", f"damaged behind {count} images: {type(error).__name__}: {reason}", unopened)
 
 
 def shards_of(source: str | Path, size: int) -> list[Shard]:
@@ -106,19 +115,20 @@ def _read(path: str) -> Encoded:
     try:
         return Encoded(path, Path(path).read_bytes())
     except OSError as error:
-        return Encoded(path, b"", f"{type(error).__name__}: {error.strerror}")
+        unopened = path if isinstance(error, UNOPENED) else ""
+        return Encoded(path, b"", f"{type(error).__name__}: {error.strerror}", unopened)
 
 
-def _tar(path: str) -> Iterator[Encoded]:
-    with tarfile.open(path, "r|*") as tar:  # as a stream: no index is read first
+def _tar(file: str, name: str) -> Iterator[Encoded]:
+    with tarfile.open(file, "r|*") as tar:  # as a stream: no index is read first
         for member in tar:
             if member.isfile() and member.name.lower().endswith(IMAGES):
-                file = tar.extractfile(member)
-                assert file is not None
-                yield Encoded(f"{path}/{member.name}", file.read())
+                inner = tar.extractfile(member)
+                assert inner is not None
+                yield Encoded(f"{name}/{member.name}", inner.read())
 
 
-def _parquet(path: str) -> Iterator[Encoded]:
+def _parquet(path: str, called: str) -> Iterator[Encoded]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
@@ -131,7 +141,7 @@ def _parquet(path: str) -> Iterator[Encoded]:
         for batch in file.iter_batches(batch_size=AT_ONCE, columns=wanted):
             for values in batch.to_pylist():
                 name = values[naming] if naming else None
-                yield _row(values[column], f"{path}#{row}" if name is None else str(name), Path(path).parent)
+                yield _row(values[column], f"{called}#{row}" if name is None else str(name), Path(path).parent)
                 row += 1
 
 

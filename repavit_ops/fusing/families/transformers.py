@@ -11,7 +11,7 @@ from torch import nn
 
 from ...nn import QuickGELU
 from ...nn.foreign_block import ChannelScale
-from ...nn.foreign_signatures import TokensMerging
+from ...nn.foreign_windows import TokensMerging
 from ..family import Family
 from ..folding import gelu_variant, rms_norm
 from ..patches import MergingParts

@@ -13,17 +13,15 @@ from ...nn.foreign_signatures import (
     Always,
     EagerAttention,
     FirstOfTuple,
-    MaskFormerSwinLayer,
     OpenBranch,
     RfDetrLayer,
     SignatureBlock,
     TransformersAttention,
     TransformersBeitLayer,
     TransformersLayer,
-    TransformersSwinLayer,
-    TransformersSwinTuple,
     VitPoseLayer,
 )
+from ...nn.foreign_windows import MaskFormerSwinLayer, TransformersSwinLayer, TransformersSwinTuple
 from ...nn.stand_in import standing_in
 from ...nn.transformers_layers import BridgeTowerBlock, LwDetrLayer, MllamaLayer, TupleLayer
 from ..family import Described, WholeBlock, WindowBlock
