@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import repavit_ops
 from repavit_ops import ops, reference
+from repavit_ops.predicting import Predictor
 
 pytestmark = pytest.mark.gpu
 
@@ -195,3 +196,11 @@ def test_tune_writes_a_table_that_the_launchers_take(tmp_path, monkeypatch):
     assert all(0 < min(m.ours, m.theirs) < 1e4 for m in measured)
     assert tuning.lookup("attention", chip_of(CUDA), torch.bfloat16, 24, 197, 64) is not None
     tuning.forget_tables()
+
+
+def test_a_predictor_computes_on_the_gpu_what_it_does_on_the_cpu():
+    model = build("repa_deit_tiny").cpu()
+    pixels = torch.randint(256, (5, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours, expected = (Predictor(model, features=True, threads=1, device=d).predict(pixels) for d in (CUDA, "cpu"))
+    for name, tolerance in (("features", 1e-4), ("scores", 1e-5)):
+        torch.testing.assert_close(*(torch.from_numpy(t[name]) for t in (ours, expected)), rtol=0.0, atol=tolerance)

@@ -17,12 +17,13 @@ from predicting_helpers import encoded, folder_of_photographs, photographs, rows
 
 import repavit_ops
 from repavit_ops.predicting import Predictor, nodes, on_ray, predict, run
+from repavit_ops.predicting.nodes import actors_of
 
 STORE = 2**27  # bytes of each node's store of objects
 HERE = Path("/proc/self/cwd")  # for each process its own
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 
-pytestmark = pytest.mark.filterwarnings("ignore:ray. predict computes on CPUs")
+pytestmark = pytest.mark.filterwarnings("ignore:ray. this predictor computes on CPUs")
 
 
 class Nodes(NamedTuple):
@@ -165,12 +166,19 @@ def test_a_gpu_that_ray_gives_is_refused_and_one_that_it_only_has_is_left_alone(
 
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(encoded(photographs()[0]))
-    with pytest.warns(UserWarning, match="predict computes on CPUs and leaves the cluster's 1 GPUs alone"):
+    with pytest.warns(UserWarning, match="this predictor computes on CPUs and leaves the cluster's 1 GPUs alone"):
         assert predict(Predictor(model, threads=2), photo, tmp_path / "out", ray=three.address, actors=1).images == 1
     rows = ray.data.from_items([{"path": str(photo)}])
     given = {"num_cpus": 1, "num_gpus": 1, "batch_size": 1, "compute": ray.data.ActorPoolStrategy(size=1)}
     with pytest.raises(ray.exceptions.RayError, match="num_gpus: Ray gave this predictor 1 GPUs, and it computes on"):
         rows.map_batches(Predictor, fn_constructor_args=(str(model),), **given).take_all()
+
+
+def test_actors_on_gpus_are_as_many_as_machines_have():
+    assert actors_of([16, 16, 64], 4, None, gpus=[8, 0, 2]) == 4 + 0 + 2
+    assert actors_of([8], 4, None, gpus=[2]) == 1  # a CPU is left to decode
+    with pytest.raises(RuntimeError, match="2 x 8 CPUs and 1 GPUs, room for 1 actors of 4 threads beside 1 CPU"):
+        actors_of([8, 8], 4, 2, gpus=[1, 0])
 
 
 def test_a_node_that_dies_in_mid_run_costs_nothing(three, model, tmp_path, monkeypatch):  # last: the node is gone then

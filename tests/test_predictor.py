@@ -29,6 +29,29 @@ def predictor():
     return Predictor(tiny_vit(), top_k=3, threads=1)
 
 
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device: got '{device}', and PyTorch .* sees 0 CUDA GPUs here"):
+        Predictor(tiny_vit(), device=device)
+
+
+def test_devices_that_no_kernel_serves_are_refused():
+    with pytest.raises(ValueError, match="device: got 'meta', wanted cpu or cuda"):
+        Predictor(tiny_vit(), device="meta")
+
+
+@needs_kernels
+def test_a_packed_file_is_no_model_for_a_gpu(tmp_path, monkeypatch):
+    repavit_ops.save_packed(repavit_ops.fuse(tiny_vit()), tmp_path / "packed.safetensors")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"device: got cuda for packed\.safetensors, which is packed for the CPU's"):
+        Predictor(tmp_path / "packed.safetensors", device="cuda")
+
+
 # --- preprocessing ----------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ def predict(
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"Compute in {', '.join(DTYPES[:3])}; default the model's own.")] = "",
     quantize: Annotated[str, typer.Option(help="int8 for products in whole numbers.")] = "none",
+    device: Annotated[str, typer.Option(help="Compute on cpu or cuda; with --ray each actor has a GPU then.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default all CPUs of this process.")] = None,
     shard: Annotated[int, typer.Option(min=1, help="Image files to an output file.")] = 1024,
@@ -60,6 +61,7 @@ def predict(
             half=half,
             dtype=getattr(torch, dtype) if dtype else None,
             quantize=quantize,
+            device=device,
             threads=threads,
         )
         sizes: dict[str, Any] = {"batch": batch, "workers": workers, "shard": shard}

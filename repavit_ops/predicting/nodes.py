@@ -59,25 +59,30 @@ def _node(found: dict) -> Node:
     return Node(str(found["NodeID"]), address, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-def actors_of(cpus: Sequence[int], threads: int, wanted: int | None) -> int:
+def actors_of(cpus: Sequence[int], threads: int, wanted: int | None, gpus: Sequence[int] | None = None) -> int:
     """How many predictors there are, each on one machine, with a CPU left to decode.
 
     Args:
         cpus: of each machine.
         threads: of a predictor.
         wanted: so many of them; default as many as there is room for.
+        gpus: of each machine, if a predictor takes one.
 
     Raises:
         RuntimeError: there is no room for them, where Ray would wait for machines without a word.
     """
-    room = sum(count // threads for count in cpus)
+    places = [count // threads for count in cpus]
+    if gpus is not None:
+        places = [min(pair) for pair in zip(places, gpus, strict=True)]
+    room = sum(places)
     if sum(cpus) - room * threads < DECODER:
         room -= 1
     count = room if wanted is None else wanted
     if not 1 <= count <= room:
         machines = " + ".join(f"{many} x {count}" for count, many in sorted(Counter(cpus).items(), reverse=True))
+        beside = "" if gpus is None else f" and {sum(gpus)} GPUs"
         raise RuntimeError(
-            f"ray: the cluster has {machines} CPUs, room for {max(room, 0)} actors of {threads} threads beside "
+            f"ray: the cluster has {machines} CPUs{beside}, room for {max(room, 0)} actors of {threads} threads beside "
             f"{DECODER} CPU for decoding, wanted {max(count, 1)}; give fewer actors or threads, or larger machines"
         )
     return count

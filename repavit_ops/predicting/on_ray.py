@@ -65,6 +65,7 @@ def computed(
         fn_constructor_args=(name, digest, arguments),
         batch_size=batch,
         num_cpus=predictor.threads,
+        num_gpus=int(predictor.device.type == "cuda"),
         compute=ray.data.ActorPoolStrategy(size=count),
     )
     # a decoder hands on its batches one by one, not a shard at once; else actors wait, and the last ones work alone
@@ -84,9 +85,12 @@ def computed(
 def _checked(predictor: Predictor, actors: int | None, digest: str | None) -> tuple[int, str]:
     """How many actors there are, and the model's name on every machine; raises where the cluster is not fit for it."""
     machines = nodes()
-    count = actors_of([node.cpus for node in machines], predictor.threads, actors)
-    if gpus := sum(node.gpus for node in machines):
-        warnings.warn(f"ray: predict computes on CPUs and leaves the cluster's {gpus} GPUs alone", stacklevel=2)
+    gpus = [node.gpus for node in machines]
+    on_gpus = predictor.device.type == "cuda"
+    count = actors_of([node.cpus for node in machines], predictor.threads, actors, gpus if on_gpus else None)
+    if sum(gpus) and not on_gpus:
+        told = f"ray: this predictor computes on CPUs and leaves the cluster's {sum(gpus)} GPUs alone"
+        warnings.warn(f'{told}; device="cuda" takes one for each actor', stacklevel=2)
     if digest is None and not os.path.isfile(os.path.join(predictor.name, CONFIG)):
         return count, predictor.name  # of timm or of the hub: each machine fetches it
     name = os.path.abspath(predictor.name)

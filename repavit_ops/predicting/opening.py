@@ -18,6 +18,8 @@ from ..checkpoints.shards import INDEX
 from ..fusing import fuse
 from ..nn.packed_weights import PackedWeights
 
+CPU = torch.device("cpu")
+
 
 class Opened(NamedTuple):
     """A fused model, and transformers' image processor where it has one."""
@@ -27,7 +29,10 @@ class Opened(NamedTuple):
 
 
 def opened(
-    model: nn.Module | str | os.PathLike[str], dtype: torch.dtype | None = None, quantize: str = "none"
+    model: nn.Module | str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    quantize: str = "none",
+    device: torch.device = CPU,
 ) -> Opened:
     """A model, fused.
 
@@ -37,34 +42,41 @@ def opened(
             or of the Hugging Face hub, whose weights those libraries fetch.
         dtype: cast to it; default the model's own.
         quantize: as :func:`repavit_ops.fuse` takes it.
+        device: where the model shall be.
 
     Raises:
         ImportError: the library that a name belongs to is not installed.
-        ValueError: there is no such file, folder or name; a packed file is of another dtype or not quantized.
+        ValueError: there is no such file, folder or name; a packed file is of another dtype or not quantized, or
+            wanted on a GPU.
     """
     if isinstance(model, nn.Module):
-        return Opened(fuse(model, dtype=dtype, quantize=quantize))
+        return Opened(fuse(model, dtype=dtype, quantize=quantize).to(device))
     path = Path(model)
     if path.is_file():
-        return Opened(_of_file(path, dtype, quantize))
+        return Opened(_of_file(path, dtype, quantize, device))
     if path.suffix in SUFFIXES or path.name.endswith(INDEX):
         raise ValueError(f"model: got {str(path)!r}, wanted an existing file")
     if (path / "config.json").is_file():
-        return _of_transformers(str(path), dtype, quantize)
+        return _of_transformers(str(path), dtype, quantize, device)
     if "/" not in str(model):
-        return Opened(_fused(_of_timm(str(model)), dtype, quantize))
+        return Opened(_fused(_of_timm(str(model)), dtype, quantize, device))
     if path.exists():
         raise ValueError(f"model: got the folder {str(path)!r} without a config.json of transformers")
-    return _of_transformers(str(model), dtype, quantize)
+    return _of_transformers(str(model), dtype, quantize, device)
 
 
-def _fused(model: nn.Module, dtype: torch.dtype | None, quantize: str) -> nn.Module:
-    return fuse(model.eval(), dtype=dtype, inplace=True, keep_unpacked=False, quantize=quantize)
+def _fused(model: nn.Module, dtype: torch.dtype | None, quantize: str, device: torch.device) -> nn.Module:
+    unpacked = device.type != CPU.type  # only the CPU's kernels have packed copies of the weights
+    return fuse(model.to(device).eval(), dtype=dtype, inplace=True, keep_unpacked=unpacked, quantize=quantize)
 
 
-def _of_file(path: Path, dtype: torch.dtype | None, quantize: str) -> nn.Module:
+def _of_file(path: Path, dtype: torch.dtype | None, quantize: str, device: torch.device) -> nn.Module:
     if path.suffix != ".safetensors" or not _is_packed(path):
-        return _fused(load_checkpoint(path), dtype, quantize)
+        return _fused(load_checkpoint(path), dtype, quantize, device)
+    if device.type != CPU.type:
+        raise ValueError(
+            f"device: got {device} for {path.name}, which is packed for the CPU's kernels; give its checkpoint"
+        )
     model = load_packed(path)
     own = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     if dtype not in (None, own):
@@ -114,13 +126,13 @@ def processor_of(name: str | os.PathLike[str]) -> Any:
     return _transformers(str(name)).AutoImageProcessor.from_pretrained(name)
 
 
-def _of_transformers(name: str, dtype: torch.dtype | None, quantize: str) -> Opened:
+def _of_transformers(name: str, dtype: torch.dtype | None, quantize: str, device: torch.device) -> Opened:
     transformers = _transformers(name)
     config = transformers.AutoConfig.from_pretrained(name)
     classes = [getattr(transformers, found, None) for found in config.architectures or ()]
     cls = classes[0] if classes and classes[0] is not None else transformers.AutoModel
     model = cls.from_pretrained(name)
-    return Opened(_fused(model, dtype, quantize), transformers.AutoImageProcessor.from_pretrained(name))
+    return Opened(_fused(model, dtype, quantize, device), transformers.AutoImageProcessor.from_pretrained(name))
 
 
 def _transformers(name: str) -> Any:

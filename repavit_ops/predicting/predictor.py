@@ -1,4 +1,4 @@
-"""Images in, labels, scores and features out: one fused model, on as many threads as it was given."""
+"""Images in, labels, scores and features out: one fused model, on the threads or the GPU that it was given."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ class Predictor:
         half: features in float16; ValueError where a number does not fit.
         dtype: that the model computes in; default its own.
         quantize: "int8" for products in whole numbers, as :func:`repavit_ops.fuse` takes it.
+        device: that the model computes on, "cpu" or a GPU, "cuda" or "cuda:1". Images are decoded on the CPU.
         threads: of PyTorch; default the CPUs that Ray gave this task, else those that the process may run on. They are
             set again at every call, since PyTorch keeps those of whoever set them last.
 
     Raises:
         ValueError: top_k or threads below 1; a model file that is none; features of a model that has none; both a
-            preprocessing and a processor; Ray gave the task a GPU, which nothing here would use.
+            preprocessing and a processor; a device that PyTorch does not see here; a packed file on a GPU; Ray gave the
+            task a GPU, which nothing here would use.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Predictor:
         half: bool = False,
         dtype: torch.dtype | None = None,
         quantize: str = "none",
+        device: torch.device | str = "cpu",
         threads: int | None = None,
     ) -> None:
         for name, number in (("top_k", top_k), ("threads", threads)):
@@ -62,19 +65,21 @@ class Predictor:
                 raise ValueError(f"{name}: got {number}, wanted at least 1")
         if preprocessing is not None and processor is not None:
             raise ValueError("processor: got one beside preprocessing=, which says the same; give one of them")
-        if gpus := _given_by_ray("GPU"):
+        self.device = _seen(device)
+        if self.device.type == "cpu" and (gpus := _given_by_ray("GPU")):
             raise ValueError(
                 f"num_gpus: Ray gave this predictor {gpus:g} GPUs, and it computes on CPUs; leave num_gpus out, and "
-                "give num_cpus"
+                'give num_cpus, or device="cuda"'
             )
         self.arguments: dict[str, Any] = {"top_k": top_k, "features": features, "half": half, "dtype": dtype}
         self.arguments["quantize"] = self.quantize = quantize
+        self.arguments["device"] = str(self.device)
         self.named = isinstance(model, str | Path)
         self.name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self.top_k, self.features, self.half = top_k, features, half
         self.threads = given_cpus() if threads is None else threads
         torch.set_num_threads(self.threads)
-        found = opened(model, dtype, quantize)
+        found = opened(model, dtype, quantize, self.device)
         self.model = found.model
         self.dtype = next(p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)
         of_images = found.processor if processor is None else processor_of(processor)
@@ -98,15 +103,15 @@ class Predictor:
         """Predictions for pixels, uint8 [B, 3, H, W] of the size that the preprocessing makes."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        logits, features = self._run(self.preprocessing.normalised(pixels, self.dtype))
+        logits, features = self._run(self.preprocessing.normalised(pixels.to(self.device), self.dtype))
         columns: Columns = {}
         if logits is not None:
             scores, labels = logits.float().softmax(-1).topk(min(self.top_k, logits.shape[-1]))
-            columns["labels"] = labels.to(torch.int32).numpy()
+            columns["labels"] = labels.to(torch.int32).cpu().numpy()
             columns["label"] = columns["labels"][:, 0].copy()
-            columns["scores"] = scores.numpy()
+            columns["scores"] = scores.cpu().numpy()
         if features is not None:
-            columns["features"] = features.float().numpy()
+            columns["features"] = features.float().cpu().numpy()
             if self.half:
                 columns["features"] = _halved(columns["features"])
         return columns
@@ -140,6 +145,20 @@ def without_unreadable(columns: Columns, errors: Sequence[str | None]) -> Column
     for values in columns.values():
         values[wrong] = -1 if values.dtype.kind == "i" else np.nan
     return columns
+
+
+def _seen(device: torch.device | str) -> torch.device:
+    """A device; raises where PyTorch has none such here."""
+    found = torch.device(device)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(found.type)
+    if count is None:
+        raise ValueError(f"device: got {str(device)!r}, wanted cpu or cuda")
+    if (found.index or 0) >= count:
+        raise ValueError(
+            f"device: got {str(device)!r}, and PyTorch {torch.__version__} sees {count} CUDA GPUs here; give cpu, or "
+            "one of those, or install a build of PyTorch for this GPU"
+        )
+    return found
 
 
 def given_cpus() -> int:

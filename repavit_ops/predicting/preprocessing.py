@@ -69,7 +69,7 @@ class Preprocessing:
 
     def normalised(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8 [B, 3, H, W] → what the model takes, in float32 first."""
-        mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (self.mean, self.std))
+        mean, std = (torch.tensor(numbers, device=pixels.device).view(1, -1, 1, 1) for numbers in (self.mean, self.std))
         return ((pixels.float() / 255 - mean) / std).to(dtype)
 
     def at(self, size: tuple[int, int]) -> Preprocessing:
