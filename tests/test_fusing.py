@@ -282,6 +282,8 @@ def test_bad_arguments_are_named():
         repavit_ops.fuse(model, backend="gpu")
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
         repavit_ops.fuse(model, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"dtype: got 'bfloat16', wanted a floating dtype such as torch\.bfloat16"):
+        repavit_ops.fuse(model, dtype="bfloat16")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="backend 'triton' is not available"):
             repavit_ops.fuse(model, backend="triton")
