@@ -114,7 +114,8 @@ def fuse(
         The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,
         averages, collectives, other processes, ``.data``; eager, compiled and exported alike. What cannot be seen is a
         change of few numbers of a weight that raises no version counter (through ``.data``, numpy, or in inference
-        mode; in compiled and exported programs any): call ``repack()`` of its module behind one.
+        mode; in compiled and exported programs any): call ``repack()`` of its module behind one. Gradients flow, but
+        fused blocks have neither Dropout nor DropPath: train first.
 
     Raises:
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
