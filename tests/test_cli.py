@@ -123,6 +123,14 @@ def test_export_fails_where_the_file_computes_something_else(call, trained, tmp_
     assert "FAILED: the file computes something else" in err
 
 
+def test_a_joined_name_is_joined_as_at_the_end_of_a_training(call, tmp_path):
+    name = "joined_vit_tiny_3"
+    assert call("verify", name, name, "--form", "fused", "--img-size", "32", "--batch", "1")[0] == OK
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert call("export", name, tmp_path / "model.onnx", "--image-size", "32")[0] == OK
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
