@@ -171,6 +171,23 @@ def test_info_names_versions_and_every_backend(call):
         assert word in out
 
 
+def test_info_cuts_no_path(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("REPAVIT_TUNED", str(tmp_path / ("long" * 20)))
+    if backends.why_unavailable("cpp") is not None:
+        pytest.skip("no C++ kernels, so no table of them")
+    assert "long" * 20 in "".join(call("info")[1].split())
+
+
+def test_info_says_in_one_line_that_a_level_is_unknown(call, monkeypatch):
+    def refuse():
+        raise RuntimeError("REPAVIT_CPU_ISA: got 'avx9', wanted one of scalar, avx2")
+
+    monkeypatch.setattr(info, "cpu", refuse)
+    status, _, err = call("info")
+    assert (status, err.strip()) == (USAGE, "error: REPAVIT_CPU_ISA: got 'avx9', wanted one of scalar, avx2")
+
+
 def test_info_as_json_gives_each_backend_none_or_a_reason(call):
     status, out, _ = call("info", "--json")
     info = json.loads(out)
