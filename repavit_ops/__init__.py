@@ -18,6 +18,11 @@ from .nn import JoinSchedule, recalibrate_bn, set_join
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import exporting as exporting
+    from . import idling as idling
+    from . import predicting as predicting
+    from . import profiling as profiling
+    from . import testing as testing
     from .checkpoints.packed_models import load_packed, save_packed
     from .cuda_graphs import cuda_graph
     from .idling import distill, distill_blocks, idle_pretrained
@@ -61,9 +66,12 @@ LATER = {  # loaded when they are asked for: extras, which the core does without
     "Predictor": "predicting",
     "cuda_graph": "cuda_graphs",
 }
+MODULES_LATER = ("exporting", "idling", "predicting", "profiling", "testing")
 
 
 def __getattr__(name: str) -> Any:
+    if name in MODULES_LATER:
+        return importlib.import_module(f".{name}", __name__)
     if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{LATER[name]}", __name__), name)

@@ -150,8 +150,10 @@ def verify(
         RuntimeError: a model is in training mode.
         ValueError: weights are on the meta device or sharded; the reference cannot be copied; the models' outputs
             differ in number or shape, or hold no tensor.
+        TypeError: a model is no module, or an input no tensor.
     """
-    reference, candidate = unwrapped(reference), unwrapped(candidate, keep_compiled=True)
+    reference = unwrapped(reference, label="reference")
+    candidate = unwrapped(candidate, keep_compiled=True, label="candidate")
     if (
         atol is None
         and least_cosine is None
@@ -162,7 +164,7 @@ def verify(
         require_weights(model, "compare")
         if model.training:
             raise RuntimeError(f"{label}: in training mode, where outputs are random; call {label}.eval() first")
-    arguments: Arguments = inputs if isinstance(inputs, Mapping) else dict(enumerate(_sequence(inputs)))
+    arguments = _arguments(inputs)
     dtype, device = _place(candidate)
     names = _common_blocks(reference, candidate, block_types)
 
@@ -220,8 +222,17 @@ def _worst(rows: Sequence[Comparison]) -> Comparison:
     return max(rows, key=lambda row: (not row.passed, row.max_abs / max(row.bound, 1e-300)))
 
 
-def _sequence(inputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return (inputs,) if isinstance(inputs, Tensor) else inputs
+def _arguments(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Arguments:
+    """By place or by name; TypeError, naming what came, where something is no tensor."""
+    given = inputs if isinstance(inputs, Mapping | list | tuple) else (inputs,)
+    arguments: Arguments = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
+    for place, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"inputs: got {type(value).__name__} at {place!r}, wanted a tensor, a tuple of arguments or a "
+                "dictionary of them by name"
+            )
+    return arguments
 
 
 def _is_output(name: str) -> bool:

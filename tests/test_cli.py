@@ -123,6 +123,14 @@ def test_export_fails_where_the_file_computes_something_else(call, trained, tmp_
     assert "FAILED: the file computes something else" in err
 
 
+def test_a_joined_name_is_joined_as_at_the_end_of_a_training(call, tmp_path):
+    name = "joined_vit_tiny_3"
+    assert call("verify", name, name, "--form", "fused", "--img-size", "32", "--batch", "1")[0] == OK
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert call("export", name, tmp_path / "model.onnx", "--image-size", "32")[0] == OK
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -161,6 +169,23 @@ def test_info_names_versions_and_every_backend(call):
     assert status == OK
     for word in (torch.__version__, "backend reference", "backend cpp", "backend triton", "threads", "extra timm"):
         assert word in out
+
+
+def test_info_cuts_no_path(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("REPAVIT_TUNED", str(tmp_path / ("long" * 20)))
+    if backends.why_unavailable("cpp") is not None:
+        pytest.skip("no C++ kernels, so no table of them")
+    assert "long" * 20 in "".join(call("info")[1].split())
+
+
+def test_info_says_in_one_line_that_a_level_is_unknown(call, monkeypatch):
+    def refuse():
+        raise RuntimeError("REPAVIT_CPU_ISA: got 'avx9', wanted one of scalar, avx2")
+
+    monkeypatch.setattr(info, "cpu", refuse)
+    status, _, err = call("info")
+    assert (status, err.strip()) == (USAGE, "error: REPAVIT_CPU_ISA: got 'avx9', wanted one of scalar, avx2")
 
 
 def test_info_as_json_gives_each_backend_none_or_a_reason(call):

@@ -36,6 +36,13 @@ def run_file(file, x):
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
+def test_a_timm_model_of_another_size_is_exported_at_that_size(timm, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).eval()
+    assert repavit_ops.exporting.export_model(model, tmp_path / "model.onnx").passed
+
+
 @builders
 def test_a_merged_model_runs_in_onnx_runtime_at_any_batch(build):
     model = repavit_ops.reparameterize(build())

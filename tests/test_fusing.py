@@ -13,6 +13,7 @@ from torch import nn
 
 import repavit_ops
 from repavit_ops import backends
+from repavit_ops.fusing.family import Described, Family
 from repavit_ops.fusing.folding import AttentionParts, WindowParts, fold_attention, reason_against
 from repavit_ops.nn import (
     FFN,
@@ -282,9 +283,20 @@ def test_bad_arguments_are_named():
         repavit_ops.fuse(model, backend="gpu")
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
         repavit_ops.fuse(model, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"dtype: got 'bfloat16', wanted a floating dtype such as torch\.bfloat16"):
+        repavit_ops.fuse(model, dtype="bfloat16")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="backend 'triton' is not available"):
             repavit_ops.fuse(model, backend="triton")
+
+
+def test_a_family_whose_classes_are_of_another_library_is_refused():
+    """They would be looked for in the wrong package, and never found."""
+    described = Described(lambda module: None, holds=())
+    for tables in ({"ffns": {"theirs.FFN": described}}, {"refused": {"theirs.Attention": "pools"}}):
+        with pytest.raises(ValueError, match=r"library: got 'mine' beside theirs\.\w+, wanted 'theirs'"):
+            Family("mine", **tables)
+    assert "theirs.FFN" in Family("theirs", ffns={"theirs.FFN": described}).known()
 
 
 def test_infinite_statistics_are_refused_by_name():

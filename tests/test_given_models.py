@@ -132,6 +132,19 @@ def test_small_verbs_look_into_wrappers(wrap):
         repavit_ops.set_join(wrap(nn.Linear(2, 2)), 1.0)
 
 
+@pytest.mark.parametrize(
+    "given_as", ["deit_small", {"head.weight": torch.ones(1)}, SEEN], ids=["name", "state", "images"]
+)
+def test_what_is_no_module_is_refused_by_its_type(given_as):
+    words = rf"model: got {type(given_as).__name__}, wanted a torch\.nn\.Module"
+    verbs = (repavit_ops.fuse, repavit_ops.reparameterize, repavit_ops.fusion_report, repavit_ops.can_fuse)
+    for verb in (*verbs, lambda model: repavit_ops.save_checkpoint(model, "file.safetensors")):
+        with pytest.raises(TypeError, match=words):
+            verb(given_as)
+    with pytest.raises(TypeError, match=words.replace("model", "candidate", 1)):
+        repavit_ops.verify(vanilla(), given_as, SEEN)
+
+
 def joined_ffn() -> nn.Module:
     return randomise(repavit_ops.nn.JoinedBranchFFN(8, 12, 2, norm="batchnorm"))
 

@@ -131,3 +131,9 @@ def test_old_names_lead_to_the_new_places():
         "assert load_checkpoint is repavit_ops.load_checkpoint"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_modules_that_pages_call_need_no_import_of_their_own():
+    called = "testing.assert_equivalent exporting.export_model predicting.predict profiling.Profile idling.Fidelity"
+    code = "; ".join(["import repavit_ops", *(f"repavit_ops.{name}" for name in called.split())])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -43,6 +43,22 @@ def test_not_a_number_fails():
     assert not repavit_ops.verify(model, fused, images())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (images().numpy(), "ndarray at 0"),
+        ([images(), 1.0], "float at 1"),
+        ({"pixel_values": "a.jpg"}, "str at 'pixel_values'"),
+        (tiny_vit(depth=1), "VisionTransformer at 0"),
+    ],
+    ids=["numpy", "list", "dictionary", "model"],
+)
+def test_inputs_that_are_no_tensors_are_named(inputs, words):
+    model = tiny_vit(depth=1)
+    with pytest.raises(TypeError, match=f"inputs: got {words}, wanted a tensor"):
+        repavit_ops.verify(model, model, inputs)
+
+
 def test_a_dropped_bias_fails_in_low_precision_too():
     model = tiny_vit()
     fused = repavit_ops.fuse(model, dtype=torch.bfloat16)

@@ -57,21 +57,28 @@ def overrides_of(idle_ratio: str | None, num_heads: int | None) -> dict[str, Any
     return {name: value for name, value in given.items() if value is not None}
 
 
-def model_of(source: str, overrides: Mapping[str, Any] | None = None, img_size: int | None = None) -> nn.Module:
-    """The model that an argument means: a name of the registry, a timm name, or a checkpoint file.
+def fresh_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model of the registry with fresh weights, in evaluation mode.
 
     Branches of a joined one are joined, as at the end of a training: below α = 1 it does not merge.
     """
-    from ..checkpoints import load_checkpoint
-    from ..models import create_model, list_models
+    from ..models import create_model
     from ..nn import set_join
+
+    model = create_model(name, **arguments).eval()
+    if name.startswith("joined"):
+        set_join(model, 1.0)
+    return model
+
+
+def model_of(source: str, overrides: Mapping[str, Any] | None = None, img_size: int | None = None) -> nn.Module:
+    """The model that an argument means: a name of the registry, a timm name, or a checkpoint file."""
+    from ..checkpoints import load_checkpoint
+    from ..models import list_models
 
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if source in list_models():
-        model = create_model(source, **size, **(overrides or {})).eval()
-        if source.startswith("joined"):
-            set_join(model, 1.0)
-        return model
+        return fresh_model(source, {**size, **(overrides or {})})
     if Path(source).suffix in (".pth", ".pt", ".safetensors", ".json"):
         return load_checkpoint(source, **(overrides or {}))
     try:

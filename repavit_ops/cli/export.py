@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import overrides_of, plain_errors, read_config
+from .common import fresh_model, overrides_of, plain_errors, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,10 +52,10 @@ def export(
 def _model(source: str, config: dict[str, Any] | None, overrides: dict[str, Any]) -> nn.Module:
     """A checkpoint's model, or a fresh one of a name."""
     from ..checkpoints import load_checkpoint
-    from ..models import create_model, list_models
+    from ..models import list_models
 
     if Path(source).exists():
         return load_checkpoint(source, config, **overrides)
     if source in list_models():
-        return create_model(source, **overrides)
+        return fresh_model(source, overrides)
     raise ValueError(f"MODEL: {source} is no file, and no name that repavit-ops models lists")

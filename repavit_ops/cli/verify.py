@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .common import DTYPES, FAILED, overrides_of, plain_errors, read_config
+from .common import DTYPES, FAILED, fresh_model, overrides_of, plain_errors, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +101,13 @@ def _model(source: str, config: dict[str, Any] | None, overrides: dict[str, Any]
             return load_checkpoint(source)
         return load_checkpoint(source, config, **overrides)
     torch.manual_seed(seed)
-    model = create_model(name, **{k: v for k, v in {**(config or {}), **overrides}.items() if v is not None})
+    model = fresh_model(name, {k: v for k, v in {**(config or {}), **overrides}.items() if v is not None})
     if path:
         try:
             model.load_state_dict(read_checkpoint(path).state)
         except RuntimeError as error:
             raise ValueError(f"{path}: is no checkpoint of {name}: {error}") from error
-    return model.eval()
+    return model
 
 
 def _candidate(

@@ -130,7 +130,8 @@ class Family:
     """The classes of one library by dotted name; whatever of it is not loaded costs nothing and is never imported.
 
     Args:
-        library: the name that users import.
+        library: the name that users import, with which the dotted names of all classes begin; "__main__" for those of
+            a script.
         oldest: the oldest version that the descriptions were tested with; older ones are skipped with that reason.
         ready: whether the library is loaded far enough that its classes stand under their dotted names.
         attentions, ffns, gated_ffns, blocks, whole_blocks, window_blocks: the described classes by what their parts
@@ -146,6 +147,9 @@ class Family:
         resets: what makes a module forget state of earlier calls.
         patch_embeddings: name of the convolution over patches in them.
         mergings: parts of Swin's mergings of patches.
+
+    Raises:
+        ValueError: a dotted name begins with something else than ``library``.
     """
 
     library: str
@@ -167,6 +171,15 @@ class Family:
     patch_embeddings: Mapping[str, str] = field(default_factory=dict)
     mergings: Mapping[str, Callable[[Any], MergingParts]] = field(default_factory=dict)
     _rules: dict[type, Rule | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        others = (self.refused, self.loops, self.resets, self.meanings, self.patch_embeddings, self.mergings)
+        for path in (*self.known(), *(path for table in others for path in table)):
+            if (package := path.partition(".")[0]) != self.library:
+                raise ValueError(
+                    f"library: got {self.library!r} beside {path}, wanted {package!r}: a class is looked for in the "
+                    "package that its dotted name begins with; describe those of another one in a Family of their own"
+                )
 
     def rule_for(self, cls: type[nn.Module]) -> Rule | None:
         if not self._has(cls):

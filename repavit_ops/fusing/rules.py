@@ -117,6 +117,9 @@ def _first(found: Iterable[T | None]) -> T | None:
 def can_fuse(module: nn.Module) -> str | None:
     """None if :func:`repavit_ops.fuse` can fuse this sub-block, else the reason in one line.
 
+    A sub-block is an attention, an FFN or a block that holds them; :func:`repavit_ops.fusion_report` asks for all of a
+    model.
+
     DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper are looked into, as ``fuse`` does.
     """
     module = unwrapped(module)
@@ -124,7 +127,7 @@ def can_fuse(module: nn.Module) -> str | None:
     if rule is None:
         if (sharded := why_sharded(module, "fuse")) is not None:
             return sharded
-        return f"{type(module).__name__} is no sub-block that repavit_ops knows"
+        return f"{type(module).__name__} is no sub-block that repavit_ops knows; fusion_report lists what it holds"
     if not rule.is_fused and any(map(has_hooks, [module] if rule.keeps_children else module.modules())):
         return "it has hooks, which a fused module would not call; remove them first"
     if not rule.is_fused and not rule.keeps_children and (reason := reason_against_weights(module)) is not None:

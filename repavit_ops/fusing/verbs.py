@@ -114,20 +114,22 @@ def fuse(
         The fused model, in evaluation mode. Its outputs follow its weights, whoever writes them: optimizers, loads,
         averages, collectives, other processes, ``.data``; eager, compiled and exported alike. What cannot be seen is a
         change of few numbers of a weight that raises no version counter (through ``.data``, numpy, or in inference
-        mode; in compiled and exported programs any): call ``repack()`` of its module behind one.
+        mode; in compiled and exported programs any): call ``repack()`` of its module behind one. Gradients flow, but
+        fused blocks have neither Dropout nor DropPath: train first.
 
     Raises:
         RuntimeError: a part is in training mode or α < 1; a forced backend is not available; strict and something
             was skipped (each named with its reason).
         UserWarning: nothing was fused; or inference mode is on, in which no parameter that can be trained is made.
+        TypeError: ``model`` is no module.
         ValueError: an unknown backend, dtype or form of quantize; float64 with "int8"; calibration without quantize, or
             of no batch; least_cosine out of [0, 1]; a folded weight is not finite; weights are on the meta device or
             sharded; the model cannot be copied.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: got {dtype}, wanted a floating dtype such as torch.bfloat16")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: got {dtype!r}, wanted a floating dtype such as torch.bfloat16")
     _check.form_of_quantize(quantize)
     if calibration is not None and quantize == "none":
         raise ValueError("calibration: is for quantize='int8', got quantize='none'")

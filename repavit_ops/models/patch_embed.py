@@ -48,5 +48,6 @@ def image_of(model: nn.Module) -> tuple[tuple[int, int], int]:
     grid, patch = getattr(model, "grid_size", None), getattr(model, "patch_size", None)
     if grid is not None and isinstance(patch, int):
         return (grid[0] * patch, grid[1] * patch), channels
-    size = getattr(model, "img_size", None) or 224
+    embedding = getattr(model, "patch_embed", None)  # timm's models say it there
+    size = getattr(model, "img_size", None) or getattr(embedding, "img_size", None) or 224
     return ((size, size) if isinstance(size, int) else (size[0], size[1])), channels

@@ -20,12 +20,16 @@ UNFUSED = (
 SHARDED = "torch.distributed.fsdp"
 
 
-def unwrapped(model: nn.Module, keep_compiled: bool = False) -> nn.Module:
+def unwrapped(model: nn.Module, keep_compiled: bool = False, label: str = "model") -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel, torch.compile's and AveragedModel's wrappers.
 
     Each of them keeps something of the parameters that it was made for (buckets of gradients, replicas, a compiled
     call, an average), which a changed model would not have. ``keep_compiled``: torch.compile's stays on.
+
+    Raises:
+        TypeError: it is no module, but a name, a state dict or the like.
     """
+    require_module(model, label)
     while (name := _inner(model)) is not None and not (keep_compiled and is_compiled(model)):
         model = getattr(model, name)
     return model
@@ -60,6 +64,12 @@ def _is(module: str, name: str, model: nn.Module) -> bool:
     return cls is not None and isinstance(model, cls)
 
 
+def require_module(model: Any, label: str = "model") -> None:
+    """Raise TypeError, naming what came, if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{label}: got {type(model).__name__}, wanted a torch.nn.Module that holds its weights")
+
+
 def require_weights(model: nn.Module, verb: str, label: str = "model") -> None:
     """Raise ValueError, naming the place and the fix, if weights of the model are on the meta device or sharded."""
     require_unsharded(model, verb)
@@ -73,6 +83,7 @@ def require_weights(model: nn.Module, verb: str, label: str = "model") -> None:
 
 def require_unsharded(model: nn.Module, verb: str) -> None:
     """Raise ValueError, naming the place and the fix, if a part is FullyShardedDataParallel, whose weights are flat."""
+    require_module(model)
     if (reason := _sharded_by("FullyShardedDataParallel", model, verb)) is not None:
         raise ValueError(f"model: {reason}")
 
