@@ -1,4 +1,4 @@
-"""The JSON lines of bench/results as tables of docs/:  python bench/bench_tables.py [--write]
+"""The JSON lines of bench/results as tables of docs/ and examples/:  python bench/bench_tables.py [--write]
 
 Takes the files that each page names (a name or a pattern, in order of their dates), each table between its own marks;
 without ``--write`` it prints what would change.
@@ -36,7 +36,7 @@ def read(files: str) -> list[Row]:
 
 def pages() -> list[Path]:
     """The pages that have such a table."""
-    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
     return [page for page in every if PLACE.search(page.read_text())]
 
 

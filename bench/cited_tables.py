@@ -124,6 +124,23 @@ def ray_actors(rows: list[Row]) -> Table:
     return [["", "images/s", "over one process of two threads", "of an image's 2 x 54 ms, the engine's"], *lines]
 
 
+DENSE = {"retinanet": "RetinaNet", "mask_rcnn": "Mask R-CNN", "upernet": "UperNet"}
+
+
+def dense(rows: list[Row]) -> Table:
+    """Latencies of detectors and of a segmenter, whole and of the backbone's maps alone, to the vanilla model's."""
+    found = {tuple(row["case"].split()): row["ms"] for row in rows}
+    lines = []
+    order = list(DENSE)
+    for name, body in sorted(found, key=lambda case: (case[1] != "swin_small", order.index(case[0]))):
+        ms = found[name, body]
+        whole = [f"{ms[form] / ms['vanilla']:.2f}" for form in ("merged", "fused")]
+        maps = [f"{ms[f'{form} maps'] / ms['vanilla maps']:.2f}" for form in ("merged", "fused")]
+        size = body.removeprefix("swin_")[0].upper()
+        lines.append([f"{DENSE[name]}, Swin-{size}", f"{ms['vanilla'] / 1e3:.1f}", *whole, *maps])
+    return [["", "vanilla, s", "merged", "fused", "backbone: merged", "fused"], *lines]
+
+
 KINDS = {
     "int8_speed": int8_speed,
     "int8_cosines": int8_cosines,
@@ -131,4 +148,5 @@ KINDS = {
     "turned_blocks": turned_blocks,
     "operators": operators,
     "ray_actors": ray_actors,
+    "dense": dense,
 }

@@ -181,15 +181,6 @@ def test_shares_of_the_peak_in_docs_int8():
     assert len(found) - len(quiet) == 1
 
 
-def test_upernet_in_examples_dense():
-    (found,) = (json.loads(line) for line in (RESULTS / "2026-11-28-zen3-dense.jsonl").read_text().splitlines())
-    ms = found["ms"]
-    merged, fused = ms["merged"] / ms["vanilla"], ms["fused"] / ms["vanilla"]
-    text = sentence("examples/dense/README.md", "UperNet around")
-    assert f"{ms['vanilla'] / 1e3:.1f} s vanilla, {ms['merged'] / 1e3:.1f} merged ({merged:.2f})" in text
-    assert f"{ms['fused'] / 1e3:.1f} fused ({fused:.2f};" in text
-
-
 def test_predictions_in_docs_scaling():
     """The clusters whose names the page has, by the model that predicts them."""
     many = Cluster(machines=64)
