@@ -5,9 +5,9 @@ Of a case that was measured more than once the last row counts; of a peer that i
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,4 +58,6 @@ def markdown(rows: dict[tuple[str, str], Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(read([Path(name) for name in sys.argv[1:]])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="of bench/results")
+    print(markdown(read(parser.parse_args().files)))

@@ -9,7 +9,7 @@ import sys
 import repavit_ops.models  # noqa: F401  registers the models with timm
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: launch.py SCRIPT [ARGUMENTS]")
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
