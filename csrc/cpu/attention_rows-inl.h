@@ -396,7 +396,8 @@ void project_output(const AttentionPlan<T>& plan, const Tokens<T>& at, Attention
     }
   }
   finish_groups(plan, s.o, at.count);
-  project_panels(plan, at, {0, layout.proj_panels}, s);
+  const ptrdiff_t panels = whole_panels(layout.channels_out) / kPanelColumns;  // proj_panels is 0 where they are empty
+  project_panels(plan, at, {0, panels}, s);
 }
 
 }  // namespace REPAVIT_ISA

@@ -226,6 +226,10 @@ void test_attention(const repavit::Kernels& kernels, repavit::DType dtype, const
   }
   test_attention_case<T>(kernels, dtype, {1, 523, 8, 8, 1, 4, 3, 0, true, true, true, false, true, nullptr, false},
                          level);  // online softmax
+  for (const int64_t batch : {1, 3}) {  // heads of no values: the bias and the shortcut are left
+    test_attention_case<T>(kernels, dtype, {batch, 5, 24, 24, 2, 9, 0, 0, true, true, false, true, batch == 1, nullptr, false},
+                           level);
+  }
   for (const double sign : {0.0, -1.0}) {  // what masks keys beyond the last must not count on the sign
     for (const int64_t tokens : {5, 50}) {
       AttentionCase odd{2, tokens, 24, 24, 2, 9, 16, 0, true, true, false, false, false, nullptr, false};

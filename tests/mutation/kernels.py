@@ -125,6 +125,7 @@ MUTANTS = (
     ("attention_rows", "y.data += «col»;", "0"),
     ("attention_rows", "plan.args.residual ? «residual.data + col» : nullptr;", "residual.data"),
     ("attention_rows", "bias != nullptr ? «bias + col» : nullptr", "bias"),
+    ("attention_rows", "panels = «whole_panels(layout.channels_out) / kPanelColumns»;", "layout.proj_panels"),
     ("rep_attention", "heads{part * each, «(part + 1) * each»}", "part * each"),
     ("rep_attention", "s.z = plan.z + «row» * plan.z_stride;", "0"),
     ("rep_attention", "s.o = plan.o + «row» * plan.o_stride;", "0"),
