@@ -173,7 +173,7 @@ inline std::vector<double> rep_attention(const Attention& p) {
         return p.bias.empty() ? 0.0 : p.bias[static_cast<size_t>(((b * p.heads + h) * p.tokens + i) * p.tokens + j)];
       });
     }
-    if (p.w_proj.empty()) y.insert(y.end(), o.begin(), o.end());
+    if (p.w_qkv.empty()) y.insert(y.end(), o.begin(), o.end());
     for (int64_t t = 0; t < p.tokens && p.inner_norm; ++t) {
       const std::vector<double> row = core(o.data() + t * width, width, p.inner_norm_eps);
       std::copy(row.begin(), row.end(), o.begin() + t * width);
@@ -185,7 +185,7 @@ inline std::vector<double> rep_attention(const Attention& p) {
       scales.push_back(whole.scale);
     }
     const std::vector<double> proj = p.int8 ? dequantized(p.w_proj, width) : p.w_proj;
-    for (int64_t t = 0; t < p.tokens && !p.w_proj.empty(); ++t) {
+    for (int64_t t = 0; t < p.tokens && !p.w_qkv.empty(); ++t) {
       for (int64_t c = 0; c < p.channels_out; ++c) {
         const double bias = p.b_proj.empty() ? 0.0 : p.b_proj[static_cast<size_t>(c)];
         y.push_back(dot(o.data() + t * width, proj.data() + c * width, width) + bias +
