@@ -178,6 +178,31 @@ void for_ranges(const AttentionPlan<T>& plan, const Pool& pool, ptrdiff_t count,
   if (count > 0) pool.run(count, body, &context);
 }
 
+// All split items by shared steps; steps `first` to `last` follow each other in one fork.
+template <class T>
+void run_shared_steps(const AttentionPlan<T>& plan, const Pool& pool) {
+  const auto run = [&](SharedStep first, SharedStep last) {
+    const auto fork = [=](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
+      for (ptrdiff_t i = begin; i < end; ++i) {
+        const ptrdiff_t block = i / p.parts;
+        for (int step = static_cast<int>(first); step <= static_cast<int>(last); ++step) {
+          shared_step(p, static_cast<SharedStep>(step), block / p.blocks, block % p.blocks, i % p.parts, s);
+        }
+      }
+    };
+    for_ranges(plan, pool, plan.split * plan.blocks * plan.parts, plan.length, fork);
+  };
+  run(SharedStep::kInput, SharedStep::kInput);
+  if (plan.blocks == 1) {  // then a head's keys and values have one owner
+    run(SharedStep::kPrepare, SharedStep::kAttend);
+  } else {
+    run(SharedStep::kPrepare, SharedStep::kPrepare);
+    run(SharedStep::kAttend, SharedStep::kAttend);
+  }
+  if (plan.args.inner_norm) run(SharedStep::kNorm, SharedStep::kNorm);
+  run(SharedStep::kProject, SharedStep::kProject);
+}
+
 // (window_)rep_attention_<T>: see RepAttentionArgs.
 template <class T>
 void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
@@ -199,35 +224,11 @@ void rep_attention(const RepAttentionArgs& args, const Pool& pool) {
   const auto finish = [](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
     for (ptrdiff_t i = begin; i < end; ++i) attend_block(p, i / p.blocks, i % p.blocks, s);
   };
-  const auto shared = [](SharedStep first, SharedStep last) {
-    return [=](const AttentionPlan<T>& p, ptrdiff_t begin, ptrdiff_t end, AttentionScratch<T>& s) {
-      for (ptrdiff_t i = begin; i < end; ++i) {
-        const ptrdiff_t block = i / p.parts;
-        for (int step = static_cast<int>(first); step <= static_cast<int>(last); ++step) {
-          shared_step(p, static_cast<SharedStep>(step), block / p.blocks, block % p.blocks, i % p.parts, s);
-        }
-      }
-    };
-  };
   const ptrdiff_t blocks = plan.split * plan.blocks;
   for_ranges(plan, pool, (plan.whole + plan.group - 1) / plan.group, plan.group * plan.length, whole);
-  if (plan.parts == 1) {
-    for_ranges(plan, pool, blocks, plan.length, prepare);
-    for_ranges(plan, pool, blocks, plan.length, finish);
-    return;
-  }
-  const auto run = [&](SharedStep first, SharedStep last) {
-    for_ranges(plan, pool, blocks * plan.parts, plan.length, shared(first, last));
-  };
-  run(SharedStep::kInput, SharedStep::kInput);
-  if (plan.blocks == 1) {  // then a head's keys and values have one owner
-    run(SharedStep::kPrepare, SharedStep::kAttend);
-  } else {
-    run(SharedStep::kPrepare, SharedStep::kPrepare);
-    run(SharedStep::kAttend, SharedStep::kAttend);
-  }
-  if (args.inner_norm) run(SharedStep::kNorm, SharedStep::kNorm);
-  run(SharedStep::kProject, SharedStep::kProject);
+  if (plan.parts > 1) return run_shared_steps(plan, pool);
+  for_ranges(plan, pool, blocks, plan.length, prepare);
+  for_ranges(plan, pool, blocks, plan.length, finish);
 }
 
 }  // namespace REPAVIT_ISA

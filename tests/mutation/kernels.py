@@ -129,7 +129,7 @@ MUTANTS = (
     ("rep_attention", "heads{part * each, «(part + 1) * each»}", "part * each"),
     ("rep_attention", "s.z = plan.z + «row» * plan.z_stride;", "0"),
     ("rep_attention", "s.o = plan.o + «row» * plan.o_stride;", "0"),
-    ("rep_attention", "if («args.inner_norm») run(", "false"),
+    ("rep_attention", "if («plan.args.inner_norm») run(", "false"),
     ("rep_attention", "end = «plan.length * (piece + 1) / pieces»;", "plan.length * piece / pieces"),
     ("attention_rows", "if («!plan.args.inner_norm || plan.int8_panels != nullptr») return;", "true"),
     ("attention_rows", "«plan.args.inner_norm» ? kLayerNorm : kNoNorm", "false"),
